@@ -1,0 +1,71 @@
+"""Append-only files of one JSON object a line, as a crash may leave them.
+
+Promises: a record is readable once `append` has returned, and a line that a crash tore off at the
+end is dropped by readers and by the next writer alike. Does not fsync: a lost last line of metrics
+costs nothing that the ledger does not keep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npd.errors import RunError, StoreError
+
+
+class JsonLines:
+    """Appends to `path` (created with its folder); one writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_tail(path)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record and flush it. RunError when the disk does not take it."""
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._path}: {error.strerror}; free space, then resume"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file; appending afterwards is an error."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete records of `path`, none if it does not exist. StoreError on a damaged line."""
+    if not path.exists():
+        return []
+    complete, _, _torn = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    lines = enumerate(complete.split("\n"), start=1)
+    return [_parse(path, number, line) for number, line in lines if line.strip()]
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise StoreError(
+            f"{path}, line {number} is not JSON ({error.msg}); delete that line to read the rest"
+        ) from error
+    if not isinstance(record, dict):
+        raise StoreError(f"{path}, line {number} is not a record; delete that line to go on")
+    return record
+
+
+def _drop_torn_tail(path: Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end != len(data):
+        with path.open("r+b") as file:
+            file.truncate(end)
