@@ -1,0 +1,41 @@
+"""From samples to an optimiser step, and from a trained segment to whether it drifted: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npd.config import TrainConfig
+from npd.control.order import learning_rate
+from npd.pack import balance, pack
+from npd.types import Row, SampleRef, SegmentReport, Step
+
+
+def make_step(
+    index: int,
+    refs: Sequence[SampleRef],
+    train: TrainConfig,
+    *,
+    progress: tuple[float, float],
+    ranks: int = 1,
+) -> Step:
+    """Pack a batch into rows, deal them out to the ranks, and set the learning rate.
+
+    `progress` is how much of the run is behind at the start and at the end of the step, 0 to 1.
+    """
+    rows = pack([ref.num_tokens for ref in refs], train.row_tokens)
+    costs = [float(sum(refs[i].num_tokens ** 2 for i in row)) for row in rows]
+    dealt = tuple(
+        tuple(Row(tuple(refs[i] for i in rows[place])) for place in places)
+        for places in balance(costs, ranks)
+    )
+    lr = learning_rate(*progress, lr=train.lr, min_lr=train.min_lr, warmup=train.warmup)
+    return Step(index, lr, dealt)
+
+
+def has_drifted(report: SegmentReport, threshold: float | None) -> bool:
+    """Whether the segment's mean KL(theta || gen) per token is above `threshold` (None: never)."""
+    measured = [(s.drift, s.response_tokens) for s in report.steps if s.drift is not None]
+    tokens = sum(count for _, count in measured)
+    if threshold is None or tokens == 0:
+        return False
+    return sum(drift * count for drift, count in measured) / tokens > threshold

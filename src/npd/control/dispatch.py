@@ -1,0 +1,190 @@
+"""Carries actions out: the right worker, in turn, and again when a worker was lost.
+
+Consumes: actions. Produces: one event for each, and the span of time it took.
+Waits for: an idle generator or scorer, or the trainer's turn. Unblocked by: the worker's reply, or
+by its loss (then it is restarted; a shard's try has failed, the trainer goes back to its last
+checkpoint and repeats the segments recorded since).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from npd.config import RunConfig
+from npd.control import events as ev
+from npd.control.crew import Crew
+from npd.errors import RunError, WorkerLostError
+from npd.observe.trace import Span
+from npd.runtime import Worker
+from npd.store.ledger import Ledger
+from npd.types import Ask, EncodedPrompt
+from npd.workers import GenerateTask, ScoreTask
+
+
+T = TypeVar("T")
+
+
+class Dispatcher:
+    """Runs actions on the crew. `on_start(worker, doing)` and `on_span` tell who does what."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        crew: Crew,
+        ledger: Ledger,
+        *,
+        prompts: Sequence[EncodedPrompt],
+        heldout: Sequence[EncodedPrompt],
+        on_start: Callable[[str, str], None],
+        on_span: Callable[[Span], None],
+    ) -> None:
+        self._config, self._crew, self._ledger = config, crew, ledger
+        self._prompts, self._heldout = prompts, tuple(heldout)
+        self._on_start, self._on_span = on_start, on_span
+        self._generators: asyncio.Queue[Worker] = _queue(crew.generators)
+        self._scorers: asyncio.Queue[Worker] = _queue(crew.scorers)
+        self._trainer_turn = asyncio.Lock()
+        self._is_trainer_behind = False
+
+    async def run(self, action: ev.Action) -> ev.Event:
+        """Carry `action` out; the event it ends in."""
+        match action:
+            case ev.Generate():
+                return await self._generate(action)
+            case ev.Score():
+                return await self._score(action)
+            case _:
+                return await self._with_trainer(lambda: self._trainer_event(action))
+
+    async def prepare_heldout(self) -> int:
+        """Have the held-out responses written and scored; returns their tokens."""
+        worker = self._crew.scorers[0]
+
+        async def attempt() -> int:
+            return int(await self._call(worker, "prepare_heldout", self._heldout, doing="held-out"))
+
+        return await self._persist(attempt, worker.restart)
+
+    async def restore(self) -> None:
+        """Bring the trainer to where the ledger says it is: last checkpoint, then the redo log."""
+        self._is_trainer_behind = True
+        await self._with_trainer(_nothing)
+
+    async def export(self) -> str:
+        """Write the final student; returns its directory."""
+        return str(await self._with_trainer(self._on_trainer("export", "export")))
+
+    async def save_now(self, step: int) -> None:
+        """Save the trainer outside the plan, after an interruption."""
+        await self._with_trainer(self._on_trainer("checkpoint", "checkpoint", step))
+
+    async def _generate(self, action: ev.Generate) -> ev.Event:
+        asks = tuple(Ask(a.sample_id, a.seed, self._prompts[a.prompt]) for a in action.asks)
+        task = GenerateTask(action.shard, action.version, asks)
+        worker = await self._generators.get()
+        try:
+            stats = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
+            return ev.ShardGenerated(action.shard, stats)
+        except WorkerLostError as error:
+            await worker.restart()
+            return ev.ShardFailed(action.shard, "generate", str(error))
+        finally:
+            self._generators.put_nowait(worker)
+
+    async def _score(self, action: ev.Score) -> ev.Event:
+        task = ScoreTask(action.shard, action.version, action.sample_ids)
+        worker = await self._scorers.get()
+        try:
+            stats = await self._call(worker, "score", task, doing="score", shard=action.shard)
+            return ev.ShardScored(action.shard, stats)
+        except WorkerLostError as error:
+            await worker.restart()
+            return ev.ShardFailed(action.shard, "score", str(error))
+        finally:
+            self._scorers.put_nowait(worker)
+
+    async def _with_trainer(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """The trainer's turn: caught up first where it was lost, and again after each loss."""
+
+        async def caught_up() -> T:
+            if self._is_trainer_behind:
+                await self._catch_up()
+            return await attempt()
+
+        async def recover() -> None:
+            self._is_trainer_behind = True
+            await self._crew.trainer.restart()
+
+        async with self._trainer_turn:
+            return await self._persist(caught_up, recover)
+
+    async def _persist(
+        self, attempt: Callable[[], Awaitable[T]], recover: Callable[[], Awaitable[None]]
+    ) -> T:
+        """`attempt`, and again after each loss of its worker, up to `max_tries` times."""
+        max_tries = self._config.schedule.max_tries
+        for tries_left in reversed(range(max_tries)):
+            try:
+                return await attempt()
+            except WorkerLostError as error:
+                if tries_left == 0:
+                    raise RunError(
+                        f"lost {max_tries} times at the same place: {error}. "
+                        "Nothing recorded is lost: mend the cause and use --resume"
+                    ) from error
+                await recover()
+        raise AssertionError("unreachable")
+
+    async def _catch_up(self) -> None:
+        saved = self._ledger.last_checkpoint()
+        step = saved.step if saved is not None else 0
+        trainer = self._crew.trainer
+        await self._call(trainer, "restore", step, doing="restore")
+        for segment in self._ledger.segments_after(step):
+            await self._call(trainer, "train", segment, doing="redo", segment=segment.index)
+        self._is_trainer_behind = False
+
+    def _on_trainer(self, method: str, doing: str, *args: Any) -> Callable[[], Awaitable[Any]]:
+        return lambda: self._call(self._crew.trainer, method, *args, doing=doing)
+
+    async def _trainer_event(self, action: ev.Action) -> ev.Event:
+        trainer = self._crew.trainer
+        match action:
+            case ev.Train(segment):
+                report = await self._call(
+                    trainer, "train", segment, doing="train", segment=segment.index
+                )
+                return ev.SegmentTrained(report)
+            case ev.Publish(version, step):
+                checksum = await self._call(trainer, "publish", version, doing="publish")
+                return ev.SnapshotPublished(version, step, checksum)
+            case ev.Checkpoint(step):
+                await self._call(trainer, "checkpoint", step, doing="checkpoint")
+                return ev.CheckpointSaved(step)
+            case ev.Evaluate(step):
+                report = await self._call(
+                    trainer, "evaluate", step, self._heldout, doing="evaluate", step=step
+                )
+                return ev.Evaluated(report)
+        raise AssertionError(f"not the trainer's to do: {action!r}")
+
+    async def _call(self, worker: Worker, method: str, *args: Any, doing: str, **note: Any) -> Any:
+        self._on_start(worker.name, doing)
+        try:
+            reply = await worker.call(method, *args)
+        finally:
+            self._on_start(worker.name, "idle")
+        self._on_span(Span(worker.name, doing, reply.started, reply.ended, note))
+        return reply.value
+
+
+async def _nothing() -> None: ...
+
+
+def _queue(workers: Sequence[Worker]) -> asyncio.Queue[Worker]:
+    queue: asyncio.Queue[Worker] = asyncio.Queue()
+    for worker in workers:
+        queue.put_nowait(worker)
+    return queue

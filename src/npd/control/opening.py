@@ -1,0 +1,176 @@
+"""Before a run starts: everything that can be found wrong without loading a model, and its record.
+
+Checks the vocabularies, the models' context, the data, and the run directory; writes config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from npd.chat import Chat, check_same_vocabulary
+from npd.config import RunConfig
+from npd.data import encode_prompts, load_prompts
+from npd.errors import ConfigError, DataError
+from npd.modeling import check_context
+from npd.settings import dump_config
+from npd.store.files import read_json, write_json
+from npd.store.layout import RunLayout
+from npd.types import EncodedPrompt
+
+_PACKAGES = ("npd", "torch", "transformers", "safetensors", "pyarrow", "numpy")
+# What may differ between a run and its resumption: where it runs and what it leaves, not what it is.
+_FREE = ("runtime.", "observe.", "checkpoint.", "run_dir", "name")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The prompts of a run as token ids, and how many records were dropped for which reason."""
+
+    prompts: list[EncodedPrompt]
+    heldout: list[EncodedPrompt]
+    dropped: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of all prompts, to notice that the data changed under a run."""
+        digest = hashlib.sha256()
+        for prompt in (*self.prompts, *self.heldout):
+            digest.update(prompt.prompt_ids.tobytes())
+        return digest.hexdigest()
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check models and data, and tokenise the prompts.
+
+    Raises:
+        InputError: a model or the data cannot be used.
+    """
+    trust = config.trust_remote_code
+    for model in (config.student, *((config.teacher,) if config.teacher else ())):
+        check_context(model, config.max_sample_tokens, trust_remote_code=trust)
+    chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
+    if config.teacher is not None and config.needs_teacher:
+        check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
+    found = load_prompts(config.data)
+    prompts, dropped = encode_prompts(found.train, chat, config.data)
+    heldout, dropped_heldout = encode_prompts(found.heldout, chat, config.data)
+    if config.generate.source == "dataset":
+        _check_completions(prompts, "generate.source dataset")
+    if config.eval.source == "completion":
+        _check_completions(heldout, "eval.source completion")
+    if not prompts:
+        raise DataError(
+            "no training prompt is left after dropping: see data.on_long_prompt and "
+            f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
+        )
+    counts = [found.dropped, dropped, dropped_heldout]
+    reasons = sorted({reason for count in counts for reason in count})
+    return Prepared(prompts, heldout, {r: sum(c.get(r, 0) for c in counts) for r in reasons})
+
+
+def open_directory(
+    config: RunConfig, prepared: Prepared, *, resume: bool, origins: Mapping[str, str]
+) -> RunLayout:
+    """The run directory, new with its config.json, or checked to be the one to go on with.
+
+    Raises:
+        ConfigError: it holds a run already, or (resuming) none or another one.
+    """
+    layout = RunLayout(config.directory)
+    if layout.config_json.exists():
+        if not resume:
+            raise ConfigError(
+                f"{layout.root} holds a run already: go on with it (--resume), or choose another "
+                "place (--set name=... or --set run_dir=...)"
+            )
+        _check_same(config, prepared, layout)
+        layout.create()
+        return layout
+    if resume:
+        raise ConfigError(f"{layout.root} holds no run to resume: start it without --resume")
+    if layout.root.exists() and any(layout.root.iterdir()):
+        raise ConfigError(f"{layout.root} is not empty and not a run: choose another run_dir")
+    layout.create()
+    record = {
+        "config": dump_config(config),
+        "origins": dict(origins),
+        "versions": versions(),
+        "num_prompts": len(prepared.prompts),
+        "dropped": prepared.dropped,
+        "fingerprint": prepared.fingerprint,
+    }
+    write_json(layout.config_json, record)
+    return layout
+
+
+def load_run(layout: RunLayout) -> RunConfig:
+    """The config a run directory was made with."""
+    if not layout.config_json.exists():
+        raise ConfigError(f"{layout.root} is not a run directory (it has no config.json)")
+    config = RunConfig.model_validate(read_json(layout.config_json)["config"])
+    return config.model_copy(update={"run_dir": layout.root})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, the machine, and the commit if there is one."""
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = _commit()
+    return found if commit is None else found | {"commit": commit}
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _check_completions(prompts: Sequence[EncodedPrompt], needed_by: str) -> None:
+    missing = [prompt.index for prompt in prompts if prompt.completion_ids is None]
+    if missing:
+        raise DataError(
+            f"{needed_by} needs a completion for every prompt, but prompt {missing[0]} (and "
+            f"{len(missing) - 1} more) has none: add a `completion` column, or name yours in "
+            "data.columns"
+        )
+
+
+def _check_same(config: RunConfig, prepared: Prepared, layout: RunLayout) -> None:
+    stored = read_json(layout.config_json)
+    old, new = _flat(stored["config"]), _flat(dump_config(config))
+    changed = [key for key in new if new[key] != old.get(key) and not key.startswith(_FREE)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{layout.root} was started with {key}={old.get(key)!r}, now it is {new[key]!r}: "
+            "resume with the same config, or start a new run (--set name=...)"
+        )
+    if stored["fingerprint"] != prepared.fingerprint:
+        raise DataError(
+            f"the prompts are not those {layout.root} was started with: restore the data, or start "
+            "a new run (--set name=...)"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,308 @@
+"""What to do next, decided from what has happened. No I/O, no clock, no asyncio, no tensor.
+
+`Plan.handle(event) -> actions` is deterministic: a run is resumed by replaying its events. It
+promises that no sample is trained on more than `reuse` times or more than `max_lag` snapshots
+behind, that every sample asked for leaves at most once, and that asks stay within the window.
+"""
+
+from __future__ import annotations
+
+from npd.config import RunConfig
+from npd.control import events as ev
+from npd.control.batches import has_drifted, make_step
+from npd.control.flow import Flow
+from npd.control.order import mix, prompt_of
+from npd.types import SampleRef, Segment, Step
+
+
+class Plan:
+    """The decisions of one run; `num_ranks` trainer ranks share each step's rows."""
+
+    def __init__(self, config: RunConfig, *, num_ranks: int = 1) -> None:
+        self._config, self._schedule = config, config.schedule
+        self._ranks = num_ranks
+        self._flow = Flow(config)
+        self._uses_snapshots = config.generate.source == "student" or config.needs_ifd
+        self._asks_per_round = 0
+        self._total_asks: int | None = None
+        self._trainer_busy = 0
+        self._num_segments = 0
+        self._filled = False
+        self._version = 0
+        self._publishing = False
+        self._drifted = False
+        self._step = 0
+        self._refreshed_at = 0
+        self._saved_at = 0
+        self._evaluated_at = 0
+        self._stopped = False
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps decided so far."""
+        return self._step
+
+    @property
+    def version(self) -> int:
+        """The newest published snapshot."""
+        return self._version
+
+    @property
+    def num_asked(self) -> int:
+        """Samples asked for so far."""
+        return self._flow.num_asked
+
+    @property
+    def num_live(self) -> int:
+        """Samples asked for that have not left."""
+        return self._flow.num_live
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether everything is decided and done."""
+        return self._stopped
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is decided, 0 to 1: in steps, or in uses of samples."""
+        if self._schedule.steps is not None:
+            return min(1.0, self._step / self._schedule.steps)
+        if not self._total_asks:
+            return 0.0
+        return min(1.0, self._flow.credit / (self._total_asks * self._schedule.reuse))
+
+    @property
+    def oldest_version_needed(self) -> int:
+        """The oldest snapshot that a shard on its way still needs, or else the newest."""
+        return self._flow.oldest_version(self._version)
+
+    def handle(self, event: ev.Event) -> list[ev.Action]:
+        """Take note of `event`; returns what to do now, in order."""
+        assert not self._stopped, "the run has stopped"
+        self._flow.actions = []
+        self._note(event)
+        self._decide()
+        return self._flow.actions
+
+    # -- What happened -------------------------------------------------------------------------
+
+    def _note(self, event: ev.Event) -> None:
+        match event:
+            case ev.Started(num_prompts):
+                self._start(num_prompts)
+            case ev.ShardGenerated(shard, stats):
+                self._flow.generated(shard, stats, self._version)
+            case ev.ShardScored(shard, stats):
+                self._flow.scored(shard, stats, self._version)
+            case ev.ShardFailed():
+                self._flow.failed(event)
+            case ev.SegmentTrained(report):
+                self._trainer_busy -= 1
+                self._flow.drop_spent()
+                self._drifted = has_drifted(report, self._schedule.refresh.drift)
+            case ev.SnapshotPublished(version, step):
+                self._trainer_busy -= 1
+                self._publishing, self._drifted = False, False
+                self._version, self._refreshed_at = version, step
+                self._flow.drop_stale(version)
+            case ev.CheckpointSaved() | ev.Evaluated():
+                self._trainer_busy -= 1
+
+    def _start(self, num_prompts: int) -> None:
+        self._asks_per_round = num_prompts * self._config.generate.samples_per_prompt
+        self._total_asks = self._config.num_asks(num_prompts)
+        if self._uses_snapshots:
+            self._publish(0)
+        if self._config.eval.source != "none":
+            self._to_trainer(ev.Evaluate(0))
+
+    # -- What to do ----------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        if self._flow.barren >= max(512, 8 * self._config.train.batch_size):
+            self._stop("no sample gets through", failed=True)
+        elif self._is_finished():
+            self._finish()
+        else:
+            if self._trainer_busy == 0:
+                self._tend_trainer()
+            self._ask()
+            self._score()
+            if self._trainer_busy == 0:
+                self._train()
+
+    def _is_finished(self) -> bool:
+        if self._trainer_busy:
+            return False
+        if self._schedule.steps is not None:
+            return self._step >= self._schedule.steps
+        return self._is_all_asked() and self._flow.num_live == 0
+
+    def _is_all_asked(self) -> bool:
+        return self._total_asks is not None and self._flow.num_asked >= self._total_asks
+
+    def _finish(self) -> None:
+        """A last evaluation and checkpoint, unless they are there; then stop."""
+        if self._config.eval.source != "none" and self._evaluated_at < self._step:
+            self._to_trainer(ev.Evaluate(self._step))
+        if self._saved_at < self._step:
+            self._to_trainer(ev.Checkpoint(self._step))
+        if self._trainer_busy == 0:
+            self._stop("done" if self._step else "nothing was trained", failed=self._step == 0)
+
+    def _stop(self, reason: str, *, failed: bool) -> None:
+        self._stopped = True
+        self._flow.actions.append(ev.Stop(reason, failed))
+
+    # The trainer between segments.
+
+    def _tend_trainer(self) -> None:
+        """Refresh the snapshot, save, evaluate, as each falls due."""
+        if self._is_refresh_due():
+            self._publish(self._version + 1)
+        save, evaluate = self._config.checkpoint.every_steps, self._config.eval.every_steps
+        if save is not None and self._step - self._saved_at >= save:
+            self._to_trainer(ev.Checkpoint(self._step))
+        if evaluate is not None and self._step - self._evaluated_at >= evaluate:
+            self._to_trainer(ev.Evaluate(self._step))
+
+    def _is_refresh_due(self) -> bool:
+        refresh, since = self._schedule.refresh, self._step - self._refreshed_at
+        if self._is_all_asked():
+            return False
+        if refresh.every_steps is not None:
+            return since >= refresh.every_steps
+        if refresh.drift is not None:
+            return self._drifted and since >= refresh.min_steps
+        epoch = self._next_refresh_epoch()
+        return epoch is not None and self._flow.credit >= epoch * self._asks_per_round
+
+    def _next_refresh_epoch(self) -> int | None:
+        epochs = self._schedule.refresh.at_epochs or ()
+        return epochs[self._version] if self._version < len(epochs) else None
+
+    def _publish(self, version: int) -> None:
+        self._publishing = True
+        self._to_trainer(ev.Publish(version, self._step))
+
+    def _to_trainer(self, action: ev.Publish | ev.Checkpoint | ev.Evaluate | ev.Train) -> None:
+        self._trainer_busy += 1
+        if isinstance(action, ev.Checkpoint):
+            self._saved_at = action.step
+        elif isinstance(action, ev.Evaluate):
+            self._evaluated_at = action.step
+        self._flow.actions.append(action)
+
+    # Generating and scoring.
+
+    def _ask(self) -> None:
+        """Ask for as many shards as the window and the generators take."""
+        while self._may_generate() and (size := self._shard_size()) > 0:
+            first = self._flow.num_asked
+            asks = tuple(self._ask_for(sample_id) for sample_id in range(first, first + size))
+            self._flow.ask(self._version, asks)
+        is_live = self._flow.num_live > 0
+        self._filled = is_live and (self._filled or self._shard_size() == 0)
+
+    def _ask_for(self, sample_id: int) -> ev.AskRef:
+        seed, per_prompt = self._config.seed, self._config.generate.samples_per_prompt
+        prompt = prompt_of(
+            sample_id,
+            seed=seed,
+            num_prompts=self._asks_per_round // per_prompt,
+            samples_per_prompt=per_prompt,
+        )
+        return ev.AskRef(sample_id, prompt, mix(seed, 1, sample_id))
+
+    def _may_generate(self) -> bool:
+        if self._publishing or self._flow.num_generating >= self._config.generate.workers:
+            return False
+        return self._config.is_overlapped or not (self._flow.num_scoring or self._trainer_busy)
+
+    def _shard_size(self) -> int:
+        """Samples of the next shard: a whole one, or what is left to ask, or 0 to wait for room.
+
+        Less than a whole shard is asked for only at the end of what may be asked at all, and when
+        nothing is on its way and the pool cannot make a batch.
+        """
+        whole = self._config.generate.shard_size
+        askable, room = self._askable(), self._window() - self._flow.num_live
+        short = self._flow.pool.num_available < self._config.train.batch_size
+        is_starving = short and not self._flow.is_any_on_its_way
+        if min(askable, room) >= whole or askable <= room or is_starving:
+            return max(0, min(whole, askable, room))
+        return 0
+
+    def _window(self) -> int:
+        window = self._schedule.window
+        return self._asks_per_round if window == "all" else window
+
+    def _askable(self) -> int:
+        """Samples that may still be asked for before the end, or before the next refresh."""
+        flow, reuse = self._flow, self._schedule.reuse
+        limit = self._total_asks
+        if limit is None:
+            assert self._schedule.steps is not None, "checked by the config"
+            needed = (self._schedule.steps - self._step) * self._config.train.batch_size
+            coming = (flow.num_live - len(flow.pool)) * reuse
+            limit = flow.num_asked - (coming + flow.pool.uses_left - needed) // reuse
+        epoch = self._next_refresh_epoch()
+        if epoch is not None:
+            limit = min(limit, -(-epoch // reuse) * self._asks_per_round)
+        return max(0, limit - flow.num_asked)
+
+    def _score(self) -> None:
+        in_turn = not self._config.is_overlapped
+        if not (in_turn and (self._flow.num_generating or self._trainer_busy)):
+            self._flow.score_all()
+
+    # Training.
+
+    def _train(self) -> None:
+        if not self._config.is_overlapped and self._flow.is_any_on_its_way:
+            return
+        steps: list[Step] = []
+        for _ in range(self._segment_budget()):
+            refs = self._next_batch()
+            if not refs:
+                break
+            steps.append(self._step_of(refs))
+        if steps:
+            segment = Segment(self._num_segments, self._version, tuple(steps))
+            self._num_segments += 1
+            self._to_trainer(ev.Train(segment))
+
+    def _segment_budget(self) -> int:
+        """Steps until the segment is full or something else falls due."""
+        due = [
+            (self._schedule.steps, 0),
+            (self._schedule.refresh.every_steps, self._refreshed_at),
+            (self._config.checkpoint.every_steps, self._saved_at),
+            (self._config.eval.every_steps, self._evaluated_at),
+        ]
+        left = [since + every - self._step for every, since in due if every is not None]
+        # A refresh that is overdue (nobody left to sample it) must not hold up training.
+        return min([self._schedule.segment_steps, *(steps for steps in left if steps > 0)])
+
+    def _next_batch(self) -> list[SampleRef]:
+        """The samples of the next step, or none while there are too few.
+
+        Samples are used again only once the window has filled, so that reuse goes in passes over
+        all of it; fewer than a batch are used only when no more can come.
+        """
+        size, pool = self._config.train.batch_size, self._flow.pool
+        if pool.num_fresh >= size:
+            return pool.take(size, reuse=False)
+        is_dry = not self._flow.is_any_on_its_way and self._shard_size() == 0
+        if is_dry or (self._filled and pool.num_available >= size):
+            return pool.take(size, reuse=True)
+        return []
+
+    def _step_of(self, refs: list[SampleRef]) -> Step:
+        before = self.progress
+        self._step += 1
+        self._flow.use(refs)
+        progress = (before, self.progress)
+        return make_step(
+            self._step, refs, self._config.train, progress=progress, ranks=self._ranks
+        )

@@ -1,0 +1,104 @@
+"""The samples ready to be trained on, in the order they will be.
+
+Least used first, then an order shuffled by the seed; so reuse goes in passes, like epochs, and the
+choice depends on nothing but the samples and the seed. Holds references only, never text.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from npd.control.order import mix
+from npd.types import SampleRef
+
+
+@dataclass(slots=True)
+class _Member:
+    ref: SampleRef
+    uses: int = 0
+
+
+class Pool:
+    """Live, scored and kept samples with how often each has been used."""
+
+    def __init__(self, seed: int, reuse: int) -> None:
+        self._seed = seed
+        self._reuse = reuse
+        self._members: dict[int, _Member] = {}
+        self._queue: list[tuple[int, int, int]] = []
+        self._spent: list[int] = []
+        self._fresh = 0
+        self._available = 0
+        self._uses_left = 0
+
+    def __len__(self) -> int:
+        """Samples held, those in training for the last time included."""
+        return len(self._members)
+
+    @property
+    def num_fresh(self) -> int:
+        """Samples never used yet."""
+        return self._fresh
+
+    @property
+    def num_available(self) -> int:
+        """Samples with uses left."""
+        return self._available
+
+    @property
+    def uses_left(self) -> int:
+        """Uses left over all samples."""
+        return self._uses_left
+
+    def add(self, ref: SampleRef) -> None:
+        """A new sample, unused."""
+        assert ref.sample_id not in self._members, f"sample {ref.sample_id} was added twice"
+        self._members[ref.sample_id] = _Member(ref)
+        self._fresh += 1
+        self._available += 1
+        self._uses_left += self._reuse
+        self._push(ref.sample_id, 0)
+
+    def take(self, count: int, *, reuse: bool) -> list[SampleRef]:
+        """Use up to `count` samples once each; without `reuse`, only samples never used."""
+        taken: list[_Member] = []
+        while self._queue and len(taken) < count and (reuse or self._queue[0][0] == 0):
+            uses, _, sample_id = heapq.heappop(self._queue)
+            member = self._members.get(sample_id)
+            if member is not None and member.uses == uses < self._reuse:
+                taken.append(member)
+        for member in taken:
+            self._use(member)
+        return [member.ref for member in taken]
+
+    def remove(self, sample_id: int) -> int:
+        """Forget a sample; returns how often it was used."""
+        member = self._members.pop(sample_id)
+        self._fresh -= member.uses == 0
+        self._available -= member.uses < self._reuse
+        self._uses_left -= self._reuse - member.uses
+        return member.uses
+
+    def spent(self) -> list[int]:
+        """Samples used `reuse` times and still held, by id."""
+        self._spent = [sample_id for sample_id in self._spent if sample_id in self._members]
+        return sorted(self._spent)
+
+    def older_than(self, version: int) -> list[int]:
+        """Samples written by a snapshot before `version`, by id."""
+        return sorted(i for i, member in self._members.items() if member.ref.version < version)
+
+    def _use(self, member: _Member) -> None:
+        self._fresh -= member.uses == 0
+        member.uses += 1
+        self._uses_left -= 1
+        if member.uses < self._reuse:
+            self._push(member.ref.sample_id, member.uses)
+        else:
+            self._available -= 1
+            self._spent.append(member.ref.sample_id)
+
+    def _push(self, sample_id: int, uses: int) -> None:
+        shuffled = mix(self._seed, uses, sample_id)
+        heapq.heappush(self._queue, (uses, shuffled, sample_id))

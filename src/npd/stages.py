@@ -1,0 +1,158 @@
+"""One stage alone, files to files: generate, score, train. The same engines as in a run.
+
+For looking at a stage by itself and for pipelines of one's own; there is no ledger, so a stage that
+stops half way starts again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.control.batches import make_step
+from npd.control.opening import Prepared, prepare
+from npd.control.order import mix, prompt_of
+from npd.control.pool import Pool
+from npd.errors import ConfigError, DataError, InputError
+from npd.filters import build_filter, prefilter
+from npd.generate import build_generator
+from npd.modeling import resolve_device
+from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
+from npd.types import Ask, Rollout, SampleRef, SampleStats, Scored, Segment, Step
+from npd.workers import generated_stats, scored_stats
+
+
+def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> int:
+    """Write `samples_per_prompt` rollouts for every training prompt; returns how many."""
+    _check_new(out)
+    prepared = prepare(config)
+    writer = config.teacher if config.generate.source == "teacher" else config.student
+    assert writer is not None, "checked by the config"
+    chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+    engine = build_generator(
+        config.generate,
+        stop_ids=chat.stop_ids,
+        pad_id=chat.pad_id,
+        vocab_size=chat.vocab_size,
+        device=resolve_device(config.runtime.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    engine.load(Path(snapshot or writer), 0)
+    rollouts = engine.generate(_asks(config, prepared))
+    write_rollouts(out, rollouts)
+    return len(rollouts)
+
+
+def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None = None) -> int:
+    """Score the rollouts of a file that pass the pre-filters; returns how many."""
+    from npd.score.base import build_scorer
+
+    _check_new(out)
+    if config.teacher is None:
+        raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
+    found = read_rollouts(_existing(rollouts))
+    chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+    kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
+    scorer = build_scorer(
+        config.score,
+        teacher=config.teacher,
+        vocab_size=chat.vocab_size,
+        needs_ifd=config.needs_ifd,
+        needs_student_pass=config.needs_student_pass,
+        support="sampled" if config.loss.target == "sampled" else "topk",
+        device=resolve_device(config.runtime.device),
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
+    )
+    if config.needs_ifd or config.needs_student_pass:
+        scorer.load_student(Path(snapshot or config.student), 0)
+    write_scored(out, scorer.score(kept))
+    return len(kept)
+
+
+def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
+    """Filter, pack and train on a file; writes a model directory. Yields lines of progress."""
+    from npd.train.trainer import Trainer
+
+    _check_new(out)
+    samples: Sequence[Scored | Rollout] = (
+        read_scored(_existing(data)) if config.needs_scores else read_rollouts(_existing(data))
+    )
+    by_id = {_stats(sample).sample_id: sample for sample in samples}
+    refs = _filtered(config, [_stats(sample) for sample in samples])
+    if not refs:
+        raise DataError(f"{data}: the filter keeps none of its {len(samples)} samples")
+    yield f"kept {len(refs)} of {len(samples)} samples"
+    trainer = Trainer(
+        config.train,
+        config.loss,
+        student=config.student,
+        read=lambda ref: by_id[ref.sample_id],
+        device=resolve_device(config.runtime.device),
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
+    )
+    for step in _steps(config, refs):
+        report = trainer.train(Segment(step.index, 0, (step,))).steps[0]
+        yield f"step {report.step}  loss {report.loss:.4f}  ce {report.ce:.4f}  lr {report.lr:.2e}"
+    trainer.save_pretrained(out)
+    yield f"model directory {out}"
+
+
+def _asks(config: RunConfig, prepared: Prepared) -> list[Ask]:
+    per_prompt, count = config.generate.samples_per_prompt, len(prepared.prompts)
+    return [
+        Ask(i, mix(config.seed, 1, i), prepared.prompts[_prompt(config, i, count)])
+        for i in range(count * per_prompt)
+    ]
+
+
+def _prompt(config: RunConfig, sample_id: int, num_prompts: int) -> int:
+    per_prompt = config.generate.samples_per_prompt
+    return prompt_of(
+        sample_id, seed=config.seed, num_prompts=num_prompts, samples_per_prompt=per_prompt
+    )
+
+
+def _stats(sample: Scored | Rollout) -> SampleStats:
+    return scored_stats(sample) if isinstance(sample, Scored) else generated_stats(sample)
+
+
+def _filtered(config: RunConfig, stats: list[SampleStats]) -> list[SampleRef]:
+    passed = [s for s in stats if prefilter(s, config.filter).keep]
+    verdicts = build_filter(config.filter, config.seed).judge(passed, ())
+    return [
+        SampleRef(s.sample_id, 0, s.version, s.num_tokens)
+        for s, verdict in zip(passed, verdicts, strict=True)
+        if verdict.keep
+    ]
+
+
+def _steps(config: RunConfig, refs: list[SampleRef]) -> Iterator[Step]:
+    """Batches of the file's samples for `schedule.epochs` passes or `schedule.steps` steps."""
+    size = min(config.train.batch_size, len(refs))
+    per_pass = math.ceil(len(refs) / size)
+    total = config.schedule.steps or per_pass * (config.schedule.epochs or 1)
+    done = 0
+    for epoch in range(math.ceil(total / per_pass)):
+        pool = Pool(mix(config.seed, epoch), 1)
+        for ref in refs:
+            pool.add(ref)
+        while done < total and (batch := pool.take(size, reuse=False)):
+            progress = (done / total, (done + 1) / total)
+            done += 1
+            yield make_step(done, batch, config.train, progress=progress)
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give the Arrow file of the stage before")
+    return path
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"{out} exists already: choose another --out")

@@ -1,0 +1,176 @@
+"""A run without workers: answers the plan's actions in a random order, and checks every promise.
+
+The order, the failures and the drift come from `random.Random(seed)`; so a simulation is
+repeatable, and its events can be replayed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from npd.config import RunConfig
+from npd.control import events as ev
+from npd.control.plan import Plan
+from npd.types import EvalReport, FinishReason, Outcome, SampleStats, SegmentReport, StepReport
+
+
+def step_report(step: int, samples: int, drift: float | None = 0.01) -> StepReport:
+    """A report of nothing remarkable."""
+    return StepReport(
+        step=step, loss=1.0, ce=1.0, kd=1.0, grad_norm=1.0, lr=1e-3, num_samples=samples,
+        response_tokens=10 * samples, total_tokens=20 * samples, num_rows=1, fill=0.9,
+        seconds=1.0, drift=drift,
+    )  # fmt: skip
+
+
+@dataclass
+class Simulation:
+    """One run, checked as it goes. `fail` is the probability that a try at a shard fails."""
+
+    config: RunConfig
+    num_prompts: int
+    seed: int = 0
+    fail: float = 0.0
+    events: list[ev.Event] = field(default_factory=list)
+    decided: list[list[ev.Action]] = field(default_factory=list)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    uses: Counter = field(default_factory=Counter)
+    asked: dict[int, int] = field(default_factory=dict)
+    lags: list[int] = field(default_factory=list)
+    stop: ev.Stop | None = None
+    steps: int = 0
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+        self.plan = Plan(self.config)
+        self.version = 0
+        self.trainer_queue: list[ev.Action] = []
+        self.open: list[ev.Action] = []
+        self.prompts: Counter = Counter()
+        self.stages_at_once: set[frozenset[str]] = set()
+
+    def run(self, max_events: int = 20_000) -> Simulation:
+        self._take(ev.Started(self.num_prompts))
+        for _ in range(max_events):
+            if self.stop is not None:
+                return self
+            assert self.open or self.trainer_queue, "nothing is under way and the run is not over"
+            self._take(self._finish_one())
+        raise AssertionError("the run does not end")
+
+    def _take(self, event: ev.Event) -> None:
+        self.events.append(event)
+        actions = self.plan.handle(event)
+        self.decided.append(actions)
+        for action in actions:
+            self._carry_out(action)
+        self._check()
+
+    def _carry_out(self, action: ev.Action) -> None:
+        assert self.stop is None, "an action after the end"
+        match action:
+            case ev.Generate(shard, version, asks):
+                is_retry = asks[0].sample_id in self.asked
+                assert version <= self.plan.version if is_retry else version == self.plan.version
+                for ask in asks:
+                    assert self.asked.setdefault(ask.sample_id, shard) == shard, "asked twice"
+                    self.prompts[ask.prompt] += not is_retry
+                self.open.append(action)
+            case ev.Score():
+                self.open.append(action)
+            case ev.Retire(samples):
+                for sample_id, outcome, _ in samples:
+                    assert sample_id not in self.outcomes, "left twice"
+                    self.outcomes[sample_id] = outcome
+            case ev.Train(segment):
+                self._check_segment(segment)
+                self.trainer_queue.append(action)
+            case ev.Stop():
+                self.stop = action
+            case _:
+                self.trainer_queue.append(action)
+
+    def _check_segment(self, segment) -> None:
+        schedule = self.config.schedule
+        assert segment.version == self.plan.version
+        for step in segment.steps:
+            self.steps += 1
+            assert step.index == self.steps
+            refs = [ref for rank in step.ranks for row in rank for ref in row.samples]
+            assert len({ref.sample_id for ref in refs}) == len(refs), "twice in one step"
+            assert 0 < len(refs) <= self.config.train.batch_size
+            for ref in refs:
+                assert ref.sample_id not in self.outcomes, "trained on after it left"
+                self.uses[ref.sample_id] += 1
+                assert self.uses[ref.sample_id] <= schedule.reuse, "used too often"
+                self.lags.append(segment.version - ref.version)
+                assert 0 <= self.lags[-1] <= schedule.max_lag, "too far behind"
+            for rank in step.ranks:
+                for row in rank:
+                    tokens = sum(ref.num_tokens for ref in row.samples)
+                    assert tokens <= self.config.train.row_tokens
+
+    def _check(self) -> None:
+        live = len(self.asked) - len(self.outcomes)
+        assert self.plan.num_live == live
+        assert self.plan.num_asked == len(self.asked)
+        window = self.config.schedule.window
+        per_round = self.num_prompts * self.config.generate.samples_per_prompt
+        assert live <= (per_round if window == "all" else window), "the window overflows"
+        for sample_id, outcome in self.outcomes.items():
+            if outcome is Outcome.TRAINED_OUT:
+                assert self.uses[sample_id] == self.config.schedule.reuse
+        stages = {type(action).__name__ for action in self.open}
+        stages |= {"Trainer"} if self.trainer_queue else set()
+        self.stages_at_once.add(frozenset(stages))
+
+    def _finish_one(self) -> ev.Event:
+        choices = [*self.open, *self.trainer_queue[:1]]
+        action = self.random.choice(choices)
+        (self.open if action in self.open else self.trainer_queue).remove(action)
+        return self._event(action)
+
+    def _event(self, action: ev.Action) -> ev.Event:
+        draw = self.random
+        match action:
+            case ev.Generate(shard, version, asks):
+                if draw.random() < self.fail:
+                    return ev.ShardFailed(shard, "generate", "lost")
+                stats = tuple(self._stats(a.sample_id, a.prompt, version) for a in asks)
+                return ev.ShardGenerated(shard, stats)
+            case ev.Score(shard, version, ids):
+                if draw.random() < self.fail:
+                    return ev.ShardFailed(shard, "score", "lost")
+                return ev.ShardScored(shard, tuple(self._scored(i, version) for i in ids))
+            case ev.Train(segment):
+                reports = tuple(
+                    step_report(step.index, self.config.train.batch_size, draw.uniform(0, 0.2))
+                    for step in segment.steps
+                )
+                return ev.SegmentTrained(SegmentReport(segment.index, reports))
+            case ev.Publish(version, step):
+                return ev.SnapshotPublished(version, step, f"sum{version}")
+            case ev.Checkpoint(step):
+                return ev.CheckpointSaved(step)
+            case ev.Evaluate(step):
+                return ev.Evaluated(EvalReport(step, 1.0, 0.5, None, 4, 10, 0.1))
+        raise AssertionError(action)
+
+    def _stats(self, sample_id: int, prompt: int, version: int) -> SampleStats:
+        draw = random.Random(f"{self.seed}-{sample_id}")
+        finish = FinishReason.LENGTH if draw.random() < 0.1 else FinishReason.STOP
+        tokens = draw.randint(1, self.config.generate.max_new_tokens)
+        return SampleStats(sample_id, prompt, version, 5, tokens, finish, draw.random() * 0.6)
+
+    def _scored(self, sample_id: int, version: int) -> SampleStats:
+        draw = random.Random(f"{self.seed}+{sample_id}")
+        base = self._stats(sample_id, 0, version)
+        return SampleStats(
+            base.sample_id, base.prompt_index, version, base.prompt_tokens, base.response_tokens,
+            base.finish, base.repeat,
+            nll_teacher=draw.uniform(0.1, 2), nll_teacher_alone=draw.uniform(0.5, 3),
+            nll_student=draw.uniform(0.1, 2), nll_student_alone=draw.uniform(0.5, 3),
+            overlap=draw.random(), teacher_mass=0.9,
+        )  # fmt: skip

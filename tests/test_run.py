@@ -1,0 +1,237 @@
+"""Whole runs on tiny real models: every preset, resume, stages alone, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from tiny_run import tiny_config, tiny_settings, write_prompts
+from transformers import AutoModelForCausalLM
+
+import npd
+from npd.control.controller import Controller
+from npd.control.events import decode
+from npd.errors import ConfigError, DataError, RunError
+from npd.observe.live import LiveState
+from npd.observe.metrics import read_metrics
+from npd.observe.trace import overlap_seconds, read_trace
+from npd.settings import load_config
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.store.shards import read_rollouts
+from npd.types import Outcome
+
+
+class QuietView:
+    """A view that remembers."""
+
+    def __init__(self):
+        self.states: list[LiveState] = []
+        self.messages: list[str] = []
+        self.is_closed = False
+
+    def update(self, state):
+        self.states.append(state)
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    """Makes tiny configs in `tmp_path`, over the same data."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+
+    def build(name="run", **sections):
+        return tiny_config(tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, **sections)
+
+    return build
+
+
+def check_books(layout: RunLayout, *, reuse: int) -> Counter:
+    """The conservation law, and the uses of every sample; returns the outcomes."""
+    with Ledger.reader(layout.ledger_db) as ledger:
+        conservation, rows = ledger.conservation(), ledger.samples()
+    assert conservation.holds
+    assert conservation.asked == len(rows)
+    for row in rows:
+        assert row.uses <= reuse
+        assert (row.outcome is Outcome.TRAINED_OUT) == (row.uses == reuse)
+    files = [r.sample_id for path in sorted(layout.rollouts(0).parent.glob("*.arrow"))
+             for r in read_rollouts(path)]  # fmt: skip
+    assert len(files) == len(set(files)), "a sample was generated twice"
+    return Counter(row.outcome for row in rows)
+
+
+def weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def test_a_run_ends_with_a_student_a_report_and_balanced_books(make, tiny_model_dir):
+    view = QuietView()
+    result = npd.run(make(), view=view)
+    layout = RunLayout(result.directory)
+    assert result.is_done
+    outcomes = check_books(layout, reuse=2)
+    assert outcomes[Outcome.TRAINED_OUT] > 0
+    assert sum(outcomes.values()) == 2 * 20
+    student, start = weights(result.student), weights(tiny_model_dir)
+    assert any(not torch.equal(student[name], start[name]) for name in start)
+    page = result.report.read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert json.loads(layout.trace_json.read_text())["traceEvents"]
+    assert view.is_closed
+    assert view.states[-1].progress == pytest.approx(1.0)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        assert [row.version for row in ledger.snapshots()] == [0, 1]
+
+
+def test_the_student_moves_towards_the_teacher(make):
+    schedule = {"epochs": 24, "reuse": 4, "refresh": {"at_epochs": [8, 16]}}
+    result = npd.run(make(schedule=schedule, loss={"target": "tail"}), view=QuietView())
+    evals = result.data.evals
+    assert evals[-1]["kl"] < 0.8 * evals[0]["kl"]
+    steps = [m for m in read_metrics(RunLayout(result.directory).metrics_jsonl, "train")]
+    assert [m["step"] for m in steps] == list(range(1, len(steps) + 1))
+
+
+def test_two_runs_of_the_same_config_are_the_same_run(make):
+    first, second = (npd.run(make(name), view=QuietView()) for name in ("one", "two"))
+    a, b = weights(first.student), weights(second.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [s["loss"] for s in first.data.steps] == [s["loss"] for s in second.data.steps]
+
+
+@pytest.mark.parametrize(
+    ("preset", "extra"),
+    [
+        ("sft", {}),
+        ("seqkd", {}),
+        ("offline_kd", {}),
+        ("on_policy", {"schedule": {"steps": 4, "epochs": None}}),
+        ("npd", {}),
+        ("npd_adaptive", {"schedule": {"steps": 8, "epochs": None}}),
+    ],
+)
+def test_every_preset_runs_on_the_same_code_and_data(
+    preset, extra, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    settings = tiny_settings(tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / "run")
+    for name in ("name", "schedule"):
+        del settings[name]
+    settings["filter"].pop("name", None)
+    overrides = [f"{k}={json.dumps(v)}" for k, v in _flat(settings | extra)]
+    overrides += ["train.batch_size=4"]
+    if preset in ("on_policy", "npd_adaptive"):
+        overrides += ["schedule.window=4"] if preset == "on_policy" else ["schedule.window=12"]
+    config = load_config(preset, overrides).config
+    result = npd.run(config, view=QuietView())
+    assert result.is_done
+    assert result.step > 0
+    check_books(RunLayout(result.directory), reuse=config.schedule.reuse)
+
+
+def _flat(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(make):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        npd.run(make(), resume=True, view=QuietView())
+    result = npd.run(make(), view=QuietView())
+    before = {p: p.stat().st_mtime_ns for p in result.directory.rglob("*.arrow")}
+    with pytest.raises(ConfigError, match="holds a run already"):
+        npd.run(make(), view=QuietView())
+    again = npd.run(make(), resume=True, view=QuietView())
+    assert again.is_done
+    assert {p: p.stat().st_mtime_ns for p in result.directory.rglob("*.arrow")} == before
+
+
+def test_resume_refuses_another_config_or_other_data(make, tmp_path):
+    npd.run(make(), view=QuietView())
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        npd.run(make(train={"lr": 5e-3}), resume=True, view=QuietView())
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    with pytest.raises(DataError, match="prompts are not those"):
+        npd.run(make(), resume=True, view=QuietView())
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make):
+    whole = npd.run(make("whole"), view=QuietView())
+    cut = npd.run(make("cut"), view=Interrupting(after=12))
+    assert not cut.is_done
+    assert 0 < cut.step < whole.step
+    resumed = npd.run(make("cut"), resume=True, view=QuietView())
+    assert resumed.is_done
+    a, b = weights(whole.student), weights(resumed.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    check_books(RunLayout(resumed.directory), reuse=2)
+
+
+class Interrupting(QuietView):
+    """Sends the process a real SIGINT once so many states were shown and a step was taken."""
+
+    def __init__(self, after):
+        super().__init__()
+        self._after = after
+        self._sent = False
+
+    def update(self, state):
+        import os
+        import signal
+
+        super().update(state)
+        if state.step >= 4 and not self._sent:
+            self._sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_local_processes_overlap_and_keep_the_books(make):
+    config = make(
+        runtime={"kind": "local"},
+        schedule={"epochs": None, "steps": 30, "window": 20, "reuse": 2,
+                  "refresh": {"every_steps": 8}, "max_lag": 2, "segment_steps": 2},
+    )  # fmt: skip
+    result = npd.run(config, view=QuietView())
+    layout = RunLayout(result.directory)
+    check_books(layout, reuse=2)
+    spans = read_trace(layout.trace_jsonl)
+    assert overlap_seconds(spans, ["train"], ["generate", "score"]) > 0
+    with Ledger.reader(layout.ledger_db) as ledger:
+        versions = [row.version for row in ledger.snapshots()]
+    assert versions == [0, 1, 2, 3]
+
+
+def test_a_non_finite_loss_stops_with_one_line_and_can_be_resumed(make):
+    with pytest.raises(RunError, match="step 2.*gradient norm nan.*not taken"):
+        npd.run(make(train={"lr": 1e30, "clip": 1e30}), view=QuietView())
+    check_books(RunLayout(make().directory), reuse=2)
+
+
+def test_a_filter_that_keeps_nothing_ends_with_the_reasons(make):
+    with pytest.raises(RunError, match="short"):
+        npd.run(make(filter={"min_response_tokens": 500}), view=QuietView())
+
+
+def test_events_are_readable_by_later_code(make):
+    result = npd.run(make(), view=QuietView())
+    with Ledger.reader(RunLayout(result.directory).ledger_db) as ledger:
+        kinds = Counter()
+        for _, kind, payload in ledger.events():
+            payload.pop("digest")
+            kinds[type(decode(kind, payload)).__name__] += 1
+    assert kinds["Started"] == 1
+    assert kinds["SegmentTrained"] > 0
+    assert Controller.__doc__
+    assert logging.getLogger("npd").handlers == []
