@@ -1,0 +1,7 @@
+"""Who writes the responses: the student's snapshot, the teacher, or the data with its own text."""
+
+from __future__ import annotations
+
+from npd.generate.base import Generator, build_generator
+
+__all__ = ["Generator", "build_generator"]
