@@ -9,7 +9,8 @@ Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,12 +25,15 @@ from npd.errors import ModelError
 from npd.types import IntArray
 
 _ATTENTION = "npd_packed"
+# 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
+# page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
+_CPU_LOGITS = 2**23
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One packed row. `input_ids`, `position_ids` [1, T]; `cu_seqlens` (0, ..., T) bounds documents.
+    """One packed row: `input_ids`, `position_ids` [1, T]; `cu_seqlens` (0, ..., T) its documents.
 
     Example: documents [5, 6] and [7] give input_ids [[5, 6, 7]], position_ids [[0, 1, 0]] and
     cu_seqlens (0, 2, 3).
@@ -58,6 +62,12 @@ class Head:
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def slices(self, length: int, at_most: int) -> Iterator[slice]:
+        """Slices over `length` positions, of as many as should have logits at once."""
+        if self.weight.device.type == "cpu":
+            at_most = max(1, min(at_most, _CPU_LOGITS // len(self.weight)))
+        return (slice(start, start + at_most) for start in range(0, length, at_most))
 
 
 def pack_documents(documents: Sequence[IntArray], device: str | torch.device) -> PackedBatch:
@@ -90,6 +100,12 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     assert cu_seqlens is not None, "packed attention was called without document boundaries"
     assert attention_mask is None, "packed attention builds no mask and takes none"
+    for feature in ("softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise ModelError(
+                f"this model's attention uses {feature} (logit capping or sinks), which packed "
+                "attention does not apply: choose a model without it"
+            )
     longest = max(end - start for start, end in pairwise(cu_seqlens))
     if window is not None and longest > window:
         raise ModelError(
@@ -130,9 +146,7 @@ def _varlen(
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     # window_size is (left, right); the default (-1, -1) is not causal.
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0)
-    )
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[None]
 
@@ -158,13 +172,14 @@ def load_model(
     if packed:
         AttentionInterface.register(_ATTENTION, packed_attention)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=_DTYPES[dtype],
-            attn_implementation=_ATTENTION if packed else "sdpa",
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                dtype=_DTYPES[dtype],
+                attn_implementation=_ATTENTION if packed else "sdpa",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
@@ -198,6 +213,87 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     hidden = out.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden[0]
+
+
+def response_hidden(
+    model: Any, pairs: Sequence[tuple[IntArray, IntArray]], row_tokens: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The hidden states that predict each response, many (context, response) pairs to a row.
+
+    Yields, row by row, the pairs' indices and their states [sum of L, d] in that order: state t of
+    a response is the one at the position before its token t, so the first is the context's last.
+    No state is asked for after a response's last token, hence that token is not fed. A pair longer
+    than `row_tokens` gets a row of its own.
+    """
+    assert all(len(context) and len(response) for context, response in pairs)
+    documents = [np.concatenate([context, response[:-1]]) for context, response in pairs]
+    for row in _first_fit([len(document) for document in documents], row_tokens):
+        batch = pack_documents([documents[i] for i in row], model.device)
+        ends = batch.cu_seqlens[1:]
+        positions = [
+            torch.arange(end - len(pairs[i][1]), end) for i, end in zip(row, ends, strict=True)
+        ]
+        yield row, hidden_states(model, batch)[torch.cat(positions).to(model.device)]
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths`, longest first, each in the first row with room for it."""
+    rows: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (r for r, (used, _) in enumerate(rows) if used + lengths[index] <= capacity)
+        place = next(fits, len(rows))
+        used, row = rows[place] if place < len(rows) else (0, [])
+        rows[place : place + 1] = [(used + lengths[index], [*row, index])]
+    return [row for _, row in rows]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers for the time of the block: they tear a live view."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[Any]:
+    """A packed model as one that can decode with a cache, for the time of the block."""
+    was_training = model.training
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(_ATTENTION)
+        model.train(was_training)
+
+
+def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError when the model's context is shorter than `longest` tokens.
+
+    Reads the model's config only, no weights.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{str(path)!r} is not a model npd can read (no usable config.json): give a Hugging "
+            "Face model directory or the name of one that is on this machine"
+        ) from error
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < longest:
+        raise ModelError(
+            f"{path}: a sample may have {longest} tokens (data.max_prompt_tokens + "
+            f"generate.max_new_tokens) but the model's context is {context}: lower one of them"
+        )
 
 
 def num_parameters(model: nn.Module) -> int:

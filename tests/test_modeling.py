@@ -1,0 +1,220 @@
+"""Packed models: documents never see each other, and head(hidden) is the model's own logits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import make_model, make_tokenizer
+from npd.errors import ModelError
+from npd.modeling import (
+    Head,
+    PackedBatch,
+    _first_fit,
+    head_of,
+    hidden_states,
+    load_model,
+    pack_documents,
+    packed_attention,
+    response_hidden,
+)
+
+
+def ids(*values):
+    return np.array(values, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model_dir):
+    return load_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir):
+    return load_model(tiny_model_dir, packed=False)
+
+
+def logits(model, documents):
+    with torch.no_grad():
+        return head_of(model).logits(hidden_states(model, pack_documents(documents, "cpu")))
+
+
+def plain_logits(model, document):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(document.astype(np.int64))[None]).logits[0]
+
+
+def test_pack_documents_matches_its_example():
+    batch = pack_documents([ids(5, 6), ids(7)], "cpu")
+    assert batch.input_ids.tolist() == [[5, 6, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 0]]
+    assert batch.cu_seqlens == (0, 2, 3)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7, 3), (1, 1, 1), (5, 1, 19, 2)])
+def test_packed_logits_are_those_of_each_document_alone(packed, plain, lengths):
+    rng = np.random.default_rng(len(lengths))
+    documents = [rng.integers(0, 300, n).astype(np.int32) for n in lengths]
+    expected = torch.cat([plain_logits(plain, document) for document in documents])
+    torch.testing.assert_close(logits(packed, documents), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_document_never_changes_another(packed):
+    a, b, other = ids(10, 11, 12, 13), ids(40, 41, 42), ids(200, 7, 99, 150)
+    torch.testing.assert_close(
+        logits(packed, [a, b])[4:], logits(packed, [other, b])[4:], atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        logits(packed, [b, a])[:3], logits(packed, [b, other])[:3], atol=1e-6, rtol=0
+    )
+
+
+def test_one_boundary_less_would_change_it(packed):
+    """The check above can fail: the same row as one document gives other logits for B."""
+    a, b, other = ids(10, 11, 12, 13), ids(40, 41, 42), ids(200, 7, 99, 150)
+
+    def joined(first):
+        row = pack_documents([first, b], "cpu")
+        batch = PackedBatch(row.input_ids, row.position_ids, (0, 7))
+        with torch.no_grad():
+            return head_of(packed).logits(hidden_states(packed, batch))[4:]
+
+    assert (joined(a) - joined(other)).abs().max() > 0.1
+
+
+def test_missing_boundaries_raise(packed):
+    batch = pack_documents([ids(5, 6), ids(7)], "cpu")
+    with pytest.raises(AssertionError, match="without document boundaries"):
+        packed(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+
+
+def test_an_attention_mask_raises(packed):
+    batch = pack_documents([ids(5, 6), ids(7)], "cpu")
+    with pytest.raises(AssertionError, match="takes none"):
+        packed(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=torch.zeros(1, 1, 3, 3),
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+
+def test_a_document_longer_than_the_sliding_window_raises():
+    q = torch.zeros(1, 2, 6, 4)
+    with pytest.raises(ModelError, match="sliding window"):
+        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 1, 6), sliding_window=4)
+    packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 3, 6), sliding_window=4)
+
+
+@pytest.mark.parametrize("feature", ["softcap", "s_aux"])
+def test_attention_features_it_lacks_raise(feature):
+    q = torch.zeros(1, 2, 6, 4)
+    with pytest.raises(ModelError, match=feature):
+        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 6), **{feature: 50.0})
+
+
+def test_head_applies_bias_scale_and_softcap():
+    torch.manual_seed(0)
+    weight, bias, hidden = torch.randn(7, 3), torch.randn(7), torch.randn(5, 3)
+    expected = 4.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 4.0)
+    got = Head(weight, bias, scale=0.5, softcap=4.0).logits(hidden)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(Head(weight).logits(hidden), hidden @ weight.T)
+    assert Head(weight.bfloat16()).logits(hidden).dtype == torch.float32
+
+
+def save(model, path):
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma2", "cohere"])
+def test_head_of_knows_scaled_and_capped_families(family, tmp_path):
+    import transformers as t
+
+    common = {
+        "vocab_size": 304,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    configs = {
+        "granite": lambda: t.GraniteConfig(**common, logits_scaling=8.0),
+        "gemma2": lambda: t.Gemma2Config(
+            **common, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None
+        ),
+        "cohere": lambda: t.CohereConfig(**common, logit_scale=0.25),
+    }
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(configs[family]()).eval()
+    loaded = load_model(save(model, tmp_path))
+    head = head_of(loaded)
+    assert head.scale != 1.0 or head.softcap is not None
+    document = ids(3, 1, 4, 1, 5)
+    torch.testing.assert_close(
+        logits(loaded, [document]), plain_logits(model, document), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_head_weight_is_the_models_own(packed):
+    assert head_of(packed).weight is packed.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("row_tokens", [1, 9, 20, 1000])
+def test_response_hidden_is_the_state_before_each_token(packed, plain, row_tokens):
+    rng = np.random.default_rng(3)
+    shapes = [(1, 1), (4, 6), (2, 1), (7, 9), (1, 5)]
+    pairs = [tuple(rng.integers(0, 300, n).astype(np.int32) for n in shape) for shape in shapes]
+    seen = []
+    with torch.no_grad():
+        for row, hidden in response_hidden(packed, pairs, row_tokens):
+            states = hidden.split([len(pairs[i][1]) for i in row])
+            for i, state in zip(row, states, strict=True):
+                context, response = pairs[i]
+                whole = plain_logits(plain, np.concatenate([context, response]))
+                expected = whole[len(context) - 1 : -1]
+                torch.testing.assert_close(
+                    head_of(packed).logits(state), expected, atol=1e-5, rtol=1e-5
+                )
+            seen += row
+    assert sorted(seen) == list(range(len(pairs)))
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_first_fit_places_each_once_within_capacity(lengths, capacity):
+    rows = _first_fit(lengths, capacity)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len(row) == 1 or sum(lengths[i] for i in row) <= capacity
+    fits = [min(length, capacity) for length in lengths]
+    assert len(rows) <= 2 * sum(fits) // capacity + 1
+
+
+@pytest.mark.parametrize("vocab", [1, 304, 200_000])
+def test_slices_cover_every_position_once(vocab):
+    head = Head(torch.empty(vocab, 1))
+    covered = [i for part in head.slices(700, 512) for i in range(700)[part]]
+    assert covered == list(range(700))
+    assert all(len(range(700)[part]) * vocab <= 2**23 for part in head.slices(700, 512))
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_model(tmp_path)
+
+
+def test_tied_and_untied_models_load(tmp_path):
+    for tied in (True, False):
+        model = make_model(3, tied=tied)
+        loaded = load_model(save(model, tmp_path / str(tied)))
+        torch.testing.assert_close(
+            logits(loaded, [ids(9, 8, 7)]), plain_logits(model, ids(9, 8, 7)), atol=1e-5, rtol=1e-5
+        )
