@@ -1,0 +1,228 @@
+"""Which samples are trained on: pure functions from a sample's scalars to a Verdict.
+
+`prefilter` speaks before the teacher is paid for, a `Filter` after. Δ-IFD is the method's own
+filter; the controls drop as many samples by something simpler, so that its effect can be told from
+mere dropping. Nothing here reads tensors, remembers a call, or depends on the order of a batch.
+
+IFD, instruction-following difficulty: Li et al. 2308.12032 (ratio of mean NLLs), 2402.00530 (ratio
+of perplexities). Δ-IFD and its bounds: 2605.05940.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from npd.config import FilterConfig
+from npd.types import FinishReason, IntArray, SampleStats, Verdict
+
+Ratio: TypeAlias = Literal["nll", "ppl"]
+# What a control sorts a batch by, lowest kept first, given the batch and its pool; NaN: unranked.
+Rank: TypeAlias = Callable[[Sequence[SampleStats], Sequence[SampleStats]], list[float]]
+
+KEEP = Verdict(keep=True)
+UNSCORED = Verdict(keep=False, reason="unscored")
+# Nats per token. Below it the denominator is rounding noise and the ratio would explode; ordinary
+# text lies far above, so a larger floor would only bias short templated answers.
+_NLL_FLOOR = 1e-3
+# math.exp overflows beyond; a perplexity ratio that large is out of any bounds anyhow.
+_MAX_EXPONENT = 700.0
+_GRAM = 4
+
+
+class Filter(Protocol):
+    """Judges scored samples."""
+
+    def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
+        """One verdict for each sample of `batch`, in its order.
+
+        `history` are samples scored earlier, oldest first, none of them in `batch`: they steady
+        quantiles and medians and are not judged again.
+        """
+        ...
+
+
+def prefilter(stats: SampleStats, config: FilterConfig) -> Verdict:
+    """Judge what is known before scoring: `truncated`, then `short`, then `repeating`."""
+    if config.drop_truncated and stats.finish is FinishReason.LENGTH:
+        return Verdict(keep=False, reason="truncated")
+    if stats.response_tokens < config.min_response_tokens:
+        return Verdict(keep=False, reason="short")
+    if stats.repeat > config.max_repeat:
+        return Verdict(keep=False, reason="repeating")
+    return KEEP
+
+
+def repeat_share(response_ids: IntArray | Sequence[int]) -> float:
+    """Share of a response's 4-grams that occurred before in it, in [0, 1); 0 for L < 5.
+
+    >>> repeat_share([7, 7, 7, 7, 7])
+    0.5
+    """
+    ids = np.asarray(response_ids).tolist()
+    grams = list(zip(*(ids[start:] for start in range(_GRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+def ifd(nll: float | None, nll_alone: float | None, ratio: Ratio = "nll") -> float:
+    """Instruction-following difficulty: how hard a response is with its prompt against without.
+
+    Both are means over the response in nats per token. `nll` divides them (denominator floored at
+    1e-3 nats), `ppl` divides their exponentials. NaN where either is missing or not finite.
+    """
+    if nll is None or nll_alone is None or not (math.isfinite(nll) and math.isfinite(nll_alone)):
+        return math.nan
+    if ratio == "ppl":
+        return math.exp(min(nll - nll_alone, _MAX_EXPONENT))
+    return nll / max(nll_alone, _NLL_FLOOR)
+
+
+def delta_ifd(stats: SampleStats, ratio: Ratio = "nll") -> float:
+    """IFD of the teacher minus IFD of the student on the same tokens; NaN where one is unknown.
+
+    Below 0 the student finds its own sample harder than the teacher does; far above 0 the student
+    is sure of what the teacher finds almost impossible.
+    """
+    teacher = ifd(stats.nll_teacher, stats.nll_teacher_alone, ratio)
+    return teacher - ifd(stats.nll_student, stats.nll_student_alone, ratio)
+
+
+def bounds(config: FilterConfig, pool: Sequence[SampleStats]) -> tuple[float, float]:
+    """The inclusive bounds of Δ-IFD that hold for `pool` (recent history, then the batch).
+
+    `fixed`: `low - tolerance` and `high`. `quantile`: linearly interpolated quantiles of the pool's
+    Δ-IFD, without the unscored and without those too sure for the ratio to mean anything; a pool
+    with none left bounds nothing.
+    """
+    if config.bounds == "fixed":
+        return config.low - config.tolerance, config.high
+    deltas = [delta_ifd(stats, config.ratio) for stats in pool if not _is_mastered(stats, config)]
+    known = [delta for delta in deltas if math.isfinite(delta)]
+    if not known:
+        return -math.inf, math.inf
+    low, high = np.quantile(known, [config.low_quantile, config.high_quantile])
+    return float(low), float(high)
+
+
+def _is_mastered(stats: SampleStats, config: FilterConfig) -> bool:
+    """Whether both models are surer of the response than `min_nll`: the ratio is noise there."""
+    nlls = (stats.nll_teacher, stats.nll_student)
+    return all(nll is not None and nll < config.min_nll for nll in nlls)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll:
+    """No filter: every sample is kept."""
+
+    def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
+        """Keep all."""
+        return [KEEP for _ in batch]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaIfd:
+    """Keep `low <= Δ-IFD <= high`, and what both models are too sure of for it to tell.
+
+    Reasons: `degenerate` below, `disconnect` above, `unscored` where a needed NLL is missing.
+    """
+
+    config: FilterConfig
+
+    def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
+        """Judge a batch by bounds from the recent history and itself."""
+        low, high = bounds(self.config, _pool(batch, history, self.config))
+        return [self._judge_one(stats, low, high) for stats in batch]
+
+    def _judge_one(self, stats: SampleStats, low: float, high: float) -> Verdict:
+        delta = delta_ifd(stats, self.config.ratio)
+        if math.isnan(delta):
+            return UNSCORED
+        if _is_mastered(stats, self.config) or low <= delta <= high:
+            return KEEP
+        return Verdict(keep=False, reason="degenerate" if delta < low else "disconnect")
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Keep the samples that rank lowest, as many as `keep` says or as Δ-IFD keeps of the batch.
+
+    Ties go to the lower sample id. Reasons: the control's name, or `unscored` where the sample
+    lacks what it ranks by.
+    """
+
+    config: FilterConfig
+    rank: Rank
+
+    def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
+        """Judge a batch; exactly the number to keep is kept, fewer only if too few are ranked."""
+        pool = _pool(batch, history, self.config)
+        ranks = self.rank(batch, pool)
+        ranked = [i for i, rank in enumerate(ranks) if not math.isnan(rank)]
+        ranked.sort(key=lambda i: (ranks[i], batch[i].sample_id))
+        kept = set(ranked[: self._num_kept(batch, history)])
+        dropped = Verdict(keep=False, reason=self.config.name)
+        return [
+            KEEP if i in kept else UNSCORED if math.isnan(rank) else dropped
+            for i, rank in enumerate(ranks)
+        ]
+
+    def _num_kept(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> int:
+        if self.config.keep is not None:
+            return math.floor(self.config.keep * len(batch) + 0.5)
+        return sum(verdict.keep for verdict in DeltaIfd(self.config).judge(batch, history))
+
+
+def _pool(
+    batch: Sequence[SampleStats], history: Sequence[SampleStats], config: FilterConfig
+) -> list[SampleStats]:
+    return [*history[-config.history :], *batch]
+
+
+def _by_teacher_nll(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
+    return [math.nan if stats.nll_teacher is None else stats.nll_teacher for stats in batch]
+
+
+def _by_overlap(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
+    return [math.nan if stats.overlap is None else -stats.overlap for stats in batch]
+
+
+def _by_length(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
+    """Distance to the pool's median response length: the shortest and longest go first."""
+    if not batch:
+        return []
+    middle = statistics.median(stats.response_tokens for stats in pool)
+    return [abs(stats.response_tokens - middle) for stats in batch]
+
+
+def _by_chance(seed: int) -> Rank:
+    """A uniform number in [0, 1) that belongs to the seed and the sample id alone."""
+
+    def rank(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
+        digests = (hashlib.sha256(f"{seed}:{stats.sample_id}".encode()).digest() for stats in batch)
+        return [int.from_bytes(digest[:6]) / 2**48 for digest in digests]
+
+    return rank
+
+
+FILTERS: Mapping[str, Callable[[FilterConfig, int], Filter]] = MappingProxyType(
+    {
+        "none": lambda config, seed: KeepAll(),
+        "delta_ifd": lambda config, seed: DeltaIfd(config),
+        "random": lambda config, seed: Control(config, _by_chance(seed)),
+        "teacher_nll": lambda config, seed: Control(config, _by_teacher_nll),
+        "overlap": lambda config, seed: Control(config, _by_overlap),
+        "length": lambda config, seed: Control(config, _by_length),
+    }
+)
+
+
+def build_filter(config: FilterConfig, seed: int) -> Filter:
+    """The filter the config names; `seed` decides the choices of `random` only."""
+    return FILTERS[config.name](config, seed)

@@ -1,0 +1,21 @@
+"""Places for workers to live: threads (inline) or processes (local), behind one small protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npd.config import RuntimeConfig
+from npd.runtime.base import Factory, Reply, Runtime, Worker
+
+__all__ = ["Factory", "Reply", "Runtime", "Worker", "build_runtime"]
+
+
+def build_runtime(config: RuntimeConfig, log_dir: Path) -> Runtime:
+    """The runtime that the config names; worker logs go to `log_dir/<worker>.log`."""
+    if config.kind == "inline":
+        from npd.runtime.inline import InlineRuntime
+
+        return InlineRuntime(log_dir, call_timeout=config.call_timeout)
+    from npd.runtime.local import LocalRuntime
+
+    return LocalRuntime(log_dir, call_timeout=config.call_timeout)
