@@ -29,7 +29,9 @@ def make_tokenizer(texts=()):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([*texts, "what is two plus two? it is four. user assistant system"], trainer)
+    core.train_from_iterator(
+        [*texts, "what is two plus two? it is four. user assistant system"], trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<|im_start|>",

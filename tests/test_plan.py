@@ -9,13 +9,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import Simulation
 
 from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.order import learning_rate, mix, prompt_of
 from npd.control.plan import Plan
 from npd.types import Outcome
+from simulation import Simulation
 
 
 def make_config(**schedule) -> RunConfig:
@@ -114,8 +114,12 @@ def test_the_papers_schedule_refreshes_once_and_asks_again_after_it():
         epochs=10, reuse=5, window="all", refresh={"at_epochs": [5]}, filter={"name": "none"}
     )
     simulation = Simulation(config, 12).run()
-    versions = {a.version for acts in simulation.decided for a in acts if isinstance(a, ev.Generate)}
-    published = [a.version for acts in simulation.decided for a in acts if isinstance(a, ev.Publish)]
+    versions = {
+        a.version for acts in simulation.decided for a in acts if isinstance(a, ev.Generate)
+    }
+    published = [
+        a.version for acts in simulation.decided for a in acts if isinstance(a, ev.Publish)
+    ]
     assert versions == {0, 1}
     assert published == [0, 1]
     assert set(simulation.prompts.values()) == {2}, "every prompt is asked once a round"
@@ -146,7 +150,9 @@ def test_reuse_goes_in_passes_over_a_full_window():
     )
     simulation = Simulation(config, 16).run()
     seen: Counter[int] = Counter()
-    for segment in (a.segment for acts in simulation.decided for a in acts if isinstance(a, ev.Train)):
+    for segment in (
+        a.segment for acts in simulation.decided for a in acts if isinstance(a, ev.Train)
+    ):
         for step in segment.steps:
             for ref in step.ranks[0]:
                 for sample in ref.samples:
@@ -198,7 +204,8 @@ def test_mix_is_stable_and_spreads():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "expected"), [(0.0, 0.1, 0.5), (0.2, 0.3, 1.0), (0.6, 0.7, 0.55), (1.0, 1.0, 0.1)]
+    ("before", "after", "expected"),
+    [(0.0, 0.1, 0.5), (0.2, 0.3, 1.0), (0.6, 0.7, 0.55), (1.0, 1.0, 0.1)],
 )
 def test_learning_rate_by_hand(before, after, expected):
     # lr 1 -> 0.1 with a fifth of warmup: half way up at 0.1, the top at 0.2, the middle at 0.6.

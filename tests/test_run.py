@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from collections import Counter
 
 import pytest
 import torch
-from tiny_run import tiny_config, tiny_settings, write_prompts
 from transformers import AutoModelForCausalLM
 
 import npd
@@ -23,6 +24,7 @@ from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
+from tiny_run import tiny_config, tiny_settings, write_prompts
 
 
 class QuietView:
@@ -97,7 +99,7 @@ def test_the_student_moves_towards_the_teacher(make):
     result = npd.run(make(schedule=schedule, loss={"target": "tail"}), view=QuietView())
     evals = result.data.evals
     assert evals[-1]["kl"] < 0.8 * evals[0]["kl"]
-    steps = [m for m in read_metrics(RunLayout(result.directory).metrics_jsonl, "train")]
+    steps = read_metrics(RunLayout(result.directory).metrics_jsonl, "train")
     assert [m["step"] for m in steps] == list(range(1, len(steps) + 1))
 
 
@@ -169,7 +171,7 @@ def test_resume_refuses_another_config_or_other_data(make, tmp_path):
 
 def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make):
     whole = npd.run(make("whole"), view=QuietView())
-    cut = npd.run(make("cut"), view=Interrupting(after=12))
+    cut = npd.run(make("cut"), view=Interrupting())
     assert not cut.is_done
     assert 0 < cut.step < whole.step
     resumed = npd.run(make("cut"), resume=True, view=QuietView())
@@ -179,18 +181,27 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make):
     check_books(RunLayout(resumed.directory), reuse=2)
 
 
+def test_a_lost_shard_file_is_made_again_on_resume(make):
+    whole = npd.run(make("whole"), view=QuietView())
+    cut = npd.run(make("cut"), view=Interrupting())
+    layout = RunLayout(cut.directory)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        shard = ledger.samples("live")[0].shard
+    layout.rollouts(shard).unlink()
+    layout.scored(shard).unlink()
+    resumed = npd.run(make("cut"), resume=True, view=QuietView())
+    a, b = weights(whole.student), weights(resumed.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 class Interrupting(QuietView):
     """Sends the process a real SIGINT once so many states were shown and a step was taken."""
 
-    def __init__(self, after):
+    def __init__(self):
         super().__init__()
-        self._after = after
         self._sent = False
 
     def update(self, state):
-        import os
-        import signal
-
         super().update(state)
         if state.step >= 4 and not self._sent:
             self._sent = True
@@ -214,7 +225,7 @@ def test_local_processes_overlap_and_keep_the_books(make):
 
 
 def test_a_non_finite_loss_stops_with_one_line_and_can_be_resumed(make):
-    with pytest.raises(RunError, match="step 2.*gradient norm nan.*not taken"):
+    with pytest.raises(RunError, match=r"step 2.*gradient norm nan.*not taken"):
         npd.run(make(train={"lr": 1e30, "clip": 1e30}), view=QuietView())
     check_books(RunLayout(make().directory), reuse=2)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npd.config import RunConfig
 
-TOPICS = "moon river tree house stone cloud bread glass horse night fire snow road song".split()
+TOPICS = ["moon", "river", "tree", "stone", "bread", "glass", "horse", "fire", "snow", "song"]
 
 
 def write_prompts(path: Path, count: int = 24) -> Path:

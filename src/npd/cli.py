@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 
 Config = Annotated[
-    str, typer.Argument(help="YAML file, or the name of a preset (sft, npd, ...).", metavar="CONFIG")
+    str,
+    typer.Argument(help="YAML file, or the name of a preset (sft, npd, ...).", metavar="CONFIG"),
 ]
 Sets = Annotated[
     list[str] | None,

@@ -215,6 +215,7 @@ class ObserveConfig(_Section):
     trackers: tuple[Literal["tensorboard"], ...] = ()
     report: bool = True
     trace: bool = True
+    """Write trace.json for Perfetto (the spans themselves are always kept)."""
 
 
 class RunConfig(_Section):

@@ -15,6 +15,7 @@ from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
+from npd.control.repair import repair
 from npd.errors import RunError
 from npd.store import snapshots
 from npd.store.layout import RunLayout
@@ -49,6 +50,7 @@ class Controller:
         self._keep = keep_checkpoints
         self._segments: dict[int, Segment] = {}
         self._shards: set[int] = set()
+        self._makers: dict[tuple[str, int], ev.Generate | ev.Score] = {}
         self._stop: ev.Stop | None = None
         self._interrupted = asyncio.Event()
 
@@ -64,6 +66,10 @@ class Controller:
             RunError: nothing gets through the filters, or a worker cannot be kept alive.
         """
         outstanding = self._replay()
+        made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
+        if made:
+            self._monitor.message(f"{made} missing shard files were made again")
+        self._makers.clear()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
         if self._plan.step:
@@ -184,7 +190,9 @@ class Controller:
                     "was made by another version of npd or another config; resume with that one"
                 )
             pending = pending or {}
-            pending.pop(ev.key(event), None)
+            done = pending.pop(ev.key(event), None)
+            if isinstance(done, ev.Generate | ev.Score):
+                self._makers[ev.key(done)] = done
             pending |= {ev.key(a): a for a in actions if not isinstance(a, ev.Retire)}
             self._segments |= {
                 a.segment.index: a.segment for a in actions if isinstance(a, ev.Train)

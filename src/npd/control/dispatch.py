@@ -22,7 +22,6 @@ from npd.store.ledger import Ledger
 from npd.types import Ask, EncodedPrompt
 from npd.workers import GenerateTask, ScoreTask
 
-
 T = TypeVar("T")
 
 

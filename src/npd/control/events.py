@@ -185,8 +185,8 @@ _EVENTS: dict[str, type[Any]] = {
         Evaluated,
     )
 }
-_STATS = attrgetter(*(field.name for field in fields(SampleStats)))
-_FINISH = [field.name for field in fields(SampleStats)].index("finish")
+_STATS_NAMES = tuple(field.name for field in fields(SampleStats))
+_STATS = attrgetter(*_STATS_NAMES)
 
 
 def encode(event: Event) -> tuple[str, dict[str, Any]]:
@@ -244,4 +244,5 @@ def digest(actions: Sequence[Action]) -> int:
 
 
 def _decode_stats(values: list[Any]) -> SampleStats:
-    return SampleStats(*values[:_FINISH], FinishReason(values[_FINISH]), *values[_FINISH + 1 :])
+    named = dict(zip(_STATS_NAMES, values, strict=True))
+    return SampleStats(**(named | {"finish": FinishReason(named["finish"])}))

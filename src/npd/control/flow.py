@@ -117,10 +117,7 @@ class Flow:
             self.actions.append(flight.action)
             return
         del in_flight[event.shard]
-        action = flight.action
-        is_score = isinstance(action, ev.Score)
-        ids = action.sample_ids if is_score else [ask.sample_id for ask in action.asks]
-        self._leave(ids, Outcome.FAILED, f"{event.stage}: {event.error}")
+        self._leave(_samples(flight.action), Outcome.FAILED, f"{event.stage}: {event.error}")
 
     def drop_spent(self) -> None:
         """Samples used as often as they may be leave."""
@@ -135,9 +132,7 @@ class Flow:
         """The pool's samples in `refs` are trained on once more."""
         self.credit += len(refs)
 
-    def _judge(
-        self, shard: int, version: int, batch: tuple[SampleStats, ...], newest: int
-    ) -> None:
+    def _judge(self, shard: int, version: int, batch: tuple[SampleStats, ...], newest: int) -> None:
         """Filter samples; those kept join the pool, unless they are stale already."""
         verdicts = self._filter.judge(batch, tuple(self._history))
         self._history.extend(batch)
@@ -162,3 +157,9 @@ class Flow:
         self.barren += len(leaving) * (outcome in (Outcome.REJECTED, Outcome.FAILED))
         if leaving:
             self.actions.append(ev.Retire(leaving))
+
+
+def _samples(action: ev.Generate | ev.Score) -> tuple[int, ...]:
+    if isinstance(action, ev.Score):
+        return action.sample_ids
+    return tuple(ask.sample_id for ask in action.asks)

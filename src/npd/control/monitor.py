@@ -110,7 +110,9 @@ class Monitor:
             case ev.SnapshotPublished(version, step):
                 self.message(f"snapshot v{version} published after step {step}")
             case ev.ShardFailed(shard, stage, error):
-                self.message(f"shard {shard}: {stage} failed, asked again if tries are left: {error}")
+                self.message(
+                    f"shard {shard}: {stage} failed, asked again if tries are left: {error}"
+                )
             case _:
                 pass
 

@@ -37,9 +37,7 @@ def prompt_of(sample_id: int, *, seed: int, num_prompts: int, samples_per_prompt
     return prompt_order(seed, round_index, num_prompts)[place // samples_per_prompt]
 
 
-def learning_rate(
-    before: float, after: float, *, lr: float, min_lr: float, warmup: float
-) -> float:
+def learning_rate(before: float, after: float, *, lr: float, min_lr: float, warmup: float) -> float:
     """Cosine from `lr` to `min_lr` over progress 0..1, after a linear rise over `warmup` of it.
 
     `before` and `after` are the progress at the start and the end of the step.

@@ -303,6 +303,4 @@ class Plan:
         self._step += 1
         self._flow.use(refs)
         progress = (before, self.progress)
-        return make_step(
-            self._step, refs, self._config.train, progress=progress, ranks=self._ranks
-        )
+        return make_step(self._step, refs, self._config.train, progress=progress, ranks=self._ranks)

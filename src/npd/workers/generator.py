@@ -1,0 +1,61 @@
+"""The generator: writes shards of rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.modeling import resolve_device
+from npd.store.layout import RunLayout
+from npd.store.shards import read_rollouts, write_rollouts
+from npd.store.snapshots import verify
+from npd.types import SampleStats
+from npd.workers.tasks import GenerateTask, generated_stats
+
+
+class GeneratorWorker:
+    """Writes shards of rollouts: the student's snapshots, the teacher, or the data itself."""
+
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        from npd.generate import build_generator
+
+        chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        self._layout = layout
+        self._is_student = config.generate.source == "student"
+        self._loaded: int | None = None
+        self._engine = build_generator(
+            config.generate,
+            stop_ids=chat.stop_ids,
+            pad_id=chat.pad_id,
+            vocab_size=chat.vocab_size,
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.generate.source == "teacher":
+            assert config.teacher is not None, "checked by the config"
+            self._engine.load(Path(config.teacher), 0)
+
+    def generate(self, task: GenerateTask) -> tuple[SampleStats, ...]:
+        """Write the shard, unless it is there already; returns its samples' scalars."""
+        path = self._layout.rollouts(task.shard)
+        if path.exists():
+            rollouts = read_rollouts(path)
+        else:
+            self._load(task.version)
+            rollouts = self._engine.generate(task.asks)
+            write_rollouts(path, rollouts)
+        asked = [(ask.sample_id, task.version) for ask in task.asks]
+        assert [(r.sample_id, r.version) for r in rollouts] == asked, f"{path} is another task's"
+        return tuple(map(generated_stats, rollouts))
+
+    def _load(self, version: int) -> None:
+        if self._is_student and self._loaded != version:
+            snapshot = self._layout.snapshot(version)
+            verify(snapshot)
+            self._engine.load(snapshot, version)
+            self._loaded = version
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._engine.close()

@@ -1,0 +1,112 @@
+"""The scorer: teacher's word on shards, and the held-out text of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.modeling import resolve_device
+from npd.score.base import Scorer, Support
+from npd.store.layout import RunLayout
+from npd.store.shards import read_rollouts, read_scored, write_scored
+from npd.types import Ask, EncodedPrompt, Rollout, SampleStats
+from npd.workers.tasks import ScoreTask, scored_stats
+
+# A wider support than the run's own makes the tail-bucket KL a tighter bound; it is scored once.
+HELDOUT_TOP_K = 64
+
+
+class ScorerWorker:
+    """Scores shards by the teacher and, for Δ-IFD, by the snapshot that wrote them."""
+
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        self._config, self._layout = config, layout
+        self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        self._device = resolve_device(config.runtime.device)
+        self._scorer: Scorer | None = None
+        self._loaded: int | None = None
+
+    def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
+        """Score the shard's chosen samples, unless that is done; returns their scalars."""
+        path = self._layout.scored(task.shard)
+        if path.exists():
+            scored = read_scored(path)
+        else:
+            wanted = set(task.sample_ids)
+            rollouts = read_rollouts(self._layout.rollouts(task.shard))
+            chosen = [r for r in rollouts if r.sample_id in wanted]
+            scored = self._ready(task.version).score(chosen)
+            write_scored(path, scored)
+        ids = tuple(s.rollout.sample_id for s in scored)
+        assert ids == task.sample_ids, f"{path} is another task's"
+        return tuple(map(scored_stats, scored))
+
+    def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> int:
+        """Write `heldout.arrow`: held-out responses with the teacher's support; returns tokens."""
+        path = self._layout.heldout
+        if not path.exists():
+            rollouts = self._heldout_rollouts(prompts)
+            scorer = self._build(HELDOUT_TOP_K, "topk", is_for_filter=False)
+            write_scored(path, scorer.score(rollouts))
+            scorer.close()
+        return sum(len(s.rollout.response_ids) for s in read_scored(path))
+
+    def _heldout_rollouts(self, prompts: Sequence[EncodedPrompt]) -> list[Rollout]:
+        from npd.generate import build_generator
+
+        evaluation = self._config.eval
+        source = "teacher" if evaluation.source == "teacher" else "dataset"
+        generator = build_generator(
+            self._config.generate.model_copy(
+                update={
+                    "source": source,
+                    "temperature": 0.0,
+                    "max_new_tokens": evaluation.max_new_tokens,
+                    "batch_size": evaluation.batch_size,
+                }
+            ),
+            stop_ids=self._chat.stop_ids,
+            pad_id=self._chat.pad_id,
+            vocab_size=self._chat.vocab_size,
+            device=self._device,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+        assert self._config.teacher is not None, "checked by the config"
+        generator.load(Path(self._config.teacher), 0)
+        rollouts = generator.generate([Ask(p.index, p.index, p) for p in prompts])
+        generator.close()
+        return rollouts
+
+    def _ready(self, version: int) -> Scorer:
+        config = self._config
+        if self._scorer is None:
+            support: Support = "sampled" if config.loss.target == "sampled" else "topk"
+            self._scorer = self._build(config.score.top_k, support, is_for_filter=True)
+        if (config.needs_ifd or config.needs_student_pass) and self._loaded != version:
+            self._scorer.load_student(self._layout.snapshot(version), version)
+            self._loaded = version
+        return self._scorer
+
+    def _build(self, top_k: int, support: Support, *, is_for_filter: bool) -> Scorer:
+        from npd.score.base import build_scorer
+
+        config = self._config
+        assert config.teacher is not None, "checked by the config"
+        return build_scorer(
+            config.score.model_copy(update={"top_k": top_k}),
+            teacher=config.teacher,
+            vocab_size=self._chat.vocab_size,
+            needs_ifd=is_for_filter and config.needs_ifd,
+            needs_student_pass=is_for_filter and config.needs_student_pass,
+            support=support,
+            device=self._device,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+        )
+
+    def close(self) -> None:
+        """Let go of the models."""
+        if self._scorer is not None:
+            self._scorer.close()

@@ -1,0 +1,68 @@
+"""What workers are asked for, and the scalars they answer with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npd.filters import repeat_share
+from npd.types import Ask, IntArray, Rollout, SampleStats, Scored
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateTask:
+    """Write these samples as `shard` with snapshot `version`."""
+
+    shard: int
+    version: int
+    asks: tuple[Ask, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """Score these samples of `shard`, which snapshot `version` wrote."""
+
+    shard: int
+    version: int
+    sample_ids: tuple[int, ...]
+
+
+def generated_stats(rollout: Rollout) -> SampleStats:
+    """What is known of a sample before it is scored."""
+    return SampleStats(
+        sample_id=rollout.sample_id,
+        prompt_index=rollout.prompt_index,
+        version=rollout.version,
+        prompt_tokens=len(rollout.prompt_ids),
+        response_tokens=len(rollout.response_ids),
+        finish=rollout.finish,
+        repeat=repeat_share(rollout.response_ids),
+    )
+
+
+def scored_stats(scored: Scored) -> SampleStats:
+    """What the filters see of a scored sample."""
+    distinct = _first_of_each(scored.topk_ids)  # a sampled support holds ids more than once
+    mass = (np.exp(scored.topk_logprobs.astype(np.float64)) * distinct).sum(axis=1).mean()
+    return replace(
+        generated_stats(scored.rollout),
+        nll_teacher=scored.nll_teacher,
+        nll_teacher_alone=scored.nll_teacher_alone,
+        nll_student=scored.nll_student,
+        nll_student_alone=scored.nll_student_alone,
+        overlap=scored.overlap,
+        teacher_mass=float(mass),
+    )
+
+
+def _first_of_each(ids_LK: IntArray) -> NDArray[np.bool_]:
+    """Whether each id [L, k] is the first of its kind in its row."""
+    order = np.argsort(ids_LK, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids_LK, order, axis=1)
+    is_new = np.ones_like(ordered, dtype=bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = np.empty_like(is_new)
+    np.put_along_axis(first, order, is_new, axis=1)
+    return first

@@ -1,0 +1,124 @@
+"""The trainer: trains segments, publishes snapshots, saves checkpoints, evaluates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.evaluate import exact_match, heldout_kl
+from npd.modeling import resolve_device
+from npd.store.files import remove
+from npd.store.layout import RunLayout
+from npd.store.shards import ShardReader, read_scored
+from npd.store.snapshots import publish
+from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
+
+
+class TrainerWorker:
+    """Trains segments, publishes snapshots, saves checkpoints, evaluates."""
+
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        from npd.train.trainer import Trainer
+
+        self._config, self._layout = config, layout
+        if config.needs_scores:
+            self._reader = ShardReader(layout.scored, "scored")
+        else:
+            self._reader = ShardReader(layout.rollouts, "rollouts")
+        self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        self._trainer = Trainer(
+            config.train,
+            config.loss,
+            student=config.student,
+            read=self._reader.read,
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+        )
+
+    def restore(self, step: int) -> None:
+        """Become what was saved after `step`; 0 is the student as it came."""
+        if step > 0:
+            self._trainer.load_checkpoint(self._layout.checkpoint(step))
+
+    def train(self, segment: Segment) -> SegmentReport:
+        """Take the segment's optimiser steps."""
+        return self._trainer.train(segment)
+
+    def publish(self, version: int) -> str:
+        """Write the student as snapshot `version`; returns its checksum."""
+        return publish(self._layout.snapshot(version), self._trainer.save_pretrained)
+
+    def checkpoint(self, step: int) -> None:
+        """Save everything needed to go on from `step`."""
+        self._trainer.save_checkpoint(self._layout.checkpoint(step))
+
+    def export(self) -> str:
+        """Write the final student as a Hugging Face model directory, in place of an older one."""
+        remove(self._layout.student)
+        publish(self._layout.student, self._trainer.save_pretrained)
+        return str(self._layout.student)
+
+    def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport:
+        """Held-out KL and agreement on `heldout.arrow`, exact match and samples by greedy text."""
+        started = time.monotonic()
+        kl = agreement = None
+        tokens = 0
+        if self._layout.heldout.exists():
+            heldout = read_scored(self._layout.heldout)
+            with self._autocast():
+                kl, agreement, _, tokens = heldout_kl(
+                    self._trainer.model, heldout, self._config.train.row_tokens, 512
+                )
+        texts = self._greedy(prompts)
+        pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
+        shown = texts[: self._config.eval.num_samples]
+        return EvalReport(
+            step=step,
+            kl=kl,
+            agreement=agreement,
+            exact_match=exact_match(pairs) if pairs else None,
+            num_prompts=len(prompts),
+            num_tokens=tokens,
+            seconds=time.monotonic() - started,
+            samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),
+        )
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        import torch
+
+        is_bf16 = self._config.train.dtype == "bfloat16"
+        return torch.autocast(self._trainer.device, torch.bfloat16, enabled=is_bf16)
+
+    def _greedy(self, prompts: Sequence[EncodedPrompt]) -> list[tuple[EncodedPrompt, str]]:
+        """The student's greedy responses to the prompts with answers, and to a few to show."""
+        from npd.generate.sampling import Sampling
+        from npd.generate.transformers import generate_with
+
+        evaluation = self._config.eval
+        few = prompts[: evaluation.num_samples]
+        chosen = [p for p in prompts if p.answer is not None or p in few]
+        if not chosen:
+            return []
+        sampling = Sampling(
+            max_new_tokens=evaluation.max_new_tokens,
+            stop_ids=self._chat.stop_ids,
+            pad_id=self._chat.pad_id,
+            temperature=0.0,
+            top_p=1.0,
+            batch_size=evaluation.batch_size,
+            vocab_size=self._chat.vocab_size,
+        )
+        asks = [Ask(p.index, p.index, p) for p in chosen]
+        with self._autocast(), self._trainer.decoding() as model:
+            rollouts = generate_with(model, asks, sampling, with_logprobs=False)
+        return [
+            (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the shard files."""
+        self._reader.close()
