@@ -1,0 +1,272 @@
+"""The ledger: samples leave once, transactions are whole, errors say what to do."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from npd.errors import RunError, StoreError
+from npd.store.ledger import Ledger
+from npd.store.records import CheckpointRow, Conservation, SampleRow, SnapshotRow
+from npd.types import Outcome, Row, SampleRef, Segment, Step
+from store_samples import file_size_limit
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path):
+    with Ledger(path) as ledger:
+        yield ledger
+
+
+def ask(ledger, shard, size=4, version=0):
+    ids = range(shard * size, (shard + 1) * size)
+    ledger.add_samples(shard, [(i, i % 10, version) for i in ids])
+    return list(ids)
+
+
+def make_segment(index, first_step, num_steps=2):
+    def step(i):
+        refs = tuple(SampleRef(10 * i + j, j, 1, 17 + j) for j in range(3))
+        return Step(i, 0.1 / (i + 1), ((Row(refs[:2]), Row(refs[2:])), (Row(()),), ()))
+
+    return Segment(index, 1, tuple(step(first_step + i) for i in range(num_steps)))
+
+
+def test_events_come_back_in_order(ledger, path):
+    payloads = [{"n": i, "x": i / 3, "text": "Δ\n'", "list": [1, None]} for i in range(2500)]
+    with ledger.transaction():
+        seqs = [ledger.append_event("Tick", payload) for payload in payloads]
+    assert seqs == list(range(1, 2501))
+    assert list(ledger.events()) == [
+        (seq, "Tick", p) for seq, p in zip(seqs, payloads, strict=True)
+    ]
+    assert [seq for seq, _, _ in ledger.events(after=2498)] == [2499, 2500]
+
+
+def test_a_sample_goes_through(ledger):
+    ids = ask(ledger, shard=7)
+    ledger.add_uses([ids[0], ids[0], ids[1]])
+    ledger.set_outcomes(
+        [(ids[0], Outcome.TRAINED_OUT, ""), (ids[1], Outcome.REJECTED, "degenerate")]
+    )
+    assert ledger.samples(limit=3) == [
+        SampleRow(28, 8, 7, 0, 2, Outcome.TRAINED_OUT, ""),
+        SampleRow(29, 9, 7, 0, 1, Outcome.REJECTED, "degenerate"),
+        SampleRow(30, 0, 7, 0, 0, None, ""),
+    ]
+    assert [row.sample_id for row in ledger.samples("live")] == ids[2:]
+    assert [row.sample_id for row in ledger.samples(Outcome.REJECTED)] == [29]
+    assert ledger.samples(Outcome.STALE) == []
+    assert ledger.shard_of(30) == 7
+    with pytest.raises(StoreError, match="knows no sample 99"):
+        ledger.shard_of(99)
+
+
+def test_conservation_and_reasons(ledger):
+    assert ledger.conservation() == Conservation(0, 0, 0, 0, 0, 0)
+    ids = ask(ledger, 0, size=6)
+    ledger.set_outcomes([(ids[0], Outcome.REJECTED, "short")])
+    ledger.set_outcomes(
+        [
+            (ids[1], Outcome.REJECTED, "short"),
+            (ids[2], Outcome.REJECTED, "truncated"),
+            (ids[3], Outcome.STALE, ""),
+            (ids[4], Outcome.FAILED, "lost"),
+        ]
+    )
+    assert ledger.conservation() == Conservation(6, 0, 3, 1, 1, 1)
+    assert ledger.conservation().holds
+    assert ledger.reasons() == {
+        (Outcome.REJECTED, "short"): 2,
+        (Outcome.REJECTED, "truncated"): 1,
+        (Outcome.STALE, ""): 1,
+        (Outcome.FAILED, "lost"): 1,
+    }
+    assert not Conservation(6, 0, 3, 1, 1, 0).holds
+
+
+def test_conservation_notices_a_lost_sample(ledger):
+    """The counts are kept apart from the rows, so the law is not true by construction."""
+    ids = ask(ledger, 0)
+    ledger._db.execute("DELETE FROM samples WHERE sample_id = ?", (ids[0],))
+    assert not ledger.conservation().holds
+
+
+def test_a_sample_leaves_once(ledger):
+    ids = ask(ledger, 0)
+    ledger.set_outcomes([(ids[0], Outcome.TRAINED_OUT, "")])
+    for bad in ((ids[1], ids[0]), (ids[2], ids[2]), (ids[3], 99)):
+        with pytest.raises(AssertionError, match="1 of 2 left, but not live"):
+            ledger.set_outcomes([(i, Outcome.STALE, "") for i in bad])
+    with pytest.raises(AssertionError, match="used, but not live"):
+        ledger.add_uses([ids[0]])
+    with pytest.raises(AssertionError, match="asked for twice"):
+        ask(ledger, 0)
+    with pytest.raises(AssertionError, match="never asked for"):
+        ledger.set_shard(3, "scored")
+    assert ledger.conservation() == Conservation(4, 1, 0, 0, 0, 3)
+    assert [row.uses for row in ledger.samples()] == [0, 0, 0, 0]
+
+
+def test_a_failed_transaction_leaves_nothing(ledger):
+    def turn():
+        with ledger.transaction():
+            ledger.append_event("Tick", {})
+            ask(ledger, 0)
+            ledger.add_checkpoint(9, Path("/c"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        turn()
+    assert list(ledger.events()) == []
+    assert ledger.conservation().asked == 0
+    assert ledger.shards() == {}
+    assert ledger.last_checkpoint() is None
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_swallowed_error_undoes_the_whole_transaction(ledger, goes_on):
+    def turn():
+        with ledger.transaction():
+            ask(ledger, 0)
+            with suppress(AssertionError):
+                ledger.add_uses([99])
+            if goes_on:
+                ledger.append_event("Tick", {})
+
+    with pytest.raises(AssertionError, match="undone by an error"):
+        turn()
+    assert ledger.conservation().asked == 0
+    assert list(ledger.events()) == []
+    assert ask(ledger, 1)
+
+
+def test_other_errors_of_a_transaction_pass_unchanged(ledger):
+    with pytest.raises(FileNotFoundError), ledger.transaction():
+        Path("/nonexistent/file").read_text()
+
+
+def test_nothing_to_do_is_fine(ledger):
+    ledger.add_uses([])
+    ledger.set_outcomes([])
+    ledger.add_samples(0, [])
+    assert ledger.shards() == {0: "asked"}
+    assert ledger.conservation().asked == 0
+
+
+def test_segments(ledger):
+    segments = [make_segment(0, 1), make_segment(1, 3), make_segment(2, 5, 1)]
+    for segment in segments:
+        ledger.add_segment(segment)
+    assert ledger.segments_after(0) == segments
+    assert ledger.segments_after(2) == segments[1:]
+    assert ledger.segments_after(3) == segments[1:]
+    assert ledger.segments_after(5) == []
+
+
+def test_shard_states(ledger):
+    ask(ledger, 0)
+    ask(ledger, 1)
+    ledger.set_shard(0, "generated")
+    ledger.set_shard(0, "scored")
+    assert ledger.shards() == {0: "scored", 1: "asked"}
+
+
+def test_snapshots_and_checkpoints_move_with_the_run(ledger, path, tmp_path):
+    assert ledger.last_checkpoint() is None
+    ledger.add_snapshot(0, 0, path.parent / "snapshots" / "v000000", "abc")
+    ledger.add_snapshot(0, 0, path.parent / "snapshots" / "v000000", "abd")
+    ledger.add_snapshot(1, 8, Path("/elsewhere/v000001"), "def")
+    ledger.add_checkpoint(200, path.parent / "checkpoints" / "step-000200")
+    ledger.add_checkpoint(100, path.parent / "checkpoints" / "step-000100")
+    ledger.close()
+    moved = tmp_path / "moved"
+    shutil.move(path.parent, moved)
+    with Ledger(moved / "ledger.db") as ledger:
+        assert ledger.snapshots() == [
+            SnapshotRow(0, 0, moved / "snapshots" / "v000000", "abd"),
+            SnapshotRow(1, 8, Path("/elsewhere/v000001"), "def"),
+        ]
+        want = CheckpointRow(200, moved / "checkpoints" / "step-000200")
+        assert ledger.last_checkpoint() == want
+
+
+def test_checkpoint_inside_a_larger_transaction(ledger, path):
+    with ledger.transaction():
+        ledger.append_event("CheckpointSaved", {"step": 8})
+        ledger.add_checkpoint(8, path.parent / "c")
+    assert ledger.last_checkpoint().step == 8
+
+
+def test_second_writer_is_refused_and_told_who_writes(ledger, path):
+    with pytest.raises(RunError, match=rf"already going \(pid {os.getpid()} writes"):
+        Ledger(path)
+    ledger.append_event("Tick", {})  # the first goes on
+    ledger.close()
+    ledger.close()
+    with Ledger(path) as second:
+        assert len(list(second.events())) == 1
+
+
+def test_reader_looks_while_the_writer_writes(ledger, path):
+    ask(ledger, 0)
+    with Ledger.reader(path) as reader, ledger.transaction():
+        ledger.append_event("Tick", {})
+        ask(ledger, 1)
+        assert reader.conservation() == Conservation(4, 0, 0, 0, 0, 4)
+    with Ledger.reader(path) as reader:
+        assert reader.conservation().asked == 8
+        with pytest.raises(RunError):
+            reader.append_event("Tick", {})
+        assert reader.conservation().holds
+    ledger.close()
+    with Ledger.reader(path) as reader:
+        assert reader.conservation().asked == 8
+
+
+def test_reader_of_nothing(tmp_path):
+    with pytest.raises(StoreError, match="is not a run directory"):
+        Ledger.reader(tmp_path / "ledger.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_or_foreign_file_is_told(path):
+    path.parent.mkdir()
+    path.write_bytes(b"this is not a database, at all" * 100)
+    with pytest.raises(StoreError, match=r"ledger\.db is damaged"):
+        Ledger(path)
+    path.unlink()
+    with Ledger(path) as ledger:  # the refused one has let the lock go
+        ledger._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="has format 99"):
+        Ledger(path)
+
+
+def test_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        Ledger(tmp_path / "file" / "ledger.db")
+
+
+def test_full_disk_is_told_and_leaves_the_ledger_whole(ledger, path):
+    ask(ledger, 0)
+    size = path.with_name("ledger.db-wal").stat().st_size
+
+    def turn():
+        with ledger.transaction():
+            ledger.append_event("Big", {"x": "y" * 100_000})
+            ask(ledger, 1)
+
+    with file_size_limit(size + 1000), pytest.raises(RunError, match="free disk space"):
+        turn()
+    assert list(ledger.events()) == []
+    assert ledger.conservation() == Conservation(4, 0, 0, 0, 0, 4)
+    ledger.append_event("Tick", {})
+    assert len(list(ledger.events())) == 1
