@@ -1,0 +1,1 @@
+"""The training room: the near-policy loss, the trainer, and its checkpoints."""
