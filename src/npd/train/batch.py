@@ -1,0 +1,84 @@
+"""Rows of samples as tensors: packed ids, the positions that predict a response, their targets.
+
+Promises: only positions that predict a response token are listed, each document's own, in the order
+given. Does not pack (the controller did), compute, or read files.
+
+Dimensions: T tokens of a row, N response tokens of a row, K teacher support size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npd.modeling import PackedBatch, pack_documents
+from npd.types import FloatArray, IntArray, Rollout, SampleRef, Scored
+
+Sample: TypeAlias = Rollout | Scored
+Read: TypeAlias = Callable[[SampleRef], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """One packed row and what its response positions are trained towards.
+
+    A document is a prompt and its response but for the last token, which predicts nothing.
+    `positions_N` index the row's T tokens: those whose next token, `labels_N`, is a response's.
+    `topk_*_NK` are None for samples no teacher has seen. `behavior_N` are the newest snapshot's
+    log-probs of the labels, NaN at tokens of other samples; None when the row has none.
+
+    Example: prompt [5, 6], response [7, 2] packs to ids [5, 6, 7], positions [1, 2], labels [7, 2].
+    """
+
+    packed: PackedBatch
+    positions_N: Tensor
+    labels_N: Tensor
+    topk_ids_NK: Tensor | None
+    topk_logprobs_NK: Tensor | None
+    behavior_N: Tensor | None
+
+
+def rollout_of(sample: Sample) -> Rollout:
+    """The rollout inside `sample`, scored or not."""
+    return sample.rollout if isinstance(sample, Scored) else sample
+
+
+def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.device) -> TrainRow:
+    """Lay `samples` end to end, in order; drift is measured on those written by `version`."""
+    rollouts = [rollout_of(sample) for sample in samples]
+    assert all(len(r.prompt_ids) for r in rollouts), "a response needs a token before it"
+    documents = [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in rollouts]
+    packed = pack_documents(documents, device)
+    ends = zip(packed.cu_seqlens[1:], rollouts, strict=True)
+    positions = np.concatenate([np.arange(end - len(r.response_ids), end) for end, r in ends])
+    scored = [sample for sample in samples if isinstance(sample, Scored)]
+    assert len(scored) in (0, len(samples)), "a row mixes scored and unscored samples"
+    behavior = [_behavior(r, version) for r in rollouts]
+    measured = not all(np.isnan(part).all() for part in behavior)
+    return TrainRow(
+        packed,
+        torch.from_numpy(positions).to(device),
+        _ids([r.response_ids for r in rollouts]).to(device),
+        _ids([s.topk_ids for s in scored]).to(device) if scored else None,
+        _floats([s.topk_logprobs for s in scored]).to(device) if scored else None,
+        _floats(behavior).to(device) if measured else None,
+    )
+
+
+def _behavior(rollout: Rollout, version: int) -> FloatArray:
+    if rollout.version == version and rollout.logprobs is not None:
+        return rollout.logprobs
+    return np.full(len(rollout.response_ids), np.nan, dtype=np.float32)
+
+
+def _ids(parts: Sequence[IntArray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _floats(parts: Sequence[FloatArray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
