@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import make_model, make_tokenizer
+from npd.attention import packed_attention
 from npd.errors import ModelError
 from npd.modeling import (
     Head,
@@ -17,7 +18,6 @@ from npd.modeling import (
     hidden_states,
     load_model,
     pack_documents,
-    packed_attention,
     response_hidden,
 )
 

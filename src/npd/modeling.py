@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from npd.attention import ATTENTION, packed_attention
 from npd.errors import ModelError
 from npd.types import IntArray
 
-_ATTENTION = "npd_packed"
 # 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
 # page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
 _CPU_LOGITS = 2**23
@@ -81,76 +81,6 @@ def pack_documents(documents: Sequence[IntArray], device: str | torch.device) ->
     return PackedBatch(ids[None].to(device), positions[None].to(device), bounds)
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each document: query [1, Hq, T, D], key and value [1, Hkv, T, D].
-
-    Variable-length kernels on CUDA, one SDPA call a document elsewhere. Raises when the boundaries
-    are missing, so that documents cannot mix silently.
-    """
-    cu_seqlens: tuple[int, ...] | None = kwargs.get("cu_seqlens")
-    window = kwargs.get("sliding_window")
-    assert cu_seqlens is not None, "packed attention was called without document boundaries"
-    assert attention_mask is None, "packed attention builds no mask and takes none"
-    for feature in ("softcap", "s_aux"):
-        if kwargs.get(feature) is not None:
-            raise ModelError(
-                f"this model's attention uses {feature} (logit capping or sinks), which packed "
-                "attention does not apply: choose a model without it"
-            )
-    longest = max(end - start for start, end in pairwise(cu_seqlens))
-    if window is not None and longest > window:
-        raise ModelError(
-            f"a document of {longest} tokens is longer than the model's sliding window ({window}), "
-            "which packed attention does not apply: lower data.max_prompt_tokens or "
-            "generate.max_new_tokens"
-        )
-    if query.device.type == "cuda":
-        return _varlen(query, key, value, cu_seqlens, longest, scaling), None
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for start, end in pairwise(cu_seqlens)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: tuple[int, ...],
-    longest: int,
-    scaling: float | None,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds = torch.tensor(cu_seqlens, dtype=torch.int32, device=query.device)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    # window_size is (left, right); the default (-1, -1) is not causal.
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
-    return out[None]
-
-
 def load_model(
     path: str | Path,
     *,
@@ -170,13 +100,13 @@ def load_model(
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     if packed:
-        AttentionInterface.register(_ATTENTION, packed_attention)
+        AttentionInterface.register(ATTENTION, packed_attention)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=_DTYPES[dtype],
-                attn_implementation=_ATTENTION if packed else "sdpa",
+                attn_implementation=ATTENTION if packed else "sdpa",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
             )
@@ -270,7 +200,7 @@ def decoding(model: Any) -> Iterator[Any]:
     try:
         yield model
     finally:
-        model.set_attn_implementation(_ATTENTION)
+        model.set_attn_implementation(ATTENTION)
         model.train(was_training)
 
 

@@ -1,0 +1,98 @@
+"""The one attention function of packed rows: causal, and never across documents.
+
+Promises: exact on every device, and loud where it cannot be: without boundaries, with a mask, or
+for a model whose attention does more than it implements. Does not build boundaries or load models.
+
+Dimensions: T tokens of a row, Hq and Hkv query and key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npd.errors import ModelError
+
+ATTENTION = "npd_packed"
+"""The name it is registered under with transformers."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document: query [1, Hq, T, D], key and value [1, Hkv, T, D].
+
+    Variable-length kernels on CUDA (half precision), one SDPA call a document elsewhere. Raises
+    when the boundaries are missing, so that documents cannot mix silently.
+    """
+    cu_seqlens: tuple[int, ...] | None = kwargs.get("cu_seqlens")
+    window = kwargs.get("sliding_window")
+    assert cu_seqlens is not None, "packed attention was called without document boundaries"
+    assert attention_mask is None, "packed attention builds no mask and takes none"
+    for feature in ("softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise ModelError(
+                f"this model's attention uses {feature} (logit capping or sinks), which packed "
+                "attention does not apply: choose a model without it"
+            )
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
+    if window is not None and longest > window:
+        raise ModelError(
+            f"a document of {longest} tokens is longer than the model's sliding window ({window}), "
+            "which packed attention does not apply: lower data.max_prompt_tokens or "
+            "generate.max_new_tokens"
+        )
+    if query.device.type == "cuda" and query.dtype != torch.float32:
+        return _varlen(query, key, value, cu_seqlens, longest, scaling), None
+    outputs = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in pairwise(cu_seqlens)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[int, ...],
+    longest: int,
+    scaling: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = _on_device(cu_seqlens, str(query.device))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    # window_size is (left, right); the default (-1, -1) is not causal.
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@lru_cache(maxsize=4)
+def _on_device(cu_seqlens: tuple[int, ...], device: str) -> Tensor:
+    # Every layer of a forward pass asks for the same boundaries; one copy to the device serves all.
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
