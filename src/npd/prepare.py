@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from npd.errors import InputError, ModelError
+from npd.modeling import quiet
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHTS = re.compile(
@@ -58,7 +59,7 @@ def import_gguf(
         raise ModelError(
             f"reading GGUF needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
-    with new_directory(out_dir) as folder:
+    with quiet(), new_directory(out_dir) as folder:
         model, tokenizer = _read_gguf(gguf_file, dtype)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -77,10 +78,11 @@ def prune_depth(model_dir: Path, out_dir: Path, layers: int | Sequence[int]) -> 
         ModelError: `model_dir` cannot be loaded, or its layers cannot be found.
         InputError: `layers` does not fit the model, or `out_dir` exists and is not empty.
     """
-    model = _load_stored(model_dir)
+    with quiet():
+        model = _load_stored(model_dir)
     depth = model.config.get_text_config().num_hidden_layers
     keep = _layers_to_keep(layers, depth, model_dir)
-    with new_directory(out_dir) as folder:
+    with quiet(), new_directory(out_dir) as folder:
         _keep_layers(model, keep, depth, model_dir)
         model.save_pretrained(folder)
         for file in model_dir.iterdir():

@@ -113,8 +113,8 @@ class Scored:
 
     `topk_ids` [L, k], `topk_logprobs` [L, k]: the teacher's support at each response position, true
     log-probabilities (not renormalised), highest first; for sampled targets the k ids drawn, with
-    repetition. `teacher_logprobs` [L]: log p_T(y_t). The four `nll_*` are means over the response in
-    nats per token, with the prompt (conditional) and without (alone); student ones are the
+    repetition. `teacher_logprobs` [L]: log p_T(y_t). The four `nll_*` are means over the response
+    in nats per token, with the prompt (conditional) and without (alone); student ones are the
     snapshot's and None where no filter asks for them. `overlap` is the mean share of the teacher's
     top-k that is in the snapshot's own top-k, None where it was not computed.
     """

@@ -24,7 +24,7 @@ from npd.store.layout import RunLayout
 from npd.types import EncodedPrompt
 
 _PACKAGES = ("npd", "torch", "transformers", "safetensors", "pyarrow", "numpy")
-# What may differ between a run and its resumption: where it runs and what it leaves, not what it is.
+# What may differ when a run is resumed: where it runs and what it leaves, not what it is.
 _FREE = ("runtime.", "observe.", "checkpoint.", "run_dir", "name")
 
 

@@ -32,7 +32,7 @@ def prompt_order(seed: int, round_index: int, num_prompts: int) -> tuple[int, ..
 
 
 def prompt_of(sample_id: int, *, seed: int, num_prompts: int, samples_per_prompt: int) -> int:
-    """The prompt of the `sample_id`-th ask: rounds over all prompts, a prompt's samples together."""
+    """The prompt of an ask: rounds over all prompts, a prompt's samples together."""
     round_index, place = divmod(sample_id, num_prompts * samples_per_prompt)
     return prompt_order(seed, round_index, num_prompts)[place // samples_per_prompt]
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from npd.errors import StoreError
+from npd.modeling import quiet
 from npd.store import files
 from npd.store.snapshots import publish, verify
 
@@ -113,7 +114,8 @@ def save_pretrained(
         else tensor
         for name, tensor in model.state_dict().items()
     }
-    model.save_pretrained(directory, state_dict=state)
+    with quiet():
+        model.save_pretrained(directory, state_dict=state)
     # The saved config names the type of the live weights; readers go by it.
     config = copy.deepcopy(model.config)
     config.dtype = dtype
