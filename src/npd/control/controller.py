@@ -51,6 +51,8 @@ class Controller:
         self._segments: dict[int, Segment] = {}
         self._shards: set[int] = set()
         self._makers: dict[tuple[str, int], ev.Generate | ev.Score] = {}
+        # The plan's step is what has been decided; this is what has been trained.
+        self._trained = 0
         self._stop: ev.Stop | None = None
         self._interrupted = asyncio.Event()
 
@@ -72,14 +74,14 @@ class Controller:
         self._makers.clear()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
-        if self._plan.step:
+        if self._trained:
             await self._dispatcher.restore()
         if self._plan.is_stopped:
             return await self._finish()
         is_new = outstanding is None
         first = self._take(ev.Started(num_prompts)) if outstanding is None else outstanding
         assert first, "a run that has not stopped has something to do"
-        self._monitor.message("run started" if is_new else f"resumed at step {self._plan.step}")
+        self._monitor.message("run started" if is_new else f"resumed at step {self._trained}")
         try:
             return await self._loop(first)
         finally:
@@ -96,9 +98,9 @@ class Controller:
                     self._launch(self._take(task.result()))
             if self._stop is not None:
                 return await self._finish()
-        await self._dispatcher.save_now(self._plan.step)
-        self._ledger.add_checkpoint(self._plan.step, self._layout.checkpoint(self._plan.step))
-        return Ending(self._plan.step, is_done=False)
+        await self._dispatcher.save_now(self._trained)
+        self._ledger.add_checkpoint(self._trained, self._layout.checkpoint(self._trained))
+        return Ending(self._trained, is_done=False)
 
     def _launch(self, actions: list[ev.Action]) -> None:
         for action in actions:
@@ -119,7 +121,7 @@ class Controller:
                 "truncated"
             )
         await self._dispatcher.export()
-        return Ending(self._plan.step, is_done=True)
+        return Ending(self._trained, is_done=True)
 
     async def _cancel(self) -> None:
         for task in self._running:
@@ -152,6 +154,7 @@ class Controller:
             case ev.ShardScored(shard):
                 self._ledger.set_shard(shard, "scored")
             case ev.SegmentTrained(report):
+                self._trained = report.steps[-1].step
                 segment = self._segments.pop(report.segment)
                 self._ledger.add_segment(segment)
                 self._ledger.add_uses(
@@ -189,6 +192,9 @@ class Controller:
                     f"event {seq} of {self._ledger.path} led to other decisions than now: the run "
                     "was made by another version of npd or another config; resume with that one"
                 )
+            if isinstance(event, ev.SegmentTrained):
+                self._trained = event.report.steps[-1].step
+                del self._segments[event.report.segment]
             pending = pending or {}
             done = pending.pop(ev.key(event), None)
             if isinstance(done, ev.Generate | ev.Score):

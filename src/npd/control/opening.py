@@ -11,12 +11,17 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from npd import __version__
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
 from npd.data import encode_prompts, load_prompts
-from npd.errors import ConfigError, DataError
+from npd.errors import ConfigError, DataError, ModelError
 from npd.modeling import check_context
 from npd.settings import dump_config
 from npd.store.files import read_json, write_json
@@ -52,8 +57,9 @@ def prepare(config: RunConfig) -> Prepared:
         InputError: a model or the data cannot be used.
     """
     trust = config.trust_remote_code
-    for model in (config.student, *((config.teacher,) if config.teacher else ())):
-        check_context(model, config.max_sample_tokens, trust_remote_code=trust)
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None:
+            check_model(role, model, config)
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
     if config.teacher is not None and config.needs_teacher:
         check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
@@ -69,9 +75,54 @@ def prepare(config: RunConfig) -> Prepared:
             "no training prompt is left after dropping: see data.on_long_prompt and "
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
         )
+    for model in filter(None, (config.student, config.teacher)):
+        check_weights(model)
     counts = [found.dropped, dropped, dropped_heldout]
     reasons = sorted({reason for count in counts for reason in count})
     return Prepared(prompts, heldout, {r: sum(c.get(r, 0) for c in counts) for r in reasons})
+
+
+def check_model(role: str, model: str, config: RunConfig) -> None:
+    """Check that a model is there and its context long enough, reading its config only.
+
+    `role` is the name of the setting or option it comes from, for the message.
+
+    Raises:
+        ModelError: it cannot be used. A path is never taken for a hub's name.
+    """
+    if _is_path(model) and not Path(model).is_dir():
+        raise ModelError(
+            f"no model directory at {model} (looked from {Path.cwd()}): correct `{role}`, or make "
+            "the directory with npd prepare"
+        )
+    check_context(model, config.max_sample_tokens, trust_remote_code=config.trust_remote_code)
+
+
+def check_weights(model: str) -> None:
+    """Check that a directory's weights are there and whole, reading their headers only.
+
+    Raises:
+        ModelError: there are none, or a file is damaged.
+    """
+    if not Path(model).is_dir():
+        return  # a hub's name: what is downloaded is checked when it is loaded
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{model} holds no .safetensors weights: save the model in that format")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} is damaged or cut short ({error}): copy or make the model again"
+            ) from error
+
+
+def _is_path(model: str) -> bool:
+    """Whether `model` can only mean a directory; a hub's names are `name` and `owner/name`."""
+    owner, _, name = model.partition("/")
+    return model.startswith(("/", ".")) or "/" in name or (bool(name) and Path(owner).is_dir())
 
 
 def open_directory(
@@ -96,7 +147,6 @@ def open_directory(
         raise ConfigError(f"{layout.root} holds no run to resume: start it without --resume")
     if layout.root.exists() and any(layout.root.iterdir()):
         raise ConfigError(f"{layout.root} is not empty and not a run: choose another run_dir")
-    layout.create()
     record = {
         "config": dump_config(config),
         "origins": dict(origins),
@@ -105,15 +155,27 @@ def open_directory(
         "dropped": prepared.dropped,
         "fingerprint": prepared.fingerprint,
     }
+    # First: where the disk is full already, no half-made run is left that could not be gone on with.
     write_json(layout.config_json, record)
+    layout.create()
     return layout
 
 
 def load_run(layout: RunLayout) -> RunConfig:
     """The config a run directory was made with."""
     if not layout.config_json.exists():
-        raise ConfigError(f"{layout.root} is not a run directory (it has no config.json)")
-    config = RunConfig.model_validate(read_json(layout.config_json)["config"])
+        raise ConfigError(
+            f"{layout.root} is not a run directory (it has no config.json): give the directory that "
+            "npd run wrote, e.g. runs/npd"
+        )
+    record = read_json(layout.config_json)
+    try:
+        config = RunConfig.model_validate(record["config"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(
+            f"{layout.config_json} is not what npd run writes: give a run directory, made by this "
+            f"version of npd ({__version__})"
+        ) from error
     return config.model_copy(update={"run_dir": layout.root})
 
 
