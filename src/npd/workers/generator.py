@@ -26,7 +26,7 @@ class GeneratorWorker:
         self._loaded: int | None = None
         self._engine = build_generator(
             config.generate,
-            stop_ids=chat.stop_ids,
+            stop_ids=stop_ids(config, chat, is_teacher=config.generate.source == "teacher"),
             pad_id=chat.pad_id,
             vocab_size=chat.vocab_size,
             device=resolve_device(config.runtime.device),
@@ -59,3 +59,12 @@ class GeneratorWorker:
     def close(self) -> None:
         """Let go of the model."""
         self._engine.close()
+
+
+def stop_ids(config: RunConfig, chat: Chat, *, is_teacher: bool) -> frozenset[int]:
+    """What ends a response: the student's end tokens, and the teacher's own where it writes."""
+    if not is_teacher:
+        return chat.stop_ids
+    assert config.teacher is not None, "checked by the config"
+    teacher = Chat.load(config.teacher, trust_remote_code=config.trust_remote_code)
+    return chat.stop_ids | teacher.stop_ids

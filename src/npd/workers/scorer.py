@@ -12,6 +12,7 @@ from npd.score.base import Scorer, Support
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
 from npd.types import Ask, EncodedPrompt, Rollout, SampleStats
+from npd.workers.generator import stop_ids
 from npd.workers.tasks import ScoreTask, scored_stats
 
 # A wider support than the run's own makes the tail-bucket KL a tighter bound; it is scored once.
@@ -67,7 +68,7 @@ class ScorerWorker:
                     "batch_size": evaluation.batch_size,
                 }
             ),
-            stop_ids=self._chat.stop_ids,
+            stop_ids=stop_ids(self._config, self._chat, is_teacher=source == "teacher"),
             pad_id=self._chat.pad_id,
             vocab_size=self._chat.vocab_size,
             device=self._device,

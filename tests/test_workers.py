@@ -1,0 +1,116 @@
+"""Workers by themselves: what they make once they do not make again, and who ends a response."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from fakes import make_rollouts
+from npd.chat import Chat
+from npd.control.opening import prepare
+from npd.errors import StoreError
+from npd.store.layout import RunLayout
+from npd.store.shards import read_rollouts, read_scored
+from npd.types import Ask, Scored
+from npd.workers import Factory, GenerateTask, ScoreTask, scored_stats
+from npd.workers.generator import stop_ids
+from tiny_run import tiny_config, write_prompts
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    return tiny_config(tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / "run")
+
+
+@pytest.fixture
+def layout(config):
+    layout = RunLayout(config.directory)
+    layout.create()
+    return layout
+
+
+def make_task(config, version=0, shard=0):
+    prompts = prepare(config).prompts[:3]
+    asks = tuple(Ask(10 + i, 100 + i, prompt) for i, prompt in enumerate(prompts))
+    return GenerateTask(shard, version, asks)
+
+
+def test_a_shard_is_generated_and_scored_once(config, layout):
+    trainer = Factory("trainer", config, layout.root)()
+    trainer.publish(0)
+    generator, scorer = (Factory(r, config, layout.root)() for r in ("generator", "scorer"))
+    task = make_task(config)
+    stats = generator.generate(task)
+    written = layout.rollouts(0).stat().st_mtime_ns
+    assert generator.generate(task) == stats
+    assert layout.rollouts(0).stat().st_mtime_ns == written
+    chosen = ScoreTask(0, 0, (stats[0].sample_id, stats[2].sample_id))
+    scored = scorer.score(chosen)
+    assert [s.sample_id for s in scored] == [10, 12], "only those asked for are scored"
+    assert scorer.score(chosen) == scored
+    records = read_scored(layout.scored(0))
+    assert scored[0].nll_teacher == pytest.approx(-records[0].teacher_logprobs.mean(), abs=1e-5)
+    assert all(s.nll_student is not None and s.nll_student_alone is not None for s in scored)
+    for worker in (trainer, generator, scorer):
+        worker.close()
+
+
+def test_a_file_of_another_task_is_not_taken_for_this_one(config, layout):
+    Factory("trainer", config, layout.root)().publish(0)
+    generator = Factory("generator", config, layout.root)()
+    task = make_task(config)
+    generator.generate(task)
+    with pytest.raises(AssertionError, match="another task"):
+        generator.generate(GenerateTask(0, 0, task.asks[:2]))
+
+
+def test_a_damaged_snapshot_is_found_before_anything_is_written_with_it(config, layout):
+    Factory("trainer", config, layout.root)().publish(0)
+    weights = layout.snapshot(0) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(StoreError, match=r"model\.safetensors"):
+        Factory("generator", config, layout.root)().generate(make_task(config))
+    assert not layout.rollouts(0).exists()
+
+
+def test_the_teacher_ends_its_text_with_its_own_end_tokens_too(config, tmp_path, tiny_teacher_dir):
+    teacher = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    config = config.model_copy(update={"teacher": str(teacher)})
+    chat = Chat.load(config.student)
+    assert 7 not in stop_ids(config, chat, is_teacher=False)
+    assert stop_ids(config, chat, is_teacher=True) == chat.stop_ids | {2, 7}
+
+
+def test_heldout_text_is_made_once_with_a_wide_support(config, layout):
+    prompts = tuple(prepare(config).heldout)
+    scorer = Factory("scorer", config, layout.root)()
+    tokens = scorer.prepare_heldout(prompts)
+    written = layout.heldout.stat().st_mtime_ns
+    assert scorer.prepare_heldout(prompts) == tokens
+    assert layout.heldout.stat().st_mtime_ns == written
+    assert all(s.topk_ids.shape[1] == 64 for s in read_scored(layout.heldout))
+
+
+def test_teacher_mass_counts_a_repeated_draw_once():
+    rollout = make_rollouts(1)[0]
+    length = len(rollout.response_ids)
+    ids = np.tile(np.array([[3, 5, 3]], dtype=np.int32), (length, 1))
+    logprobs = np.log(np.tile(np.array([[0.5, 0.25, 0.5]], dtype=np.float32), (length, 1)))
+    scored = Scored(rollout, ids, logprobs, logprobs[:, 0], nll_teacher=1.0)
+    assert scored_stats(scored).teacher_mass == pytest.approx(0.75)
+
+
+def test_rollouts_carry_the_version_that_wrote_them(config, layout):
+    trainer = Factory("trainer", config, layout.root)()
+    generator = Factory("generator", config, layout.root)()
+    for version in (0, 1):
+        trainer.publish(version)
+        generator.generate(make_task(config, version, shard=version))
+        assert {r.version for r in read_rollouts(layout.rollouts(version))} == {version}
