@@ -32,14 +32,13 @@ class ScorerWorker:
     def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
         path = self._layout.scored(task.shard)
-        if path.exists():
-            scored = read_scored(path)
-        else:
+        if not path.exists():
             wanted = set(task.sample_ids)
             rollouts = read_rollouts(self._layout.rollouts(task.shard))
             chosen = [r for r in rollouts if r.sample_id in wanted]
-            scored = self._ready(task.version).score(chosen)
-            write_scored(path, scored)
+            write_scored(path, self._ready(task.version).score(chosen))
+        # Read back, because stored log-probs are rounded: the same answer now and after a crash.
+        scored = read_scored(path)
         ids = tuple(s.rollout.sample_id for s in scored)
         assert ids == task.sample_ids, f"{path} is another task's"
         return tuple(map(scored_stats, scored))
