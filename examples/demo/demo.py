@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M teaches a copy of itself that lost more than half of its layers.
+"""The demo: SmolLM2-135M teaches a copy of itself that lost half of its layers.
 
 Run by `make demo`. Imports the teacher from its PyPI wheel, prunes it to a student, fine-tunes the
 student on teacher text (`warm.yaml`), distils it on its own text (`npd.yaml`), and prints what each
@@ -21,10 +21,13 @@ from npd.settings import load_config
 
 HERE = Path(__file__).parent
 MODELS, RUNS = Path("models"), Path("runs/demo")
+# Half of the 30 layers, found by leaving out, one at a time, the layer whose absence moves the
+# model's outputs least (KL 2.7 to the full model; 13 layers spread evenly have 10).
+LAYERS = (0, 1, 2, 8, 9, 10, 11, 12, 21, 22, 23, 24, 27, 28, 29)
 MEASURES = (
     ("kl", "held-out KL to the teacher", "{:.3f}"),
     ("agreement", "same top token as the teacher", "{:.1%}"),
-    ("exact_match", "sums answered right", "{:.1%}"),
+    ("exact_match", "names what it is asked about", "{:.1%}"),
 )
 
 
@@ -44,12 +47,12 @@ def main() -> None:
 
 def prepare_models() -> tuple[Path, Path]:
     """Teacher and pruned student as Hugging Face directories, made once."""
-    say("1/3 models: import SmolLM2-135M, prune it from 30 layers to 13")
+    say("1/3 models: import SmolLM2-135M, leave out half of its layers")
     teacher, pruned = MODELS / "smollm2-135m", MODELS / "smollm2-pruned"
     if not teacher.exists():
         import_gguf(smollm2_gguf(), teacher)
     if not pruned.exists():
-        prune_depth(teacher, pruned, 13)
+        prune_depth(teacher, pruned, LAYERS)
     return teacher, pruned
 
 

@@ -1,7 +1,7 @@
-"""Writes prompts.jsonl: 480 short requests made from templates and topics, in a fixed order.
+"""Writes prompts.jsonl: 496 short requests made from templates and topics, in a fixed order.
 
-Sums carry an `answer`, so that the demo also reports an exact match; the rest is open text, on
-which the student is compared with the teacher's distribution.
+The `answer` is the thing asked about: the demo's exact match is the share of greedy responses that
+name it, a plain measure of staying on topic.
 """
 
 import json
@@ -21,19 +21,22 @@ TEMPLATES = (
 TOPICS = (
     "the moon", "rain", "a bicycle", "bread", "the sea", "a library", "chess", "coffee", "a garden",
     "music", "snow", "a bridge", "tea", "a forest", "cooking", "the sun", "a train", "sleep",
-    "swimming", "a map", "birds", "a clock", "running", "a letter", "mountains", "a river",
-    "football", "a camera", "honey", "a lighthouse", "dancing", "a kite", "apples", "the wind",
+    "swimming", "a map", "a bird", "a clock", "running", "a letter", "a mountain", "a river",
+    "football", "a camera", "honey", "a lighthouse", "dancing", "a kite", "an apple", "the wind",
     "reading", "a market", "fishing", "a candle", "winter", "a castle", "fire", "a violin",
-    "clouds", "painting", "a boat", "salt", "a school", "stars", "a dog", "glass",
+    "a cloud", "painting", "a boat", "salt", "a school", "a star", "a dog", "glass", "a horse",
+    "paper", "a robot", "the desert", "milk", "a lamp", "summer", "a wheel", "gold", "a drum",
+    "an island", "a tree",
 )  # fmt: skip
 
 
 def main() -> None:
     """Write the file beside this one."""
-    rows = [{"prompt": t.format(topic)} for topic in TOPICS for t in TEMPLATES]
-    sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
-    random.Random(0).shuffle(sums)
-    rows += [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in sums[:80]]
+    rows = [
+        {"prompt": template.format(topic), "answer": topic.split()[-1]}
+        for topic in TOPICS
+        for template in TEMPLATES
+    ]
     random.Random(1).shuffle(rows)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     Path(__file__).with_name("prompts.jsonl").write_text(text)
