@@ -48,7 +48,7 @@ def test_every_number_of_a_report_is_in_the_table(record):
 
 
 def test_unknown_metric_is_our_own_bug(tmp_path):
-    assert metric("idle_share/trainer").unit == "share"
+    assert metric("peak_memory/trainer").unit == "MiB"
     writer = MetricsWriter(tmp_path / "m.jsonl")
     with pytest.raises(AssertionError, match="los"):
         writer.write(1, {"los": 1.0})

@@ -16,7 +16,7 @@ from fakes import END, FakeLM, FakeScorer, make_rollouts
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
 from npd.modeling import load_model
-from npd.score.base import build_scorer
+from npd.score import build_scorer
 from npd.score.prefill import Document, Reader, _draw, top_k
 from npd.types import FinishReason, Rollout
 

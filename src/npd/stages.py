@@ -12,9 +12,9 @@ from pathlib import Path
 
 from npd.chat import Chat
 from npd.config import RunConfig
-from npd.control.batches import make_step
-from npd.control.opening import Prepared, prepare
-from npd.control.order import mix, prompt_of
+from npd.control.batches import make_asks, make_step
+from npd.control.opening import Prepared, check_model, prepare
+from npd.control.order import mix
 from npd.control.pool import Pool
 from npd.errors import ConfigError, DataError, InputError
 from npd.filters import build_filter, prefilter
@@ -28,9 +28,9 @@ from npd.workers import generated_stats, scored_stats
 def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> int:
     """Write `samples_per_prompt` rollouts for every training prompt; returns how many."""
     _check_new(out)
+    writer = snapshot or _writer(config)
+    check_model("--snapshot", writer, config)
     prepared = prepare(config)
-    writer = config.teacher if config.generate.source == "teacher" else config.student
-    assert writer is not None, "checked by the config"
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     engine = build_generator(
         config.generate,
@@ -40,7 +40,7 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
         device=resolve_device(config.runtime.device),
         trust_remote_code=config.trust_remote_code,
     )
-    engine.load(Path(snapshot or writer), 0)
+    engine.load(Path(writer), 0)
     rollouts = engine.generate(_asks(config, prepared))
     write_rollouts(out, rollouts)
     return len(rollouts)
@@ -48,12 +48,15 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
 
 def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None = None) -> int:
     """Score the rollouts of a file that pass the pre-filters; returns how many."""
-    from npd.score.base import build_scorer
+    from npd.score import build_scorer
 
     _check_new(out)
     if config.teacher is None:
         raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
+    student = snapshot or config.student
+    check_model("--snapshot" if snapshot else "student", student, config)
     found = read_rollouts(_existing(rollouts))
+    check_model("teacher", config.teacher, config)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
     scorer = build_scorer(
@@ -68,7 +71,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None 
         seed=config.seed,
     )
     if config.needs_ifd or config.needs_student_pass:
-        scorer.load_student(Path(snapshot or config.student), 0)
+        scorer.load_student(Path(student), 0)
     write_scored(out, scorer.score(kept))
     return len(kept)
 
@@ -78,6 +81,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     from npd.train.trainer import Trainer
 
     _check_new(out)
+    check_model("student", config.student, config)
     samples: Sequence[Scored | Rollout] = (
         read_scored(_existing(data)) if config.needs_scores else read_rollouts(_existing(data))
     )
@@ -102,19 +106,16 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     yield f"model directory {out}"
 
 
+def _writer(config: RunConfig) -> str:
+    writer = config.teacher if config.generate.source == "teacher" else config.student
+    assert writer is not None, "checked by the config"
+    return writer
+
+
 def _asks(config: RunConfig, prepared: Prepared) -> list[Ask]:
-    per_prompt, count = config.generate.samples_per_prompt, len(prepared.prompts)
-    return [
-        Ask(i, mix(config.seed, 1, i), prepared.prompts[_prompt(config, i, count)])
-        for i in range(count * per_prompt)
-    ]
-
-
-def _prompt(config: RunConfig, sample_id: int, num_prompts: int) -> int:
-    per_prompt = config.generate.samples_per_prompt
-    return prompt_of(
-        sample_id, seed=config.seed, num_prompts=num_prompts, samples_per_prompt=per_prompt
-    )
+    per_round = len(prepared.prompts) * config.generate.samples_per_prompt
+    refs = make_asks(range(per_round), config, per_round)
+    return [Ask(ref.sample_id, ref.seed, prepared.prompts[ref.prompt]) for ref in refs]
 
 
 def _stats(sample: Scored | Rollout) -> SampleStats:

@@ -1,13 +1,33 @@
-"""From samples to an optimiser step, and from a trained segment to whether it drifted: pure."""
+"""From sample ids to asks, from samples to a step, from a segment to whether it drifted: pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from npd.config import TrainConfig
-from npd.control.order import learning_rate
+from npd.config import RunConfig, TrainConfig
+from npd.control.events import AskRef
+from npd.control.order import learning_rate, mix, prompt_of
 from npd.pack import balance, pack
 from npd.types import Row, SampleRef, SegmentReport, Step
+
+
+def make_asks(
+    sample_ids: Iterable[int], config: RunConfig, asks_per_round: int
+) -> tuple[AskRef, ...]:
+    """What is asked for under these ids: each one's prompt and seed follow from the run's seed.
+
+    `asks_per_round` is prompts x samples_per_prompt.
+    """
+    seed, per_prompt = config.seed, config.generate.samples_per_prompt
+    num_prompts = asks_per_round // per_prompt
+    return tuple(
+        AskRef(
+            sample_id,
+            prompt_of(sample_id, seed=seed, num_prompts=num_prompts, samples_per_prompt=per_prompt),
+            mix(seed, 1, sample_id),
+        )
+        for sample_id in sample_ids
+    )
 
 
 def make_step(

@@ -210,7 +210,9 @@ class Controller:
         return list(pending.values())
 
     def _prune(self) -> None:
-        """Remove snapshots nobody needs and all but the newest checkpoints."""
+        """Point LATEST at the newest snapshot; remove those nobody needs, and old checkpoints."""
+        if self._layout.snapshot(self._plan.version).exists():
+            snapshots.set_latest(self._layout.snapshots, self._plan.version)
         oldest = self._plan.oldest_version_needed
         snapshots.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
         saved = [row.step for row in self._ledger.checkpoints()][-self._keep :]

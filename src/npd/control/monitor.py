@@ -5,6 +5,7 @@ Everything here could be lost without losing the run: the ledger is the truth, t
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from npd.config import RunConfig
 from npd.control import events as ev
+from npd.filters import Ratio, delta_ifd
 from npd.observe.live import LiveState, View, WorkerState
 from npd.observe.metrics import MetricsWriter
 from npd.observe.trace import Span, TraceWriter
@@ -37,12 +39,14 @@ class Monitor:
         self._metrics = MetricsWriter(layout.metrics_jsonl)
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
+        self._ratio = config.filter.ratio
         self._started = time.time()
         self._first_progress: float | None = None
         self._doing: dict[str, WorkerState] = {}
         self._seconds: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
         self._tokens: Counter[str] = Counter()
         self._outcomes: Counter[Outcome] = Counter()
+        self._trained_here = 0
         self._last: StepReport | None = None
         self._state = LiveState(elapsed=0.0, step=0, title=config.name)
 
@@ -72,7 +76,9 @@ class Monitor:
         """An event and what was decided; a replayed one only brings the counts up to date."""
         for action in actions:
             if isinstance(action, ev.Retire):
-                self._outcomes.update(outcome for _, outcome, _ in action.samples)
+                left = Counter(outcome for _, outcome, _ in action.samples)
+                self._outcomes.update(left)
+                self._trained_here += 0 if is_replay else left[Outcome.TRAINED_OUT]
         match event:
             case ev.SegmentTrained(report):
                 self._last = report.steps[-1]
@@ -97,7 +103,7 @@ class Monitor:
                 self._tokens["generate"] += sum(s.response_tokens for s in stats)
             case ev.ShardScored(_, stats):
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
-                self._write(plan.step, _shard_values(stats, actions), "score")
+                self._write(plan.step, _shard_values(stats, actions, self._ratio), "score")
             case ev.SegmentTrained(report):
                 self._tokens["train"] += sum(s.total_tokens for s in report.steps)
                 for step in report.steps:
@@ -130,6 +136,8 @@ class Monitor:
         return rates | {
             "window_live": float(plan.num_live),
             "version": float(plan.version),
+            "asked": float(plan.num_asked),
+            "samples_per_hour": 3600 * self._trained_here / (time.time() - self._started),
             **{outcome.value: float(self._outcomes[outcome]) for outcome in Outcome},
         }
 
@@ -173,12 +181,10 @@ def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
 
 
 def _shard_values(
-    stats: tuple[SampleStats, ...], actions: list[ev.Action]
+    stats: tuple[SampleStats, ...], actions: list[ev.Action], ratio: Ratio
 ) -> dict[str, float | None]:
     """The shard's median Δ-IFD and the share of it that the filter kept."""
-    from npd.filters import delta_ifd
-
-    deltas = [delta for s in stats if (delta := delta_ifd(s)) is not None]
+    deltas = [delta for s in stats if math.isfinite(delta := delta_ifd(s, ratio))]
     rejected = sum(
         outcome is Outcome.REJECTED
         for action in actions

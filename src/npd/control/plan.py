@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from npd.config import RunConfig
 from npd.control import events as ev
-from npd.control.batches import has_drifted, make_step
+from npd.control.batches import has_drifted, make_asks, make_step
 from npd.control.flow import Flow
-from npd.control.order import mix, prompt_of
 from npd.types import SampleRef, Segment, Step
 
 
@@ -198,21 +197,10 @@ class Plan:
     def _ask(self) -> None:
         """Ask for as many shards as the window and the generators take."""
         while self._may_generate() and (size := self._shard_size()) > 0:
-            first = self._flow.num_asked
-            asks = tuple(self._ask_for(sample_id) for sample_id in range(first, first + size))
-            self._flow.ask(self._version, asks)
+            ids = range(self._flow.num_asked, self._flow.num_asked + size)
+            self._flow.ask(self._version, make_asks(ids, self._config, self._asks_per_round))
         is_live = self._flow.num_live > 0
         self._filled = is_live and (self._filled or self._shard_size() == 0)
-
-    def _ask_for(self, sample_id: int) -> ev.AskRef:
-        seed, per_prompt = self._config.seed, self._config.generate.samples_per_prompt
-        prompt = prompt_of(
-            sample_id,
-            seed=seed,
-            num_prompts=self._asks_per_round // per_prompt,
-            samples_per_prompt=per_prompt,
-        )
-        return ev.AskRef(sample_id, prompt, mix(seed, 1, sample_id))
 
     def _may_generate(self) -> bool:
         if self._publishing or self._flow.num_generating >= self._config.generate.workers:

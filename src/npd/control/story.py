@@ -5,6 +5,7 @@ Reads the ledger, the trace and the shards; needs no model and no tokenizer but 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -85,7 +86,7 @@ def tell(layout: RunLayout, config: RunConfig) -> ReportData:
             outcome=row.outcome,
             reason=row.reason,
             lag=lags.get(row.sample_id),
-            delta=delta_ifd(facts.stats[row.sample_id], ratio),
+            delta=_finite(delta_ifd(facts.stats[row.sample_id], ratio)),
         )
         for row in rows
         if row.sample_id in facts.stats
@@ -141,6 +142,10 @@ def throughput(spans: Sequence[Span], facts: Facts, config: RunConfig) -> dict[s
         for stage in busy
         if busy[stage] > 0
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _lags(ledger: Ledger) -> Iterator[tuple[int, int]]:

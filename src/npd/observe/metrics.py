@@ -1,7 +1,7 @@
 """The one table of what a run measures, and the file it is written to.
 
 Promises: every number in `metrics.jsonl` has a unit and a meaning here; an unknown name is our own
-bug and fails. A name may carry a part after `/` (`tokens_per_second/train`, `idle_share/trainer`).
+bug and fails. A name may carry a part after `/` (`tokens_per_second/train`, `peak_memory/trainer`).
 Does not compute any metric.
 """
 
@@ -55,18 +55,14 @@ METRICS: dict[str, Metric] = {
     # the run as a whole
     "tokens_per_second": Metric("tokens/s", "a stage's tokens over the seconds it worked"),
     "samples_per_hour": Metric("samples/h", "samples trained out over wall time, all stages in it"),
-    "idle_share": Metric("share", "share of wall time in which a worker did nothing"),
     "peak_memory": Metric("MiB", "peak memory of a worker"),
     "window_live": Metric("samples", "live samples: generated or on their way, not yet left"),
     "version": Metric("versions", "newest published snapshot"),
-    "lag": Metric("versions", "mean age of the live samples, in snapshots"),
     "asked": Metric("samples", "samples asked for so far"),
     "trained_out": Metric("samples", "samples trained on as often as wanted"),
     "rejected": Metric("samples", "samples a filter refused"),
     "stale": Metric("samples", "samples that grew older than max_lag"),
     "failed": Metric("samples", "samples given up after errors"),
-    "filter_low": Metric("1", "lower bound of Δ-IFD in force, tolerance not included"),
-    "filter_high": Metric("1", "upper bound of Δ-IFD in force"),
     "delta_median": Metric("1", "median Δ-IFD of a scored shard"),
     "kept_share": Metric("share", "samples of a scored shard that the filter kept"),
 }

@@ -90,7 +90,7 @@ class ScorerWorker:
         return self._scorer
 
     def _build(self, top_k: int, support: Support, *, is_for_filter: bool) -> Scorer:
-        from npd.score.base import build_scorer
+        from npd.score import build_scorer
 
         config = self._config
         assert config.teacher is not None, "checked by the config"
