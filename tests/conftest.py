@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts=()):
-    """A byte-level BPE tokenizer with ChatML markers, trained on a few lines: vocabulary about 300."""
+    """A byte-level BPE tokenizer with ChatML markers, trained on a few lines: about 300 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Real `kill -9` of each process of a run, at several moments: `--resume` loses and doubles nothing.
+"""Real `kill -9` of each process of a run, at several moments: nothing is lost or doubled.
 
 The run is a real `npd run` in a process of its own, on tiny models; its children are found by what
 the kernel says of them, and only they are killed.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_run import check_books
-from tiny_run import tiny_settings, write_prompts
 
 from npd.errors import StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
+from test_run import check_books
+from tiny_run import tiny_settings, write_prompts
 
 LIMIT = 180.0
 

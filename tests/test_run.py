@@ -1,4 +1,4 @@
-"""Whole runs on tiny real models: every preset, resume, stages alone, and what they leave behind."""
+"""Whole runs on tiny real models: every preset, resume, and what they leave behind."""
 
 from __future__ import annotations
 

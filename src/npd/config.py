@@ -8,226 +8,62 @@ Reading YAML, presets and `--set` is `npd.settings`.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Dtype = Literal["float32", "bfloat16"]
+from npd.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    GenerateConfig,
+    LossConfig,
+    ObserveConfig,
+    Refresh,
+    RuntimeConfig,
+    ScheduleConfig,
+    ScoreConfig,
+    Section,
+    TrainConfig,
+)
 
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FilterConfig",
+    "GenerateConfig",
+    "LossConfig",
+    "ObserveConfig",
+    "Refresh",
+    "RunConfig",
+    "RuntimeConfig",
+    "ScheduleConfig",
+    "ScoreConfig",
+    "TrainConfig",
+]
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
-
-
-class DataConfig(_Section):
-    """Where prompts come from and how long they may be (token counts)."""
-
-    train: str | None = None
-    """JSONL or Parquet file, or a Hugging Face dataset name (`name` or `name:config`)."""
-    split: str = "train"
-    """Split of a Hugging Face dataset; files have none."""
-    heldout: str | None = None
-    """Held-out prompts, same forms as `train`; None takes `heldout_size` off the end of `train`."""
-    heldout_split: str = "test"
-    heldout_size: Annotated[int, Field(ge=0)] = 64
-    limit: Positive | None = None
-    """Use only the first so many training prompts."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: our column name -> the data's, e.g. `{prompt: question, completion: answer}`."""
-    system: str | None = None
-    """System message put before every conversation that has none."""
-    max_prompt_tokens: Positive = 1024
-    on_long_prompt: Literal["error", "drop"] = "error"
-    on_bad_record: Literal["error", "drop"] = "error"
-    """What to do with an empty or malformed record: stop with its line, or drop and count it."""
-
-
-class GenerateConfig(_Section):
-    """Who writes the responses, and how they are sampled."""
-
-    source: Literal["student", "teacher", "dataset"] = "student"
-    engine: Literal["transformers"] = "transformers"
-    samples_per_prompt: Positive = 1
-    max_new_tokens: Positive = 512
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    """0 is greedy. At 1 with top_p 1 the samples are the snapshot's own distribution."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    batch_size: Positive = 32
-    """Sequences decoded together."""
-    shard_size: Positive = 32
-    """Samples asked for, stored and scored together."""
-    workers: Positive = 1
-    dtype: Dtype = "bfloat16"
+Model = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
-class ScoreConfig(_Section):
-    """What is kept of the teacher at each response position."""
-
-    engine: Literal["transformers"] = "transformers"
-    top_k: Positive = 10
-    row_tokens: Positive = 4096
-    """Tokens of one packed prefill."""
-    head_chunk: Positive = 512
-    """Response positions whose logits exist at once."""
-    student_pass: Literal["auto", "always"] = "auto"
-    """`auto` takes the student's conditional NLL from the rollout where the rollout has it."""
-    workers: Positive = 1
-    dtype: Dtype = "bfloat16"
-
-
-class FilterConfig(_Section):
-    """Which samples are trained on. The pre-filters run before the teacher is paid for."""
-
-    name: Literal["none", "delta_ifd", "random", "teacher_nll", "overlap", "length"] = "delta_ifd"
-    ratio: Literal["nll", "ppl"] = "nll"
-    bounds: Literal["fixed", "quantile"] = "fixed"
-    low: float = 0.0
-    high: float = 0.8
-    low_quantile: Share = 0.05
-    high_quantile: Share = 0.95
-    history: Positive = 512
-    """Most recent scored samples whose quantiles set the bounds."""
-    tolerance: Annotated[float, Field(ge=0.0)] = 0.05
-    """Slack below `low`; 0 is the paper's rule to the letter."""
-    min_nll: Annotated[float, Field(ge=0.0)] = 0.05
-    """Below this conditional NLL (nats/token, both models) the ratio says nothing: keep."""
-    keep: Share | None = None
-    """Share a control keeps; None keeps as many as delta_ifd would of the same samples."""
-    drop_truncated: bool = True
-    min_response_tokens: Positive = 4
-    max_repeat: Share = 0.5
-    """Largest share of repeated 4-grams."""
-
-
-class LossConfig(_Section):
-    """L = (1 - kd_weight) * CE + kd_weight * KD, on response tokens, token mean over the step."""
-
-    kd_weight: Share = 0.9
-    target: Literal["topk", "renorm", "tail", "sampled"] = "topk"
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Mixture of the generalised JSD (towards 0 forward, towards 1 reverse)."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    impl: Literal["chunked", "reference"] = "chunked"
-    chunk: Positive = 1024
-    """Response positions whose logits exist at once."""
-
-
-class TrainConfig(_Section):
-    """The optimiser and what a step is made of."""
-
-    lr: Annotated[float, Field(gt=0.0)] = 1e-5
-    min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
-    warmup: Share = 0.0
-    """Share of the run over which lr rises linearly from 0."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: Annotated[float, Field(gt=0.0)] = 1.0
-    batch_size: Positive = 64
-    """Samples a step; they are packed into as many rows as they need."""
-    row_tokens: Positive = 32768
-    """Capacity of a packed row: what one forward and backward pass holds."""
-    dtype: Dtype = "bfloat16"
-    """Compute type; weights and optimiser state stay float32."""
-    activation_checkpointing: bool = False
-
-
-class Refresh(_Section):
-    """When the generating snapshot is replaced; exactly one rule, or none of them (never)."""
-
-    every_steps: Positive | None = None
-    at_epochs: tuple[Positive, ...] | None = None
-    drift: Annotated[float, Field(gt=0.0)] | None = None
-    """Refresh when the mean KL(theta || gen) of a segment passes this (nats per token)."""
-    min_steps: Positive = 1
-    """Fewest steps between two refreshes by drift."""
-
-    @property
-    def is_never(self) -> bool:
-        """Whether the first snapshot writes everything."""
-        return self.every_steps is None and self.at_epochs is None and self.drift is None
-
-
-def _parse_refresh(value: Any) -> Any:
-    return {} if value == "never" else value
-
-
-class ScheduleConfig(_Section):
-    """Four numbers that span the family of methods, and how long the run is."""
-
-    epochs: Positive | None = None
-    """Passes over the prompts, counted in trained samples; or else `steps`."""
-    steps: Positive | None = None
-    """Optimiser steps; prompts repeat as needed."""
-    window: Positive | Literal["all"] = "all"
-    """Samples kept live."""
-    reuse: Positive = 5
-    """Times a sample is trained on."""
-    refresh: Annotated[Refresh, BeforeValidator(_parse_refresh)] = Refresh(at_epochs=(5,))
-    max_lag: Annotated[int, Field(ge=0)] = 1
-    """Snapshots a sample may be behind and still be trained on."""
-    overlap: bool | Literal["auto"] = "auto"
-    """Whether stages run at the same time; auto: yes with several processes, no inline."""
-    segment_steps: Positive = 8
-    """Steps handed to the trainer at once."""
-    max_tries: Positive = 3
-
-
-class RuntimeConfig(_Section):
-    """Where workers live."""
-
-    kind: Literal["inline", "local"] = "local"
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
-    threads: Positive | None = None
-    """CPU threads a worker may use; None shares the machine's cores out."""
-    call_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
-    """Seconds after which a worker that has not answered counts as lost."""
-
-
-class EvalConfig(_Section):
-    """Held-out evaluation: at the start, every so many steps, and at the end."""
-
-    every_steps: Positive | None = None
-    source: Literal["teacher", "completion", "none"] = "teacher"
-    """Whose responses the held-out KL is measured on."""
-    max_new_tokens: Positive = 64
-    batch_size: Positive = 32
-    num_samples: Annotated[int, Field(ge=0)] = 4
-    """Student responses shown in the report."""
-
-
-class CheckpointConfig(_Section):
-    """When the trainer's state is saved for `--resume` (also at the end of the run)."""
-
-    every_steps: Positive | None = 100
-    keep: Positive = 1
-
-
-class ObserveConfig(_Section):
-    """What a run leaves for people to look at."""
-
-    trackers: tuple[Literal["tensorboard"], ...] = ()
-    report: bool = True
-    trace: bool = True
-    """Write trace.json for Perfetto (the spans themselves are always kept)."""
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. `student`, `teacher`: Hugging Face model directories or names."""
 
     name: str = "npd"
-    run_dir: Path | None = None
+    """What the run is called; its directory is `runs/<name>`."""
+    run_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     """Where the run is kept; None is `runs/<name>`."""
     seed: int = 0
-    student: str
-    teacher: str | None = None
+    """Decides every arbitrary choice: order of prompts, samples, shuffles, dropout."""
+    student: Model
+    """The model to train: a Hugging Face directory or name."""
+    teacher: Model | None = None
+    """The model to learn from; it shares the student's vocabulary."""
     trust_remote_code: bool = False
+    """Run Python code that comes with a model. Only for models you trust."""
     data: DataConfig = DataConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
@@ -296,17 +132,16 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
-        problems = [message for broken, message in _impossible(self) if broken]
+        found = (*_schedule_problems(self), *_size_problems(self), *_meaning_problems(self))
+        problems = [message for is_broken, message in found if is_broken]
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
 
-def _impossible(c: RunConfig) -> list[tuple[bool, str]]:
-    """Each combination that cannot work, and what to do about it."""
+def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
     schedule, refresh = c.schedule, c.schedule.refresh
     rules = (refresh.every_steps, refresh.at_epochs, refresh.drift)
-    fixed_text = c.generate.source != "student"
     window = schedule.window if isinstance(schedule.window, int) else None
     return [
         (
@@ -323,7 +158,7 @@ def _impossible(c: RunConfig) -> list[tuple[bool, str]]:
             "schedule.refresh takes one of every_steps, at_epochs and drift",
         ),
         (
-            fixed_text and not refresh.is_never,
+            c.generate.source != "student" and not refresh.is_never,
             f"generate.source {c.generate.source} never samples the student: "
             "set schedule.refresh: never",
         ),
@@ -343,10 +178,14 @@ def _impossible(c: RunConfig) -> list[tuple[bool, str]]:
             f"({c.train.batch_size})",
         ),
         (
-            c.needs_teacher and c.teacher is None,
-            "this run needs a teacher: set `teacher`, or loss.kd_weight: 0 with filter.name: none "
-            "and eval.source: completion (or none)",
+            list(refresh.at_epochs or ()) != sorted(set(refresh.at_epochs or ())),
+            "schedule.refresh.at_epochs must rise: list each epoch once, in order",
         ),
+    ]
+
+
+def _size_problems(c: RunConfig) -> list[tuple[bool, str]]:
+    return [
         (
             c.max_sample_tokens > c.train.row_tokens,
             f"train.row_tokens ({c.train.row_tokens}) must hold the longest sample: "
@@ -356,6 +195,16 @@ def _impossible(c: RunConfig) -> list[tuple[bool, str]]:
             c.needs_scores and c.max_sample_tokens > c.score.row_tokens,
             f"score.row_tokens ({c.score.row_tokens}) must hold the longest sample: "
             f"data.max_prompt_tokens + generate.max_new_tokens = {c.max_sample_tokens}",
+        ),
+    ]
+
+
+def _meaning_problems(c: RunConfig) -> list[tuple[bool, str]]:
+    return [
+        (
+            c.needs_teacher and c.teacher is None,
+            "this run needs a teacher: set `teacher`, or loss.kd_weight: 0 with filter.name: none "
+            "and eval.source: completion (or none)",
         ),
         (
             c.train.min_lr > c.train.lr,
@@ -369,5 +218,15 @@ def _impossible(c: RunConfig) -> list[tuple[bool, str]]:
             c.loss.target == "sampled" and c.loss.divergence != "forward",
             "loss.target sampled estimates the forward divergence only: set loss.divergence "
             "forward, or another target",
+        ),
+        (
+            c.loss.target == "sampled" and c.loss.temperature != 1.0,
+            f"loss.target sampled has no whole distribution to put at loss.temperature "
+            f"({c.loss.temperature:g}): set loss.temperature: 1, or another target",
+        ),
+        (
+            c.generate.source == "dataset" and c.generate.samples_per_prompt > 1,
+            "generate.source dataset has one completion a prompt: set "
+            "generate.samples_per_prompt: 1",
         ),
     ]
