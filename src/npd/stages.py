@@ -29,7 +29,8 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
     """Write `samples_per_prompt` rollouts for every training prompt; returns how many."""
     _check_new(out)
     writer = snapshot or _writer(config)
-    check_model("--snapshot", writer, config)
+    if snapshot is not None:
+        check_model("--snapshot", snapshot, config)
     prepared = prepare(config)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     engine = build_generator(

@@ -6,6 +6,7 @@ Checks the vocabularies, the models' context, the data, and the run directory; w
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ def open_directory(
         "dropped": prepared.dropped,
         "fingerprint": prepared.fingerprint,
     }
-    # First: where the disk is full already, no half-made run is left that could not be gone on with.
+    # First, so that a disk that is full already leaves nothing that could not be gone on with.
     write_json(layout.config_json, record)
     layout.create()
     return layout
@@ -165,8 +166,8 @@ def load_run(layout: RunLayout) -> RunConfig:
     """The config a run directory was made with."""
     if not layout.config_json.exists():
         raise ConfigError(
-            f"{layout.root} is not a run directory (it has no config.json): give the directory that "
-            "npd run wrote, e.g. runs/npd"
+            f"{layout.root} is not a run directory (it has no config.json): give the directory "
+            "that npd run wrote, e.g. runs/npd"
         )
     record = read_json(layout.config_json)
     try:
@@ -212,20 +213,28 @@ def _check_completions(prompts: Sequence[EncodedPrompt], needed_by: str) -> None
 
 
 def _check_same(config: RunConfig, prepared: Prepared, layout: RunLayout) -> None:
-    stored = read_json(layout.config_json)
-    old, new = _flat(stored["config"]), _flat(dump_config(config))
-    changed = [key for key in new if new[key] != old.get(key) and not key.startswith(_FREE)]
+    old, new = _decisive(load_run(layout)), _decisive(config)
+    changed = [key for key in new if new[key] != old.get(key)]
     if changed:
         key = changed[0]
         raise ConfigError(
             f"{layout.root} was started with {key}={old.get(key)!r}, now it is {new[key]!r}: "
-            "resume with the same config, or start a new run (--set name=...)"
+            f"resume with the same config (--set {key}={json.dumps(old.get(key))}), or start a new "
+            "run (--set name=...)"
         )
-    if stored["fingerprint"] != prepared.fingerprint:
+    if read_json(layout.config_json)["fingerprint"] != prepared.fingerprint:
         raise DataError(
             f"the prompts are not those {layout.root} was started with: restore the data, or start "
             "a new run (--set name=...)"
         )
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """The values that decide what a run does, by dotted path."""
+    values = _flat(dump_config(config))
+    # `auto` depends on runtime.kind, which may change; what it comes to may not.
+    values["schedule.overlap"] = config.is_overlapped
+    return {key: value for key, value in values.items() if not key.startswith(_FREE)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -54,8 +54,13 @@ def lock(path: Path) -> int:
             f"this run is already going (pid {holder} writes {path}): "
             "wait for it, end it, or choose another run_dir"
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:
+        with files.explain_write(lock_file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
