@@ -6,8 +6,10 @@ them with those committed. Nothing is explained here: the words are the code's o
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -24,16 +26,45 @@ from npd.observe.metrics import METRICS
 from npd.types import EvalReport, StepReport
 
 REFERENCE = Path(__file__).parent / "reference"
+README = Path(__file__).parents[1] / "README.md"
+PACKAGE = Path(inspect.getfile(RunConfig)).parent
+_TREE = re.compile(r"(?<=<!-- tree -->\n```\n).*?(?=```\n<!-- /tree -->)", re.DOTALL)
 PRESETS = Path(inspect.getfile(RunConfig)).parent / "presets"
 MADE = "<!-- Made by `make docs` from the code: change the docstrings there, not this page. -->"
 
 
 def main() -> None:
-    """Write every page."""
+    """Write every page, and the README's tree."""
+    README.write_text(with_tree(README.read_text(encoding="utf-8")), encoding="utf-8")
     REFERENCE.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (REFERENCE / name).write_text(page(), encoding="utf-8")
         sys.stdout.write(f"docs/reference/{name}\n")
+
+
+# -- README.md -----------------------------------------------------------------------------------
+
+
+def with_tree(readme: str) -> str:
+    """The README with its tree of files brought up to date."""
+    assert _TREE.search(readme), "README.md has lost its tree markers"
+    return _TREE.sub(lambda _: "".join(f"{line}\n" for line in tree_lines()), readme)
+
+
+def tree_lines() -> Iterator[str]:
+    """One line a source file: its path and the first words of its docstring."""
+    files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py"]
+    for file in sorted(files, key=lambda f: (len(f.relative_to(PACKAGE).parts) > 1, f)):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        yield f"{file.relative_to(PACKAGE).as_posix():<28} {_brief(text)}"
+
+
+def _brief(docstring: str) -> str:
+    """The first sentence, or as much of it as fits and still reads well."""
+    sentence = re.split(r"\.(?:\s|$)", docstring, maxsplit=1)[0].replace("\n", " ")
+    while len(sentence) > 70 and (cut := max(map(sentence.rfind, (":", ";", ",")))) > 0:
+        sentence = sentence[:cut]
+    return sentence[:1].lower() + sentence[1:]
 
 
 # -- config.md -----------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def test_reference_pages_are_current(name):
     assert committed == make().PAGES[name](), "run `make docs` and commit the result"
 
 
+def test_the_readme_is_short_and_its_tree_current():
+    readme = (ROOT / "README.md").read_text()
+    assert readme == make().with_tree(readme), "run `make docs` and commit the result"
+    assert len(readme.splitlines()) < 200
+
+
 def test_config_values_are_explained():
     rows = [line.split(" | ") for line in make().config_page().splitlines()]
     gaps = [row[0].strip("| `") for row in rows if len(row) == 4 and row[3].strip("| ") == ""]

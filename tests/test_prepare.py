@@ -12,7 +12,13 @@ from npd.errors import InputError, ModelError
 from npd.export import export_model
 from npd.generate.transformers import generate_with
 from npd.modeling import load_model
-from npd.prepare import import_gguf, new_directory, prune_depth, smollm2_gguf
+from npd.prepare import (
+    import_gguf,
+    new_directory,
+    parse_layers,
+    prune_depth,
+    smollm2_gguf,
+)
 from npd.types import Ask
 
 
@@ -288,3 +294,10 @@ def test_export_refuses_truncated_weights(tiny_model_dir, tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ModelError, match="does not load again"):
         export_model(source, tmp_path / "out")
+
+
+def test_layers_are_a_count_or_a_list():
+    assert parse_layers("12") == 12
+    assert parse_layers("0, 1,29") == [0, 1, 29]
+    with pytest.raises(InputError, match="neither a number"):
+        parse_layers("all")

@@ -160,11 +160,13 @@ def prepare(
     prune: Annotated[
         Path | None, typer.Option("--prune", help="Copy this model directory with fewer layers.")
     ] = None,
-    layers: Annotated[int, typer.Option("--layers", help="Layers to keep when pruning.")] = 12,
+    layers: Annotated[
+        str, typer.Option("--layers", help="Layers to keep: how many, or which (0,1,14,29).")
+    ] = "12",
 ) -> None:
     """Make a model directory: from a GGUF file, or with fewer layers."""
     from npd.errors import InputError
-    from npd.prepare import import_gguf, prune_depth, smollm2_gguf
+    from npd.prepare import import_gguf, parse_layers, prune_depth, smollm2_gguf
 
     if sum((gguf is not None, smollm2, prune is not None)) != 1:
         raise InputError(
@@ -172,7 +174,7 @@ def prepare(
             "what to make the model from"
         )
     if prune is not None:
-        made = prune_depth(prune, out, layers)
+        made = prune_depth(prune, out, parse_layers(layers))
     else:
         made = import_gguf(gguf if gguf is not None else smollm2_gguf(), out)
     typer.echo(f"model directory {made}")

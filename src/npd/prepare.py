@@ -91,6 +91,17 @@ def prune_depth(model_dir: Path, out_dir: Path, layers: int | Sequence[int]) -> 
     return out_dir
 
 
+def parse_layers(text: str) -> int | list[int]:
+    """`12` is how many layers, `0,1,14,29` is which. Raises InputError for anything else."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--layers {text!r} is neither a number of layers (12) nor a list of them (0,1,14,29)"
+        ) from None
+    return numbers if "," in text else numbers[0]
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A folder to write to that becomes `path` on success and vanishes on failure.
