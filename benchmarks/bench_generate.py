@@ -1,46 +1,33 @@
 """Own decode loop against `model.generate`: tokens per second at the same batch size.
 
 A random 135M-shape Llama in bfloat16, prompts of mixed lengths, sampling at temperature 1, and no
-stop ids, so that both write exactly the same number of tokens. The two take turns and the best of
-the rounds counts: other load on the machine only ever slows a round down.
+stop ids, so that both write exactly the same number of tokens. The two take turns, and the ratio is
+of paired rounds; by default of CPU time, on one thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --batch 32 --new 32 --rounds 2
+    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --batch 32 --new 32 --rounds 3
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from typing import Any
 
 import numpy as np
 import torch
 
+from common import (
+    VOCAB,
+    Figure,
+    faster,
+    make_parser,
+    parse,
+    publish,
+    random_model,
+    speeds,
+    take_turns,
+)
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
 from npd.types import Ask, EncodedPrompt
-
-VOCAB = 49_152
-
-
-def build_model(dtype: torch.dtype) -> Any:
-    """The shape of SmolLM2-135M with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def build_asks(count: int, prompt: int, same: bool) -> list[Ask]:
@@ -55,7 +42,7 @@ def build_asks(count: int, prompt: int, same: bool) -> list[Ask]:
 
 
 def own(model: Any, asks: list[Ask], new: int) -> int:
-    """Decode with npd; the tokens written."""
+    """Decode with npd, log-probabilities and all; the tokens written."""
     sampling = Sampling(new, frozenset(), 0, batch_size=len(asks))
     return sum(len(rollout.response_ids) for rollout in generate_with(model, asks, sampling))
 
@@ -76,26 +63,36 @@ def reference(model: Any, asks: list[Ask], new: int) -> int:
 
 
 def main() -> None:
-    """Print one line per engine."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Both engines in turn."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--same", action="store_true", help="prompts of one length (no padding)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    args = parser.parse_args()
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu")
+    args = parse(parser, {"layers": 2, "batch": 4, "new": 8, "rounds": 1})
     torch.set_num_threads(1)
-    model = build_model(getattr(torch, args.dtype))
+    model = random_model(args.layers, args.dtype, eos_token_id=None, pad_token_id=0)
     asks = build_asks(args.batch, args.prompt, args.same)
-    best = {"own": 0.0, "generate": 0.0}
-    for _ in range(args.rounds):
-        for name, engine in (("own", own), ("generate", reference)):
-            start = time.perf_counter()
-            tokens = engine(model, asks, args.new)
-            best[name] = max(best[name], tokens / (time.perf_counter() - start))
-    for name, speed in best.items():
-        print(f"{name:9s} {speed:7.1f} tokens/s  batch {args.batch}, prompt {args.prompt}")
+    tokens = own(model, asks, args.new)
+    assert tokens == reference(model, asks, args.new) == args.batch * args.new
+    runs = {
+        "own": lambda: own(model, asks, args.new),
+        "generate": lambda: reference(model, asks, args.new),
+    }
+    seconds = take_turns(runs, args.rounds, args.clock)
+    figure = Figure(
+        f"generation, batch of {args.batch}, with log-probs",
+        "tokens/s",
+        speeds(tokens, seconds["own"]),
+        "model.generate",
+        speeds(tokens, seconds["generate"]),
+        faster(seconds["own"], seconds["generate"]),
+    )
+    publish(args, [figure], {"tokens": tokens, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -2,51 +2,50 @@
 
 A randomly initialised Llama of SmolLM2-135M's shape scores synthetic samples: packed prefill, LM
 head on the responses, top-k, log-sum-exp. The bare pass is `model(**row)` with logits at every
-position and nothing done with them. Both are run alternately; the ratio is of paired times, so a
-value above 1 says that the scorer is faster than the bare pass. On a CPU, time is CPU time (all
-threads together). Nothing is downloaded.
+position and nothing done with them; the lean one has logits at response positions only, the least
+that any scorer must compute. All see the same tokens (a response's last one predicts nothing and is
+not fed), except `score_ifd`, which reads every response twice more: alone by the teacher and by the
+student. They take turns; the ratio is of paired times, so a value above 1 says that the scorer is
+faster than the bare pass. On a CPU, time is CPU time. Nothing is downloaded.
 
-    python benchmarks/bench_score.py --threads 1 --repeats 5
+    python benchmarks/bench_score.py --threads 1 --rounds 4
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
+from common import (
+    VOCAB,
+    Bar,
+    Figure,
+    faster,
+    make_parser,
+    parse,
+    publish,
+    random_model,
+    speeds,
+    take_turns,
+)
 from npd.config import ScoreConfig
-from npd.modeling import hidden_states, load_model, pack_documents, resolve_device
+from npd.modeling import (
+    PackedBatch,
+    head_of,
+    hidden_states,
+    load_model,
+    pack_documents,
+    resolve_device,
+)
+from npd.pack import pack
 from npd.score.transformers import TransformersScorer
 from npd.types import FinishReason, Rollout
-
-VOCAB = 49152
-
-
-def save_teacher(directory: Path) -> None:
-    """Save the random teacher, in bfloat16."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(directory)
 
 
 def make_rollouts(count: int, prompt: int, response: int) -> list[Rollout]:
@@ -64,24 +63,27 @@ def make_rollouts(count: int, prompt: int, response: int) -> list[Rollout]:
     ]  # fmt: skip
 
 
-def documents_of(rollouts: Sequence[Rollout], row_tokens: int) -> list[list[np.ndarray]]:
-    """The scorer's own rows of conditional documents, whole."""
-    rows: list[list[np.ndarray]] = [[]]
-    for r in sorted(rollouts, key=lambda r: -r.num_tokens):
-        document = np.concatenate([r.prompt_ids, r.response_ids])
-        fits = (row for row in rows if sum(map(len, row)) + len(document) <= row_tokens)
-        row = next(fits, None)
-        if row is None:
-            rows.append(row := [])
-        row.append(document)
-    return [row for row in rows if row]
+def packed_rows(
+    rollouts: Sequence[Rollout], row_tokens: int, device: str
+) -> list[tuple[PackedBatch, torch.Tensor]]:
+    """Rows of the tokens that the scorer reads too, and the positions that predict responses."""
+    rows = []
+    lengths = [rollout.num_tokens - 1 for rollout in rollouts]
+    for row in pack(lengths, row_tokens):
+        members = [rollouts[i] for i in row]
+        batch = pack_documents(
+            [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in members], device
+        )
+        ends = zip(batch.cu_seqlens[1:], members, strict=True)
+        positions = [torch.arange(end - len(r.response_ids), end) for end, r in ends]
+        rows.append((batch, torch.cat(positions).to(device)))
+    return rows
 
 
-def bare_pass(model: object, rows: Sequence[Sequence[np.ndarray]]) -> None:
+def bare_pass(model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]]) -> None:
     """The forward pass with the model's own head at every position."""
     with torch.inference_mode():
-        for row in rows:
-            batch = pack_documents(row, model.device)
+        for batch, _ in rows:
             model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -90,32 +92,20 @@ def bare_pass(model: object, rows: Sequence[Sequence[np.ndarray]]) -> None:
             )
 
 
-def backbone_pass(model: object, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    """The forward pass without any head: what no scorer can be faster than."""
+def lean_pass(
+    model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]], head_chunk: int
+) -> None:
+    """The forward pass with the head at response positions, in npd's chunks."""
+    head = head_of(model)
     with torch.inference_mode():
-        for row in rows:
-            hidden_states(model, pack_documents(row, model.device))
+        for batch, positions in rows:
+            hidden = hidden_states(model, batch)[positions]
+            for part in head.slices(len(hidden), head_chunk):
+                head.logits(hidden[part])
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Time of one call: the process's CPU time on a CPU, so that neighbours on the machine do not
-    count, wall time (device included) elsewhere."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    started = clock()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest."""
-    found = (statistics.median(values), min(values), max(values))
-    return dict(zip(("median", "min", "max"), (round(x, 3) for x in found), strict=True))
-
-
-def measure(args: argparse.Namespace, directory: Path) -> dict[str, object]:
-    """Alternate the passes `repeats` times after one warm-up."""
+def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each pass in turn, and the tokens of the samples."""
     device = resolve_device(args.device)
     config = ScoreConfig(
         top_k=args.top_k, row_tokens=args.row_tokens, head_chunk=args.head_chunk, dtype=args.dtype
@@ -126,50 +116,59 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, object]:
     with_ifd.load_student(directory, 0)
     model = load_model(directory, dtype=args.dtype, device=device)
     rollouts = make_rollouts(args.samples, args.prompt, args.response)
-    rows = documents_of(rollouts, args.row_tokens)
+    rows = packed_rows(rollouts, args.row_tokens, device)
     runs = {
-        "bare": lambda: bare_pass(model, rows),
-        "backbone": lambda: backbone_pass(model, rows),
         "score": lambda: plain.score(rollouts),
+        "bare": lambda: bare_pass(model, rows),
+        "lean": lambda: lean_pass(model, rows, args.head_chunk),
         "score_ifd": lambda: with_ifd.score(rollouts),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(args.repeats + 1):
-        for name, run in runs.items():
-            took = seconds(run, device)
-            if repeat:
-                times[name].append(took)
-    tokens = sum(r.num_tokens for r in rollouts)
-    return {
-        "tokens": tokens,
-        "response_tokens": sum(len(r.response_ids) for r in rollouts),
-        "rows": len(rows),
-        "tokens_per_second": {n: summary([tokens / t for t in ts]) for n, ts in times.items()},
-        "speed_over_bare": {
-            n: summary([b / t for b, t in zip(times["bare"], ts, strict=True)])
-            for n, ts in times.items()
-        },
+    clock = "cpu" if device == "cpu" else "wall"
+    return take_turns(runs, args.rounds, clock), sum(r.num_tokens for r in rollouts)
+
+
+def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
+    """The scorer against the two passes."""
+    pairs = (
+        ("teacher scoring, top-10", "score", "bare", Bar("ratio", ">=", 0.85)),
+        ("teacher scoring, top-10", "score", "lean", None),
+        ("teacher scoring with Δ-IFD's answer-alone passes", "score_ifd", "bare", None),
+    )
+    names = {
+        "bare": "teacher forward, logits everywhere",
+        "lean": "teacher forward, logits at responses",
     }
+    return [
+        Figure(
+            what,
+            "tokens/s",
+            speeds(tokens, seconds[ours]),
+            names[theirs],
+            speeds(tokens, seconds[theirs]),
+            faster(seconds[ours], seconds[theirs]),
+            bar,
+        )
+        for what, ours, theirs, bar in pairs
+    ]
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("samples", 24), ("prompt", 64), ("response", 96), ("repeats", 5)):
+    """Score in turn with the bare passes."""
+    parser = make_parser(__doc__)
+    for name, default in (("layers", 30), ("samples", 16), ("prompt", 64), ("response", 96)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("rounds", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("top-k", 10), ("row-tokens", 4096), ("head-chunk", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parse(parser, {"layers": 2, "samples": 4, "rounds": 1})
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        save_teacher(Path(directory))
-        result = measure(args, Path(directory))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"machine": platform.processor() or platform.machine(), **versions}
-    print(json.dumps({"settings": vars(args), **machine, **result}, indent=2))
+        random_model(args.layers, "bfloat16").save_pretrained(directory)
+        seconds, tokens = measure(args, Path(directory))
+    publish(args, figures_of(seconds, tokens), {"tokens": tokens, "seconds": seconds})
 
 
 if __name__ == "__main__":
