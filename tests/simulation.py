@@ -78,7 +78,8 @@ class Simulation:
                     assert self.asked.setdefault(ask.sample_id, shard) == shard, "asked twice"
                     self.prompts[ask.prompt] += not is_retry
                 self.open.append(action)
-            case ev.Score():
+            case ev.Score(_, version):
+                assert version >= self.plan.version - self.config.schedule.max_lag, "paid in vain"
                 self.open.append(action)
             case ev.Retire(samples):
                 for sample_id, outcome, _ in samples:
@@ -101,6 +102,8 @@ class Simulation:
             refs = [ref for rank in step.ranks for row in rank for ref in row.samples]
             assert len({ref.sample_id for ref in refs}) == len(refs), "twice in one step"
             assert 0 < len(refs) <= self.config.train.batch_size
+            if schedule.steps is not None and self._window() >= self.config.train.batch_size:
+                assert len(refs) == self.config.train.batch_size, "a short batch"
             for ref in refs:
                 assert ref.sample_id not in self.outcomes, "trained on after it left"
                 self.uses[ref.sample_id] += 1
@@ -116,15 +119,18 @@ class Simulation:
         live = len(self.asked) - len(self.outcomes)
         assert self.plan.num_live == live
         assert self.plan.num_asked == len(self.asked)
-        window = self.config.schedule.window
-        per_round = self.num_prompts * self.config.generate.samples_per_prompt
-        assert live <= (per_round if window == "all" else window), "the window overflows"
+        assert live <= self._window(), "the window overflows"
         for sample_id, outcome in self.outcomes.items():
             if outcome is Outcome.TRAINED_OUT:
                 assert self.uses[sample_id] == self.config.schedule.reuse
         stages = {type(action).__name__ for action in self.open}
         stages |= {"Trainer"} if self.trainer_queue else set()
         self.stages_at_once.add(frozenset(stages))
+
+    def _window(self) -> int:
+        window = self.config.schedule.window
+        per_round = self.num_prompts * self.config.generate.samples_per_prompt
+        return per_round if window == "all" else window
 
     def _finish_one(self) -> ev.Event:
         choices = [*self.open, *self.trainer_queue[:1]]

@@ -207,7 +207,7 @@ def test_a_missing_config_names_the_presets(source, desk):
         (["prepare", "--out", "m", "--prune", "x"], ["'x' is not a Hugging Face model directory"]),
         (
             ["prepare", "--out", "m", "--prune", "x", "--layers", "two"],
-            ["--layers", "valid integer"],
+            ["--layers", "neither a number"],
         ),
         (["show", "nowhere"], ["nowhere is not a run directory", "give the directory that"]),
         (["export", "nowhere", "m"], ["nowhere is not a run directory"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 from collections import Counter
 
@@ -13,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import npd
+from conftest import save_model
 from npd.control.controller import Controller
 from npd.control.events import decode
-from npd.errors import ConfigError, DataError, RunError
+from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.observe.live import LiveState
 from npd.observe.metrics import read_metrics
 from npd.observe.trace import overlap_seconds, read_trace
@@ -47,11 +49,11 @@ class QuietView:
 
 @pytest.fixture
 def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    """Makes tiny configs in `tmp_path`, over the same data."""
+    """Makes tiny configs in `tmp_path`, over the same data; `student` replaces the model."""
     prompts = write_prompts(tmp_path / "prompts.jsonl")
 
-    def build(name="run", **sections):
-        return tiny_config(tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, **sections)
+    def build(name="run", student=tiny_model_dir, **sections):
+        return tiny_config(student, tiny_teacher_dir, prompts, tmp_path / name, **sections)
 
     return build
 
@@ -160,12 +162,88 @@ def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(make):
     assert {p: p.stat().st_mtime_ns for p in result.directory.rglob("*.arrow")} == before
 
 
+def test_resume_refuses_other_completions_and_other_models(make, tmp_path, tiny_model_dir):
+    student = shutil.copytree(tiny_model_dir, tmp_path / "student")
+    npd.run(make(student=student), view=QuietView())
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    rows[3]["completion"] = "something else"
+    changed = "".join(json.dumps(row) + "\n" for row in rows)
+    original = (tmp_path / "prompts.jsonl").read_text()
+    (tmp_path / "prompts.jsonl").write_text(changed)
+    with pytest.raises(DataError, match="the prompts changed"):
+        npd.run(make(student=student), resume=True, view=QuietView())
+    (tmp_path / "prompts.jsonl").write_text(original)
+    save_model(student, seed=5)
+    with pytest.raises(ModelError, match="the student changed"):
+        npd.run(make(student=student), resume=True, view=QuietView())
+
+
+def test_nothing_is_held_out_or_scored_for_it_where_nothing_is_evaluated(make):
+    result = npd.run(make(eval={"source": "none"}), view=QuietView())
+    layout = RunLayout(result.directory)
+    assert not layout.heldout.exists()
+    assert result.data.evals == []
+    with Ledger.reader(layout.ledger_db) as ledger:
+        assert ledger.conservation().asked == 2 * 24, "all prompts are trained on"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(make):
+    whole = npd.run(make("whole"), view=QuietView())
+    settings = {"checkpoint": {"every_steps": 2, "keep": 2}}
+    cut = npd.run(make("cut", **settings), view=Interrupting())
+    layout = RunLayout(cut.directory)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        kept = [row.path for row in ledger.checkpoints() if row.path.exists()]
+    assert len(kept) == 2
+    weights_file = kept[-1] / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-9] ^= 4
+    weights_file.write_bytes(data)
+    view = QuietView()
+    resumed = npd.run(make("cut", **settings), resume=True, view=view)
+    assert any("Going back further" in message for message in view.messages)
+    a, b = weights(whole.student), weights(resumed.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_without_any_checkpoint_repeats_everything(make):
+    whole = npd.run(make("whole"), view=QuietView())
+    cut = npd.run(make("cut"), view=Interrupting())
+    shutil.rmtree(RunLayout(cut.directory).checkpoints)
+    resumed = npd.run(make("cut"), resume=True, view=QuietView())
+    a, b = weights(whole.student), weights(resumed.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_ledger_and_the_shards_name_the_same_prompts(make, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    rows[2]["prompt"] = "a very long one " * 60
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = npd.run(make(data={"on_long_prompt": "drop"}), view=QuietView())
+    layout = RunLayout(result.directory)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        booked = {row.sample_id: row.prompt_index for row in ledger.samples()}
+    for path in layout.rollouts(0).parent.glob("*.arrow"):
+        for rollout in read_rollouts(path):
+            assert rollout.prompt_index == booked[rollout.sample_id]
+
+
+def test_several_teachers_are_refused_before_anything_starts(make, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["teacher"] = f"t{i % 2}"
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="names 2 teachers"):
+        npd.run(make(), view=QuietView())
+    assert not make().directory.exists()
+
+
 def test_resume_refuses_another_config_or_other_data(make, tmp_path):
     npd.run(make(), view=QuietView())
     with pytest.raises(ConfigError, match=r"train\.lr"):
         npd.run(make(train={"lr": 5e-3}), resume=True, view=QuietView())
     write_prompts(tmp_path / "prompts.jsonl", 23)
-    with pytest.raises(DataError, match="prompts are not those"):
+    with pytest.raises(DataError, match="the prompts changed"):
         npd.run(make(), resume=True, view=QuietView())
 
 
@@ -228,15 +306,15 @@ def test_local_processes_overlap_and_keep_the_books(make):
     assert versions == [0, 1, 2, 3]
 
 
-def test_a_non_finite_loss_stops_with_one_line_and_can_be_resumed(make):
+def test_a_non_finite_loss_stops_with_one_line_and_balanced_books(make):
     with pytest.raises(RunError, match=r"step 2.*gradient norm nan.*not taken"):
         npd.run(make(train={"lr": 1e30, "clip": 1e30}), view=QuietView())
     check_books(RunLayout(make().directory), reuse=2)
 
 
 def test_a_filter_that_keeps_nothing_ends_with_the_reasons(make):
-    with pytest.raises(RunError, match="short"):
-        npd.run(make(filter={"min_response_tokens": 500}), view=QuietView())
+    with pytest.raises(RunError, match=r"degenerate \d+.*Start a new run, with a looser filter"):
+        npd.run(make(filter={"low": 50.0, "high": 60.0, "min_nll": 0.0}), view=QuietView())
 
 
 def test_events_are_readable_by_later_code(make):

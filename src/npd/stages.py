@@ -13,9 +13,9 @@ from pathlib import Path
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.control.batches import make_asks, make_step
-from npd.control.opening import Prepared, check_model, prepare
 from npd.control.order import mix
 from npd.control.pool import Pool
+from npd.control.preparation import Prepared, check_model, prepare
 from npd.errors import ConfigError, DataError, InputError
 from npd.filters import build_filter, prefilter
 from npd.generate import build_generator
@@ -23,6 +23,7 @@ from npd.modeling import resolve_device
 from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
 from npd.types import Ask, Rollout, SampleRef, SampleStats, Scored, Segment, Step
 from npd.workers import generated_stats, scored_stats
+from npd.workers.generator import stop_ids
 
 
 def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> int:
@@ -35,7 +36,7 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     engine = build_generator(
         config.generate,
-        stop_ids=chat.stop_ids,
+        stop_ids=stop_ids(config, chat, is_teacher=config.generate.source == "teacher"),
         pad_id=chat.pad_id,
         vocab_size=chat.vocab_size,
         device=resolve_device(config.runtime.device),

@@ -68,6 +68,7 @@ class Controller:
             RunError: nothing gets through the filters, or a worker cannot be kept alive.
         """
         outstanding = self._replay()
+        await self._dispatcher.load()
         made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
         if made:
             self._monitor.message(f"{made} missing shard files were made again")
@@ -111,16 +112,17 @@ class Controller:
 
     async def _finish(self) -> Ending:
         await self._cancel()
+        student = await self._dispatcher.export() if self._trained else None
         if self._stop is not None and self._stop.failed:
             counts = ", ".join(
                 f"{reason} {count}" for (_, reason), count in self._ledger.reasons().items()
             )
+            so_far = "" if student is None else f", from the student so far in {student}"
             raise RunError(
-                f"the run stopped at step {self._plan.step}: {self._stop.reason} ({counts}). "
-                "Loosen the filter (filter.*), or raise generate.max_new_tokens if most are "
-                "truncated"
+                f"the run stopped at step {self._trained}: {self._stop.reason} ({counts}). Start a "
+                f"new run{so_far}, with a looser filter (filter.*) or, if most are truncated, a "
+                "larger generate.max_new_tokens"
             )
-        await self._dispatcher.export()
         return Ending(self._trained, is_done=True)
 
     async def _cancel(self) -> None:

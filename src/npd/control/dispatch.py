@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.crew import Crew
-from npd.errors import RunError, WorkerLostError
+from npd.errors import RunError, StoreError, WorkerLostError
 from npd.observe.trace import Span
 from npd.runtime import Worker
 from npd.store.ledger import Ledger
@@ -26,7 +26,10 @@ T = TypeVar("T")
 
 
 class Dispatcher:
-    """Runs actions on the crew. `on_start(worker, doing)` and `on_span` tell who does what."""
+    """Runs actions on the crew.
+
+    `on_start(worker, doing)`, `on_span` and `on_message` tell who does what, for people.
+    """
 
     def __init__(
         self,
@@ -38,14 +41,33 @@ class Dispatcher:
         heldout: Sequence[EncodedPrompt],
         on_start: Callable[[str, str], None],
         on_span: Callable[[Span], None],
+        on_message: Callable[[str], None],
     ) -> None:
         self._config, self._crew, self._ledger = config, crew, ledger
         self._prompts, self._heldout = prompts, tuple(heldout)
-        self._on_start, self._on_span = on_start, on_span
+        self._on_start, self._on_span, self._on_message = on_start, on_span, on_message
         self._generators: asyncio.Queue[Worker] = _queue(crew.generators)
         self._scorers: asyncio.Queue[Worker] = _queue(crew.scorers)
         self._trainer_turn = asyncio.Lock()
         self._is_trainer_behind = False
+
+    @property
+    def max_tries(self) -> int:
+        """How often the same work is tried when its worker is lost."""
+        return self._config.schedule.max_tries
+
+    async def load(self) -> None:
+        """Have every worker load its models: at once, or in turn where they share a process."""
+        crew = (*self._crew.generators, *self._crew.scorers, self._crew.trainer)
+        loads = [self._load(worker) for worker in crew]
+        if self._config.runtime.kind == "inline":
+            for load in loads:
+                await load
+        else:
+            await asyncio.gather(*loads)
+
+    async def _load(self, worker: Worker) -> None:
+        await self._persist(lambda: self._call(worker, "ready", doing="load"), worker.restart)
 
     async def run(self, action: ev.Action) -> ev.Event:
         """Carry `action` out; the event it ends in."""
@@ -123,27 +145,39 @@ class Dispatcher:
         self, attempt: Callable[[], Awaitable[T]], recover: Callable[[], Awaitable[None]]
     ) -> T:
         """`attempt`, and again after each loss of its worker, up to `max_tries` times."""
-        max_tries = self._config.schedule.max_tries
-        for tries_left in reversed(range(max_tries)):
+        for tries_left in reversed(range(self.max_tries)):
             try:
                 return await attempt()
             except WorkerLostError as error:
                 if tries_left == 0:
                     raise RunError(
-                        f"lost {max_tries} times at the same place: {error}. "
+                        f"lost {self.max_tries} times at the same place: {error}. "
                         "Nothing recorded is lost: mend the cause and use --resume"
                     ) from error
                 await recover()
         raise AssertionError("unreachable")
 
     async def _catch_up(self) -> None:
-        saved = self._ledger.last_checkpoint()
-        step = saved.step if saved is not None else 0
         trainer = self._crew.trainer
-        await self._call(trainer, "restore", step, doing="restore")
+        step = await self._restore_newest()
         for segment in self._ledger.segments_after(step):
             await self._call(trainer, "train", segment, doing="redo", segment=segment.index)
         self._is_trainer_behind = False
+
+    async def _restore_newest(self) -> int:
+        """Restore the newest checkpoint that is whole; its step, or 0 to repeat everything."""
+        trainer = self._crew.trainer
+        for saved in reversed(self._ledger.checkpoints()):
+            if not saved.path.exists():
+                continue
+            try:
+                await self._call(trainer, "restore", saved.step, doing="restore")
+            except StoreError as error:
+                self._on_message(f"{error}. Going back further instead")
+            else:
+                return saved.step
+        await self._call(trainer, "restore", 0, doing="restore")
+        return 0
 
     def _on_trainer(self, method: str, doing: str, *args: Any) -> Callable[[], Awaitable[Any]]:
         return lambda: self._call(self._crew.trainer, method, *args, doing=doing)
@@ -175,7 +209,9 @@ class Dispatcher:
             reply = await worker.call(method, *args)
         finally:
             self._on_start(worker.name, "idle")
-        self._on_span(Span(worker.name, doing, reply.started, reply.ended, note))
+        # A clock set back during the call must not end the run.
+        ended = max(reply.started, reply.ended)
+        self._on_span(Span(worker.name, doing, reply.started, ended, note))
         return reply.value
 
 

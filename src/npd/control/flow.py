@@ -38,7 +38,7 @@ class Flow:
         self.num_shards = 0
         self.credit = 0
         self.barren = 0
-        """Samples rejected or failed since the last one that got through."""
+        """Samples rejected since the last one that got through."""
         self._config = config
         self._filter: Filter = build_filter(config.filter, config.seed)
         self._history: deque[SampleStats] = deque(maxlen=config.filter.history)
@@ -91,6 +91,9 @@ class Flow:
     def generated(self, shard: int, batch: tuple[SampleStats, ...], newest: int) -> None:
         """A written shard: what passes the pre-filters waits for a scorer, or joins the pool."""
         version = self._generating.pop(shard).action.version
+        if self._is_stale(version, newest):
+            self._leave([stats.sample_id for stats in batch], Outcome.STALE, "lag")
+            return
         kept = []
         for stats in batch:
             verdict = prefilter(stats, self._config.filter)
@@ -108,10 +111,14 @@ class Flow:
         """A scored shard: what passes the filter joins the pool."""
         self._judge(shard, self._scoring.pop(shard).action.version, batch, newest)
 
-    def failed(self, event: ev.ShardFailed) -> None:
-        """A try failed: the same again, or after `max_tries` the samples are given up."""
+    def failed(self, event: ev.ShardFailed, newest: int) -> None:
+        """A try failed: the same again, unless stale by now or tried `max_tries` times."""
         in_flight = self._generating if event.stage == "generate" else self._scoring
         flight = in_flight[event.shard]
+        if self._is_stale(flight.action.version, newest):
+            del in_flight[event.shard]
+            self._leave(_samples(flight.action), Outcome.STALE, "lag")
+            return
         if flight.tries < self._config.schedule.max_tries:
             flight.tries += 1
             self.actions.append(flight.action)
@@ -124,9 +131,12 @@ class Flow:
         self._drop(self.pool.spent(), Outcome.TRAINED_OUT, "reuse")
 
     def drop_stale(self, newest: int) -> None:
-        """Samples too far behind snapshot `newest` leave."""
+        """Samples too far behind snapshot `newest` leave, before a scorer is paid for them."""
         oldest = newest - self._config.schedule.max_lag
         self._drop(self.pool.older_than(oldest), Outcome.STALE, "lag")
+        for action in [a for a in self._unscored if self._is_stale(a.version, newest)]:
+            self._unscored.remove(action)
+            self._leave(action.sample_ids, Outcome.STALE, "lag")
 
     def use(self, refs: list[SampleRef]) -> None:
         """The pool's samples in `refs` are trained on once more."""
@@ -136,7 +146,7 @@ class Flow:
         """Filter samples; those kept join the pool, unless they are stale already."""
         verdicts = self._filter.judge(batch, tuple(self._history))
         self._history.extend(batch)
-        is_stale = version < newest - self._config.schedule.max_lag
+        is_stale = self._is_stale(version, newest)
         for stats, verdict in zip(batch, verdicts, strict=True):
             if not verdict.keep:
                 self._leave([stats.sample_id], Outcome.REJECTED, verdict.reason)
@@ -146,6 +156,9 @@ class Flow:
                 self.barren = 0
                 self.pool.add(SampleRef(stats.sample_id, shard, version, stats.num_tokens))
 
+    def _is_stale(self, version: int, newest: int) -> bool:
+        return version < newest - self._config.schedule.max_lag
+
     def _drop(self, ids: Iterable[int], outcome: Outcome, reason: str) -> None:
         for sample_id in ids:
             self._leave([sample_id], outcome, reason, uses=self.pool.remove(sample_id))
@@ -154,7 +167,7 @@ class Flow:
         leaving = tuple((sample_id, outcome, reason) for sample_id in ids)
         self._left += len(leaving)
         self.credit += len(leaving) * (self._config.schedule.reuse - uses)
-        self.barren += len(leaving) * (outcome in (Outcome.REJECTED, Outcome.FAILED))
+        self.barren += len(leaving) * (outcome is Outcome.REJECTED)
         if leaving:
             self.actions.append(ev.Retire(leaving))
 

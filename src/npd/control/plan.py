@@ -21,6 +21,7 @@ class Plan:
         self._config, self._schedule = config, config.schedule
         self._ranks = num_ranks
         self._flow = Flow(config)
+        self._evaluates = config.eval.source != "none"
         self._uses_snapshots = config.generate.source == "student" or config.needs_ifd
         self._asks_per_round = 0
         self._total_asks: int | None = None
@@ -83,8 +84,6 @@ class Plan:
         self._decide()
         return self._flow.actions
 
-    # -- What happened -------------------------------------------------------------------------
-
     def _note(self, event: ev.Event) -> None:
         match event:
             case ev.Started(num_prompts):
@@ -94,7 +93,7 @@ class Plan:
             case ev.ShardScored(shard, stats):
                 self._flow.scored(shard, stats, self._version)
             case ev.ShardFailed():
-                self._flow.failed(event)
+                self._flow.failed(event, self._version)
             case ev.SegmentTrained(report):
                 self._trainer_busy -= 1
                 self._flow.drop_spent()
@@ -112,13 +111,11 @@ class Plan:
         self._total_asks = self._config.num_asks(num_prompts)
         if self._uses_snapshots:
             self._publish(0)
-        if self._config.eval.source != "none":
+        if self._evaluates:
             self._to_trainer(ev.Evaluate(0))
 
-    # -- What to do ----------------------------------------------------------------------------
-
     def _decide(self) -> None:
-        if self._flow.barren >= max(512, 8 * self._config.train.batch_size):
+        if self._flow.barren >= self._patience():
             self._stop("no sample gets through", failed=True)
         elif self._is_finished():
             self._finish()
@@ -129,6 +126,10 @@ class Plan:
             self._score()
             if self._trainer_busy == 0:
                 self._train()
+
+    def _patience(self) -> int:
+        """Samples rejected in a row after which going on is pointless."""
+        return max(512, 8 * self._config.train.batch_size, 4 * self._config.generate.shard_size)
 
     def _is_finished(self) -> bool:
         if self._trainer_busy:
@@ -142,7 +143,7 @@ class Plan:
 
     def _finish(self) -> None:
         """A last evaluation and checkpoint, unless they are there; then stop."""
-        if self._config.eval.source != "none" and self._evaluated_at < self._step:
+        if self._evaluates and self._evaluated_at < self._step:
             self._to_trainer(ev.Evaluate(self._step))
         if self._saved_at < self._step:
             self._to_trainer(ev.Checkpoint(self._step))
@@ -162,7 +163,7 @@ class Plan:
         save, evaluate = self._config.checkpoint.every_steps, self._config.eval.every_steps
         if save is not None and self._step - self._saved_at >= save:
             self._to_trainer(ev.Checkpoint(self._step))
-        if evaluate is not None and self._step - self._evaluated_at >= evaluate:
+        if self._evaluates and evaluate is not None and self._step - self._evaluated_at >= evaluate:
             self._to_trainer(ev.Evaluate(self._step))
 
     def _is_refresh_due(self) -> bool:
@@ -232,8 +233,11 @@ class Plan:
         if limit is None:
             assert self._schedule.steps is not None, "checked by the config"
             needed = (self._schedule.steps - self._step) * self._config.train.batch_size
-            coming = (flow.num_live - len(flow.pool)) * reuse
-            limit = flow.num_asked - (coming + flow.pool.uses_left - needed) // reuse
+            coming = flow.num_live - len(flow.pool)
+            by_uses = -((coming * reuse + flow.pool.uses_left - needed) // reuse)
+            # However often each may be used, a batch takes that many different ones.
+            by_batch = self._config.train.batch_size - coming - flow.pool.num_available
+            limit = flow.num_asked + max(by_uses, by_batch)
         epoch = self._next_refresh_epoch()
         if epoch is not None:
             limit = min(limit, -(-epoch // reuse) * self._asks_per_round)
@@ -251,7 +255,7 @@ class Plan:
             return
         steps: list[Step] = []
         for _ in range(self._segment_budget()):
-            refs = self._next_batch()
+            refs = self._next_batch(is_first=not steps)
             if not refs:
                 break
             steps.append(self._step_of(refs))
@@ -272,16 +276,18 @@ class Plan:
         # A refresh that is overdue (nobody left to sample it) must not hold up training.
         return min([self._schedule.segment_steps, *(steps for steps in left if steps > 0)])
 
-    def _next_batch(self) -> list[SampleRef]:
-        """The samples of the next step, or none while there are too few.
+    def _next_batch(self, *, is_first: bool) -> list[SampleRef]:
+        """The samples of the segment's next step, or none while there are too few.
 
         Samples are used again only once the window has filled, so that reuse goes in passes over
-        all of it; fewer than a batch are used only when no more can come.
+        all of it; fewer than a batch are used only when no more can come. Within a segment, those
+        used up still hold their place in the window, so room may come after it.
         """
         size, pool = self._config.train.batch_size, self._flow.pool
         if pool.num_fresh >= size:
             return pool.take(size, reuse=False)
-        is_dry = not self._flow.is_any_on_its_way and self._shard_size() == 0
+        none_left = self._shard_size() == 0 if is_first else self._askable() == 0
+        is_dry = none_left and not self._flow.is_any_on_its_way
         if is_dry or (self._filled and pool.num_available >= size):
             return pool.take(size, reuse=True)
         return []

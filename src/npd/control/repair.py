@@ -7,10 +7,11 @@ where the engine allows). Consumes the actions that once made the shards; decide
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
-from npd.errors import StoreError
+from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 
@@ -33,20 +34,32 @@ async def repair(
         path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
         if action.shard not in needed or path.exists():
             continue
-        if ledger.snapshots() and not layout.snapshot(action.version).exists():
+        has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
+        if not is_score and not has_snapshot:
             raise StoreError(
                 f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
                 "bring the file back, or start a new run"
             )
-        await dispatcher.run(action)
+        await _make(action, dispatcher, path)
         made += 1
     return made
 
 
+async def _make(action: ev.Generate | ev.Score, dispatcher: Dispatcher, path: Path) -> None:
+    """Carry `action` out, again after each loss of its worker."""
+    cause = ""
+    for _ in range(dispatcher.max_tries):
+        event = await dispatcher.run(action)
+        if not isinstance(event, ev.ShardFailed):
+            return
+        cause = event.error
+    raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
+
+
 def _needed_shards(ledger: Ledger) -> set[int]:
     """Shards with live samples, and those of segments the trainer has to repeat."""
-    saved = ledger.last_checkpoint()
-    redo = ledger.segments_after(saved.step if saved is not None else 0)
+    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
+    redo = ledger.segments_after(max(saved, default=0))
     refs = (
         ref
         for segment in redo

@@ -20,8 +20,9 @@ from npd.control.controller import Controller, Ending
 from npd.control.crew import num_scorers, spawn_crew
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
-from npd.control.opening import Prepared, open_directory, prepare
+from npd.control.opening import open_directory
 from npd.control.plan import Plan
+from npd.control.preparation import Prepared, prepare
 from npd.control.story import tell
 from npd.errors import RunError
 from npd.observe.live import View, make_view
@@ -86,6 +87,7 @@ async def _drive(
             heldout=prepared.heldout,
             on_start=monitor.started,
             on_span=monitor.span,
+            on_message=monitor.message,
         )
         controller = Controller(
             Plan(config),

@@ -11,7 +11,7 @@ from npd.modeling import resolve_device
 from npd.score.base import Scorer, Support
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
-from npd.types import Ask, EncodedPrompt, Rollout, SampleStats
+from npd.types import Ask, EncodedPrompt, Rollout, SampleStats, Scored
 from npd.workers.generator import stop_ids
 from npd.workers.tasks import ScoreTask, scored_stats
 
@@ -32,15 +32,14 @@ class ScorerWorker:
     def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
         path = self._layout.scored(task.shard)
-        if not path.exists():
+        if not path.exists() or _ids(read_scored(path)) != task.sample_ids:
             wanted = set(task.sample_ids)
             rollouts = read_rollouts(self._layout.rollouts(task.shard))
             chosen = [r for r in rollouts if r.sample_id in wanted]
-            write_scored(path, self._ready(task.version).score(chosen))
+            write_scored(path, self._scorer_for(task.version).score(chosen))
         # Read back, because stored log-probs are rounded: the same answer now and after a crash.
         scored = read_scored(path)
-        ids = tuple(s.rollout.sample_id for s in scored)
-        assert ids == task.sample_ids, f"{path} is another task's"
+        assert _ids(scored) == task.sample_ids, f"{path} lacks samples of its task"
         return tuple(map(scored_stats, scored))
 
     def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> int:
@@ -79,7 +78,7 @@ class ScorerWorker:
         generator.close()
         return rollouts
 
-    def _ready(self, version: int) -> Scorer:
+    def _scorer_for(self, version: int) -> Scorer:
         config = self._config
         if self._scorer is None:
             support: Support = "sampled" if config.loss.target == "sampled" else "topk"
@@ -106,7 +105,14 @@ class ScorerWorker:
             seed=config.seed,
         )
 
+    def ready(self) -> None:
+        """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
+
     def close(self) -> None:
         """Let go of the models."""
         if self._scorer is not None:
             self._scorer.close()
+
+
+def _ids(scored: Sequence[Scored]) -> tuple[int, ...]:
+    return tuple(record.rollout.sample_id for record in scored)

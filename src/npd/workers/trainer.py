@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from npd.chat import Chat
 from npd.config import RunConfig
+from npd.errors import StoreError
 from npd.evaluate import exact_match, heldout_kl
 from npd.modeling import resolve_device
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
-from npd.store.snapshots import publish
+from npd.store.snapshots import publish, verify
 from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
 
 
@@ -53,14 +55,20 @@ class TrainerWorker:
         return publish(self._layout.snapshot(version), self._trainer.save_pretrained)
 
     def checkpoint(self, step: int) -> None:
-        """Save everything needed to go on from `step`."""
-        self._trainer.save_checkpoint(self._layout.checkpoint(step))
+        """Save everything needed to go on from `step`, unless that is done."""
+        directory = self._layout.checkpoint(step)
+        if not _is_whole(directory):
+            self._trainer.save_checkpoint(directory)
 
     def export(self) -> str:
         """Write the final student as a Hugging Face model directory, in place of an older one."""
-        remove(self._layout.student)
-        publish(self._layout.student, self._trainer.save_pretrained)
-        return str(self._layout.student)
+        student = self._layout.student
+        new = student.with_name(f"{student.name}-new")
+        remove(new)
+        publish(new, self._trainer.save_pretrained)
+        remove(student)
+        new.rename(student)
+        return str(student)
 
     def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport:
         """Held-out KL and agreement on `heldout.arrow`, exact match and samples by greedy text."""
@@ -119,6 +127,17 @@ class TrainerWorker:
             (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)
         ]
 
+    def ready(self) -> None:
+        """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
+
     def close(self) -> None:
         """Close the shard files."""
         self._reader.close()
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except StoreError:
+        return False
+    return True

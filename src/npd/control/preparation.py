@@ -1,0 +1,170 @@
+"""What can be found wrong before any model is loaded: models, vocabularies, data. And the prompts.
+
+Reads configs, tokenizers, the headers of weights and the data. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from npd.chat import Chat, check_same_vocabulary
+from npd.config import DataConfig, RunConfig
+from npd.data import encode_prompts, load_prompts
+from npd.errors import DataError, ModelError
+from npd.modeling import check_context
+from npd.types import EncodedPrompt
+
+# A fingerprint reads this much of a weight file at this many places: 16 MiB of any model.
+_SAMPLED_BYTES, _SAMPLES = 65536, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The prompts of a run as token ids, and how many records were dropped for which reason."""
+
+    prompts: list[EncodedPrompt]
+    heldout: list[EncodedPrompt]
+    dropped: dict[str, int]
+
+    @property
+    def data_fingerprint(self) -> str:
+        """A checksum of all prompts, completions and answers: the data must not change in a run."""
+        digest = hashlib.sha256()
+        for prompt in (*self.prompts, *self.heldout):
+            completion = prompt.completion_ids
+            for ids in (prompt.prompt_ids, prompt.header_ids, completion):
+                digest.update(b"-" if ids is None else len(ids).to_bytes(8, "big") + ids.tobytes())
+            digest.update(repr((prompt.answer, prompt.teacher)).encode())
+        return digest.hexdigest()
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check models and data, and tokenise the prompts.
+
+    Raises:
+        InputError: a model or the data cannot be used.
+    """
+    trust = config.trust_remote_code
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None:
+            check_model(role, model, config)
+    chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
+    if config.teacher is not None and config.needs_teacher:
+        check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
+    found = load_prompts(_data(config))
+    prompts, dropped = encode_prompts(found.train, chat, config.data)
+    heldout, dropped_heldout = encode_prompts(found.heldout, chat, config.data)
+    if config.generate.source == "dataset":
+        _check_completions(prompts, "generate.source dataset")
+    if config.eval.source == "completion":
+        _check_completions(heldout, "eval.source completion")
+    _check_teachers(prompts)
+    if not prompts:
+        raise DataError(
+            "no training prompt is left after dropping: see data.on_long_prompt and "
+            f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
+        )
+    for model in filter(None, (config.student, config.teacher)):
+        check_weights(model)
+    counts = [found.dropped, dropped, dropped_heldout]
+    reasons = sorted({reason for count in counts for reason in count})
+    total = {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
+    return Prepared(_numbered(prompts, 0), _numbered(heldout, len(prompts)), total)
+
+
+def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPrompt]:
+    """The prompts under the indices a run knows them by, without gaps where some were dropped."""
+    return [replace(prompt, index=i) for i, prompt in enumerate(prompts, first)]
+
+
+def check_model(role: str, model: str, config: RunConfig) -> None:
+    """Check that a model is there and its context long enough, reading its config only.
+
+    `role` is the name of the setting or option it comes from, for the message.
+
+    Raises:
+        ModelError: it cannot be used. A path is never taken for a hub's name.
+    """
+    if _is_path(model) and not Path(model).is_dir():
+        raise ModelError(
+            f"no model directory at {model} (looked from {Path.cwd()}): correct `{role}`, or make "
+            "the directory with npd prepare"
+        )
+    check_context(model, config.max_sample_tokens, trust_remote_code=config.trust_remote_code)
+
+
+def check_weights(model: str) -> None:
+    """Check that a directory's weights are there and whole, reading their headers only.
+
+    Raises:
+        ModelError: there are none, or a file is damaged.
+    """
+    if not Path(model).is_dir():
+        return  # a hub's name: what is downloaded is checked when it is loaded
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{model} holds no .safetensors weights: save the model in that format")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} is damaged or cut short ({error}): copy or make the model again"
+            ) from error
+
+
+def _is_path(model: str) -> bool:
+    """Whether `model` can only mean a directory; a hub's names are `name` and `owner/name`."""
+    owner, _, name = model.partition("/")
+    return model.startswith(("/", ".")) or "/" in name or (bool(name) and Path(owner).is_dir())
+
+
+def model_fingerprint(model: str) -> str | None:
+    """A checksum of a model directory's config and of places spread over its weight files.
+
+    Not of every weight: reading a large model whole would hold up each start. None for the name
+    of a model on a hub.
+    """
+    if not Path(model).is_dir():
+        return None
+    digest = hashlib.sha256((Path(model) / "config.json").read_bytes())
+    for file in sorted(Path(model).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for start in range(0, size, max(_SAMPLED_BYTES, size // _SAMPLES)):
+                weights.seek(start)
+                digest.update(weights.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _data(config: RunConfig) -> DataConfig:
+    """The data section; nothing is held out where nothing is evaluated."""
+    if config.eval.source != "none":
+        return config.data
+    return config.data.model_copy(update={"heldout": None, "heldout_size": 0})
+
+
+def _check_teachers(prompts: Sequence[EncodedPrompt]) -> None:
+    names = sorted({prompt.teacher for prompt in prompts})
+    if len(names) > 1:
+        raise DataError(
+            f"the `teacher` column names {len(names)} teachers ({', '.join(names[:3])}, ...), and "
+            "a run has one: split the data, or take the column out"
+        )
+
+
+def _check_completions(prompts: Sequence[EncodedPrompt], needed_by: str) -> None:
+    missing = [prompt.index for prompt in prompts if prompt.completion_ids is None]
+    if missing:
+        raise DataError(
+            f"{needed_by} needs a completion for every prompt, but prompt {missing[0]} (and "
+            f"{len(missing) - 1} more) has none: add a `completion` column, or name yours in "
+            "data.columns"
+        )
