@@ -166,3 +166,41 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_sigterm_drains_saves_and_resumes_and_a_second_signal_stops_at_once(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, whole
+):
+    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir)
+    process = run.start()
+    assert run.wait_for(8, process)
+    process.terminate()
+    assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        assert ledger.last_checkpoint() is not None
+    process = run.start()
+    assert run.wait_for(12, process)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.05)
+    # -15: the drain was over already, and the signal met a program that only wrote its report.
+    assert process.wait(LIMIT) in (1, 130, -signal.SIGTERM), run.log.read_text()[-2000:]
+    assert "Traceback" not in run.log.read_text()
+    run.finish()
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == whole[1]
+
+
+def test_workers_lost_while_loading_and_preparing_are_replaced(
+    tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"})
+    process = run.start()
+    deadline = time.monotonic() + LIMIT
+    for name in ("scorer-0", "trainer"):
+        while (pid := child_named(process.pid, name)) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    run.finish(process)
+    check_books(run.layout, reuse=2)
