@@ -37,13 +37,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(ROOMS, GROUND),
     "runtime": NOUNS | {"config"},
     "workers": GROUND | ROOMS,
-    "control": GROUND | ROOMS | {"runtime", "workers"},
+    "control": GROUND | ROOMS | {"runtime", "workers", "versions"},
     # On top, beside the command line: stages run alone, and model directories in and out.
     "stages": GROUND | ROOMS | {"control", "workers"},
     "prepare": GROUND,
     "export": GROUND | {"prepare"},
     "show": GROUND,
-    "cli": GROUND | {"control", "stages", "prepare", "export", "show"},
+    "versions": set(),
+    "cli": GROUND | {"control", "stages", "prepare", "export", "show", "versions"},
     "__main__": {"errors", "cli"},
     "npd": GROUND | {"control", "train"},
 }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import make_model, make_tokenizer
-from npd.attention import packed_attention
+from npd.attention import packed_attention, varlen_kernel
 from npd.errors import ModelError
 from npd.modeling import (
     Head,
@@ -209,6 +209,118 @@ def test_slices_cover_every_position_once(vocab):
 def test_a_directory_without_a_model_is_named(tmp_path):
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_model(tmp_path)
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+PACKABLE = {
+    "Llama": TINY,
+    "GPT2": GPT2,
+    "Qwen3": {**TINY, "head_dim": 8},
+    "Qwen3Moe": {**TINY, **MOE, "head_dim": 8},
+    "Gemma3Text": {**TINY, "head_dim": 8},
+}
+MIXING = {
+    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
+    "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+
+
+def family_dir(family, settings, path, std):
+    """A saved random model of `family`; skips where this transformers has no such class."""
+    import transformers
+
+    config_class = getattr(transformers, f"{family}Config", None)
+    if config_class is None:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**settings))
+    for parameter in model.parameters() if std is not None else ():
+        if parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=std)
+    return save(model, path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", PACKABLE)
+def test_models_whose_documents_stay_apart_load(family, dtype, tmp_path):
+    load_model(family_dir(family, PACKABLE[family], tmp_path, 0.2), dtype=dtype)
+
+
+def test_rounding_of_a_deep_model_is_no_mixing(tmp_path):
+    deep = {**TINY, "num_hidden_layers": 24}
+    load_model(family_dir("Llama", deep, tmp_path, 0.2), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("std", "dtype"), [(None, "float32"), (0.2, "float32"), (0.2, "bfloat16")])
+@pytest.mark.parametrize("family", MIXING)
+def test_models_that_mix_documents_are_refused(family, std, dtype, tmp_path):
+    directory = family_dir(family, MIXING[family], tmp_path, std)
+    with pytest.raises(ModelError, match=rf"{family}ForCausalLM\).*attention-only models"):
+        load_model(directory, dtype=dtype)
+
+
+def test_a_model_whose_code_cannot_take_a_packed_row_is_refused(tmp_path):
+    settings = {**TINY, **MOE, **LINEAR, "head_dim": 8, "shared_expert_intermediate_size": 16}
+    settings["layer_types"] = ["linear_attention", "full_attention"]
+    directory = family_dir("Qwen3Next", settings, tmp_path, None)
+    with pytest.raises(ModelError, match=r"Qwen3NextForCausalLM\).*attention-only models"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_used"),
+    [
+        ("def varlen_attn(q, *, scale=None, window_size=(-1, -1)): ...", True),
+        ("def varlen_attn(q, is_causal=False, return_aux=None): ...", False),
+        ("def varlen_attn(q, *, window_size=(-1, -1)): ...", False),
+        ("other = 1", False),
+        ("import a_module_that_is_missing", False),
+    ],
+)
+def test_a_varlen_kernel_that_cannot_be_causal_is_not_used(
+    source, is_used, tmp_path, monkeypatch, request
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"varlen_of_{abs(hash(request.node.name))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    assert (varlen_kernel(name) is not None) == is_used
+    assert varlen_kernel("torch.no_such_module") is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_on_cuda_is_that_of_the_cpu(heads, scaling):
+    torch.manual_seed(0)
+    bounds = (0, 1, 70, 90, 219)
+    inputs = [torch.randn(1, n, bounds[-1], 64).bfloat16() for n in (heads[0], heads[1], heads[1])]
+    weight = torch.randn(1, bounds[-1], heads[0], 64)
+
+    def run(device, dtype):
+        qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
+        out, _ = packed_attention(nn.Module(), *qkv, None, scaling=scaling, cu_seqlens=bounds)
+        (out.float() * weight.to(device)).sum().backward()
+        return [x.detach().float().cpu() for x in (out, *(x.grad for x in qkv))]
+
+    for got, expected in zip(run("cuda", torch.bfloat16), run("cpu", torch.float32), strict=True):
+        assert (got - expected).norm() < 0.02 * expected.norm()
 
 
 def test_tied_and_untied_models_load(tmp_path):

@@ -43,12 +43,15 @@ def make_config(**schedule) -> RunConfig:
 def configs(draw) -> RunConfig:
     reuse = draw(st.integers(1, 4))
     batch = draw(st.integers(1, 8))
-    window = draw(st.one_of(st.just("all"), st.integers(batch, 40)))
+    shard = draw(st.integers(1, 12))
+    overlap = draw(st.booleans())
+    least = max(batch, 2 * shard) if overlap else batch
+    window = draw(st.one_of(st.just("all"), st.integers(least, 40)))
     steps = draw(st.one_of(st.none(), st.integers(1, 25)))
     passes = draw(st.integers(1, 3))
     rules = [{}, {"every_steps": draw(st.integers(1, 6))}, {"drift": 0.1, "min_steps": 2}]
-    if steps is None:
-        rules.append({"at_epochs": [reuse * i for i in range(1, passes + 1)]})
+    if steps is None and passes > 1:
+        rules.append({"at_epochs": [reuse * i for i in range(1, passes)]})
     return make_config(
         epochs=None if steps else reuse * passes,
         steps=steps,
@@ -56,10 +59,10 @@ def configs(draw) -> RunConfig:
         reuse=reuse,
         refresh=draw(st.sampled_from(rules)),
         max_lag=draw(st.integers(0, 2)),
-        overlap=draw(st.booleans()),
+        overlap=overlap,
         train={"batch_size": batch},
         generate={
-            "shard_size": draw(st.integers(1, 12)),
+            "shard_size": shard,
             "workers": draw(st.integers(1, 3)),
             "samples_per_prompt": draw(st.integers(1, 2)),
         },
@@ -161,7 +164,7 @@ def test_reuse_goes_in_passes_over_a_full_window():
 
 
 def test_a_filter_that_rejects_everything_stops_the_run_and_says_so():
-    config = make_config(steps=10, window=8, reuse=1, filter={"min_response_tokens": 1000})
+    config = make_config(steps=10, window=8, reuse=1, filter={"max_repeat": 0.0})
     simulation = Simulation(config, 8).run()
     assert simulation.stop.failed
     assert "no sample gets through" in simulation.stop.reason
@@ -211,3 +214,25 @@ def test_learning_rate_by_hand(before, after, expected):
     # lr 1 -> 0.1 with a fifth of warmup: half way up at 0.1, the top at 0.2, the middle at 0.6.
     rate = learning_rate(before, after, lr=1.0, min_lr=0.1, warmup=0.2)
     assert rate == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_shard_that_keeps_failing_does_not_end_the_run():
+    config = make_config(
+        epochs=1, reuse=1, generate={"shard_size": 600}, filter={"name": "none"}, overlap=False
+    )
+    plan = Plan(config)
+    plan.handle(ev.Started(1200))
+    plan.handle(ev.SnapshotPublished(0, 0, ""))
+    for _ in range(config.schedule.max_tries):
+        actions = plan.handle(ev.ShardFailed(0, "generate", "lost"))
+    assert any(isinstance(a, ev.Retire) for a in actions)
+    assert [a.shard for a in actions if isinstance(a, ev.Generate)] == [1], "goes on"
+
+
+def test_what_is_stale_is_not_sent_to_the_teacher():
+    config = make_config(
+        steps=40, window=64, reuse=1, refresh={"every_steps": 1}, max_lag=0, overlap=True,
+        generate={"shard_size": 8, "workers": 3}, filter={"name": "none"},
+    )  # fmt: skip
+    simulation = Simulation(config, 100, seed=2).run()
+    assert Outcome.STALE in simulation.outcomes.values(), "the case this is about"

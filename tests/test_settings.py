@@ -1,7 +1,6 @@
 """Settings: layers and origins, keys and values that cannot be, presets."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -74,9 +73,9 @@ def test_every_value_has_an_origin():
 
 
 def test_file_without_a_preset_stands_on_the_defaults(config_file):
-    path = config_file("student: s\nteacher: t\nschedule: {epochs: 5}\n")
+    path = config_file("student: s\nteacher: t\nschedule: {epochs: 10}\n")
     found = load_config(path).config
-    assert found == RunConfig(student="s", teacher="t", schedule={"epochs": 5})
+    assert found == RunConfig(student="s", teacher="t", schedule={"epochs": 10})
     assert load_config(Path(path)).config == found
 
 
@@ -111,7 +110,7 @@ def test_null_takes_nothing_back():
 @pytest.mark.parametrize("preset", ["npd", "npd_adaptive"])
 def test_one_refresh_rule_takes_back_another(preset, override, rule):
     refresh = load_config(
-        preset, [*MODELS, "schedule.window=all", override]
+        preset, [*MODELS, "schedule.epochs=15", "schedule.window=all", override]
     ).config.schedule.refresh
     rules = refresh.model_dump(exclude={"min_steps"}, exclude_none=True)
     assert rules == rule
@@ -188,14 +187,14 @@ def test_unknown_key_of_a_file_names_its_line(config_file):
 
 def test_wrong_values_are_one_line_each_with_their_place(config_file):
     path = config_file(
-        "preset: npd\nstudent: s\nteacher: t\ntrain:\n  lr: -1\n  betas: [1]\n"
+        "preset: npd\nstudent: s\nteacher: t\ntrain:\n  lr: -1\n  betas: [0.9]\n"
         "schedule:\n  window: al\n  refresh: often\nname: 3\nscore: 4\n"
     )
     assert complaint(path, "observe.trackers=[wandb]").splitlines() == [
         "run.yaml:10: name must be a valid string, not 3",
         "run.yaml:11: score is a section: set score.<key>, not score itself",
         "run.yaml:5: train.lr must be greater than 0, not -1",
-        "run.yaml:6: train.betas: Field required, given [1]",
+        "run.yaml:6: train.betas: Field required, given [0.9]",
         "run.yaml:8: schedule.window must be a valid integer or 'all', not 'al'",
         "run.yaml:9: schedule.refresh is a section: set schedule.refresh.<key>, "
         "not schedule.refresh itself",
@@ -252,7 +251,7 @@ def test_missing_file_and_unknown_preset(config_file):
 
 
 def test_preset_name_wins_over_a_file_of_that_name(config_file):
-    config_file("student: other\nteacher: t\nschedule: {epochs: 5}\n", name="npd")
+    config_file("student: other\nteacher: t\nschedule: {epochs: 10}\n", name="npd")
     assert load_config("npd", MODELS).config.student == "s"
     assert load_config("./npd").config.student == "other"
 
@@ -321,12 +320,6 @@ def test_npd_is_the_papers_schedule():
 def test_dump_round_trips_through_json(name):
     config = load_config(name, [*MODELS, "run_dir=runs/x", "data.columns={prompt: q}"]).config
     assert RunConfig.model_validate(json.loads(json.dumps(dump_config(config)))) == config
-
-
-def test_infinite_bounds_round_trip():
-    config = load_config("npd", [*MODELS, "filter.high=.inf"]).config
-    back = RunConfig.model_validate(json.loads(json.dumps(dump_config(config))))
-    assert back.filter.high == math.inf
 
 
 @given(

@@ -8,6 +8,9 @@ Dimensions: T tokens of a row, Hq and Hkv query and key-value heads, D head size
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -20,6 +23,7 @@ from npd.errors import ModelError
 
 ATTENTION = "npd_packed"
 """The name it is registered under with transformers."""
+_VARLEN = "torch.nn.attention.varlen"
 
 
 def packed_attention(
@@ -34,8 +38,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document: query [1, Hq, T, D], key and value [1, Hkv, T, D].
 
-    Variable-length kernels on CUDA (half precision), one SDPA call a document elsewhere. Raises
-    when the boundaries are missing, so that documents cannot mix silently.
+    Variable-length kernels on CUDA (half precision, where torch has them), one SDPA call a document
+    elsewhere. Raises when the boundaries are missing, so that documents cannot mix silently.
     """
     cu_seqlens: tuple[int, ...] | None = kwargs.get("cu_seqlens")
     window = kwargs.get("sliding_window")
@@ -54,8 +58,9 @@ def packed_attention(
             "which packed attention does not apply: lower data.max_prompt_tokens or "
             "generate.max_new_tokens"
         )
-    if query.device.type == "cuda" and query.dtype != torch.float32:
-        return _varlen(query, key, value, cu_seqlens, longest, scaling), None
+    kernel = varlen_kernel() if query.device.type == "cuda" else None
+    if kernel is not None and query.dtype != torch.float32:
+        return _varlen(kernel, query, key, value, cu_seqlens, longest, scaling), None
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -71,7 +76,21 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+@lru_cache(maxsize=4)
+def varlen_kernel(module: str = _VARLEN) -> Callable[..., Any] | None:
+    """torch's variable-length attention; None where it is missing or cannot be causal our way.
+
+    The first releases that have it take `is_causal` and no `window_size` or `scale`.
+    """
+    try:
+        kernel: Callable[..., Any] = importlib.import_module(module).varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return kernel if {"window_size", "scale"} <= set(inspect.signature(kernel).parameters) else None
+
+
 def _varlen(
+    kernel: Callable[..., Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,15 +98,13 @@ def _varlen(
     longest: int,
     scaling: float | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     bounds = _on_device(cu_seqlens, str(query.device))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     # window_size is (left, right); the default (-1, -1) is not causal.
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    out = kernel(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[None]
 

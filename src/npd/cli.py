@@ -205,6 +205,6 @@ def export(
 @app.command()
 def version() -> None:
     """Print the versions of npd and of the libraries it uses."""
-    from npd.control.opening import versions
+    from npd.versions import versions
 
     typer.echo(json.dumps(versions(), indent=2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -132,7 +133,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
-        found = (*_schedule_problems(self), *_size_problems(self), *_meaning_problems(self))
+        rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
+        found = (problem for rule in rules for problem in rule(self))
         problems = [message for is_broken, message in found if is_broken]
         if problems:
             raise ValueError("; ".join(problems))
@@ -140,8 +142,7 @@ class RunConfig(Section):
 
 
 def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
-    schedule, refresh = c.schedule, c.schedule.refresh
-    rules = (refresh.every_steps, refresh.at_epochs, refresh.drift)
+    schedule = c.schedule
     window = schedule.window if isinstance(schedule.window, int) else None
     return [
         (
@@ -153,6 +154,28 @@ def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
             f"schedule.epochs ({schedule.epochs}) must be a multiple of schedule.reuse "
             f"({schedule.reuse}): each sample is trained on that often",
         ),
+        (
+            window is not None and window < c.train.batch_size,
+            f"schedule.window ({window}) must hold at least one train.batch_size "
+            f"({c.train.batch_size})",
+        ),
+        (
+            window is not None
+            and window < 2 * c.generate.shard_size
+            and c.is_overlapped
+            and c.generate.source == "student",
+            f"schedule.window ({window}) must hold two generate.shard_size "
+            f"({c.generate.shard_size}) for stages to overlap: lower generate.shard_size or set "
+            "schedule.overlap: false",
+        ),
+    ]
+
+
+def _refresh_problems(c: RunConfig) -> list[tuple[bool, str]]:
+    schedule, refresh = c.schedule, c.schedule.refresh
+    at_epochs = refresh.at_epochs or ()
+    rules = (refresh.every_steps, refresh.at_epochs, refresh.drift)
+    return [
         (
             sum(rule is not None for rule in rules) > 1,
             "schedule.refresh takes one of every_steps, at_epochs and drift",
@@ -167,19 +190,23 @@ def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
             "schedule.refresh.at_epochs needs schedule.epochs",
         ),
         (
-            any(epoch % schedule.reuse != 0 for epoch in refresh.at_epochs or ())
-            and window is None,
+            any(epoch % schedule.reuse != 0 for epoch in at_epochs) and schedule.window == "all",
             f"schedule.refresh.at_epochs must be multiples of schedule.reuse ({schedule.reuse}) "
             "while schedule.window is all: in between nobody would sample the new snapshot",
         ),
         (
-            window is not None and window < c.train.batch_size,
-            f"schedule.window ({window}) must hold at least one train.batch_size "
-            f"({c.train.batch_size})",
+            list(at_epochs) != sorted(set(at_epochs)),
+            "schedule.refresh.at_epochs must rise: list each epoch once, in order",
         ),
         (
-            list(refresh.at_epochs or ()) != sorted(set(refresh.at_epochs or ())),
-            "schedule.refresh.at_epochs must rise: list each epoch once, in order",
+            any(epoch >= (schedule.epochs or math.inf) for epoch in at_epochs),
+            "schedule.refresh.at_epochs beyond schedule.epochs - 1 are never reached: with "
+            f"{schedule.epochs} epochs list earlier ones, or set schedule.refresh: never",
+        ),
+        (
+            refresh.drift is not None and (c.generate.temperature, c.generate.top_p) != (1.0, 1.0),
+            "schedule.refresh.drift needs samples of the policy itself: set "
+            "generate.temperature: 1 and generate.top_p: 1, or refresh by every_steps",
         ),
     ]
 
@@ -195,6 +222,11 @@ def _size_problems(c: RunConfig) -> list[tuple[bool, str]]:
             c.needs_scores and c.max_sample_tokens > c.score.row_tokens,
             f"score.row_tokens ({c.score.row_tokens}) must hold the longest sample: "
             f"data.max_prompt_tokens + generate.max_new_tokens = {c.max_sample_tokens}",
+        ),
+        (
+            c.filter.min_response_tokens > c.generate.max_new_tokens,
+            f"filter.min_response_tokens ({c.filter.min_response_tokens}) rejects everything: "
+            f"lower it to generate.max_new_tokens ({c.generate.max_new_tokens}) or below",
         ),
     ]
 
@@ -220,6 +252,11 @@ def _meaning_problems(c: RunConfig) -> list[tuple[bool, str]]:
             "forward, or another target",
         ),
         (
+            c.loss.target == "topk" and c.loss.divergence != "forward",
+            f"loss.divergence {c.loss.divergence} needs whole distributions, which topk does not "
+            "give: set loss.target: tail or renorm",
+        ),
+        (
             c.loss.target == "sampled" and c.loss.temperature != 1.0,
             f"loss.target sampled has no whole distribution to put at loss.temperature "
             f"({c.loss.temperature:g}): set loss.temperature: 1, or another target",
@@ -228,5 +265,18 @@ def _meaning_problems(c: RunConfig) -> list[tuple[bool, str]]:
             c.generate.source == "dataset" and c.generate.samples_per_prompt > 1,
             "generate.source dataset has one completion a prompt: set "
             "generate.samples_per_prompt: 1",
+        ),
+        (
+            c.filter.keep is not None and c.filter.name in ("none", "delta_ifd"),
+            f"filter.keep is the share a control keeps, and filter.name {c.filter.name} is none: "
+            "leave it out, or set filter.name: random",
+        ),
+        (
+            c.name in ("", ".", "..") or any(mark in c.name for mark in "/\\"),
+            f"name ({c.name!r}) must be a plain directory name: put a path in run_dir",
+        ),
+        (
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.runtime.device) is None,
+            f"runtime.device ({c.runtime.device!r}) must be auto, cpu, cuda or cuda:N",
         ),
     ]

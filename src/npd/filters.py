@@ -153,12 +153,15 @@ class DeltaIfd:
 class Control:
     """Keep the samples that rank lowest, as many as `keep` says or as Δ-IFD keeps of the batch.
 
-    Ties go to the lower sample id. Reasons: the control's name, or `unscored` where the sample
-    lacks what it ranks by.
+    A share of a batch is rounded up or down at odds that make it right in expectation (0.4 of one
+    sample keeps it 4 times in 10), by chance that belongs to the seed and the batch. Ties go to the
+    lower sample id. Reasons: the control's name, or `unscored` where the sample lacks what it
+    ranks by.
     """
 
     config: FilterConfig
     rank: Rank
+    seed: int
 
     def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
         """Judge a batch; exactly the number to keep is kept, fewer only if too few are ranked."""
@@ -175,7 +178,8 @@ class Control:
 
     def _num_kept(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> int:
         if self.config.keep is not None:
-            return math.floor(self.config.keep * len(batch) + 0.5)
+            ids = ",".join(map(str, sorted(stats.sample_id for stats in batch)))
+            return math.floor(self.config.keep * len(batch) + _chance(f"{self.seed}:share:{ids}"))
         return sum(verdict.keep for verdict in DeltaIfd(self.config).judge(batch, history))
 
 
@@ -205,24 +209,28 @@ def _by_chance(seed: int) -> Rank:
     """A uniform number in [0, 1) that belongs to the seed and the sample id alone."""
 
     def rank(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
-        digests = (hashlib.sha256(f"{seed}:{stats.sample_id}".encode()).digest() for stats in batch)
-        return [int.from_bytes(digest[:6]) / 2**48 for digest in digests]
+        return [_chance(f"{seed}:{stats.sample_id}") for stats in batch]
 
     return rank
+
+
+def _chance(key: str) -> float:
+    """A uniform number in [0, 1) that belongs to `key` alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
 
 FILTERS: Mapping[str, Callable[[FilterConfig, int], Filter]] = MappingProxyType(
     {
         "none": lambda config, seed: KeepAll(),
         "delta_ifd": lambda config, seed: DeltaIfd(config),
-        "random": lambda config, seed: Control(config, _by_chance(seed)),
-        "teacher_nll": lambda config, seed: Control(config, _by_teacher_nll),
-        "overlap": lambda config, seed: Control(config, _by_overlap),
-        "length": lambda config, seed: Control(config, _by_length),
+        "random": lambda config, seed: Control(config, _by_chance(seed), seed),
+        "teacher_nll": lambda config, seed: Control(config, _by_teacher_nll, seed),
+        "overlap": lambda config, seed: Control(config, _by_overlap, seed),
+        "length": lambda config, seed: Control(config, _by_length, seed),
     }
 )
 
 
 def build_filter(config: FilterConfig, seed: int) -> Filter:
-    """The filter the config names; `seed` decides the choices of `random` only."""
+    """The filter the config names; `seed` decides `random`'s choices and how `keep` rounds."""
     return FILTERS[config.name](config, seed)

@@ -1,8 +1,9 @@
 """Causal language models as npd uses them: packed, without a cache, and without their LM head.
 
-Promises: documents of a packed row never attend to each other (the attention function takes their
-boundaries and raises when they are missing), and `head(hidden)` equals the model's own logits
-(checked once at load). Does not score, sample or train; those rooms call this one.
+Promises: documents of a packed row never reach each other (the attention function takes their
+boundaries and raises when they are missing; what else mixes tokens is refused at load), and
+`head(hidden)` equals the model's own logits (checked at load too). Does not score, sample or train;
+those rooms call this one.
 
 Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 """
@@ -29,6 +30,10 @@ from npd.types import IntArray
 # page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
 _CPU_LOGITS = 2**23
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a document may differ by, relative, at another place of a row of the same shape: measured 0
+# for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
+# is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
+_PLACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +96,13 @@ def load_model(
 ) -> Any:
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
-    `packed=True` gives the packed attention (no cache); False keeps SDPA, for decoding.
+    `packed=True` gives the packed attention (no cache); False keeps SDPA, for decoding. Only the
+    packed load probes the architecture: what a run trains or scores with always passes one, and a
+    model that only decodes (left-padded, with a mask) need not be packable.
 
     Raises:
-        ModelError: the directory cannot be loaded, or the model's logits are not what its head
-            gives (an architecture npd does not understand).
+        ModelError: the directory cannot be loaded, the documents of a packed row mix (recurrent,
+            convolutional or ALiBi models), or the model's logits are not what its head gives.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -118,7 +125,7 @@ def load_model(
         ) from error
     model = model.to(device).eval()
     if packed:
-        _check_head(model, str(path))
+        _check_packable(model, str(path))
     return model
 
 
@@ -238,18 +245,39 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _check_packable(model: Any, path: str) -> None:
+    try:
+        with torch.no_grad():
+            _check_documents_apart(model, path)
+            _check_head(model, path)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise _refusal(model, path, f"cannot take a packed row ({e!r:.200})") from e
+
+
+def _check_documents_apart(model: Any, path: str) -> None:
+    """Each document must be the same behind the other as before it, where it sees itself alone.
+
+    Swapping two of equal length keeps every shape, so that even bfloat16 hardly rounds otherwise.
+    """
+    a, b = _probe(model)
+    forth = hidden_states(model, pack_documents([a, b], model.device))
+    back = hidden_states(model, pack_documents([b, a], model.device)).roll(len(a), dims=0)
+    apart = (forth - back).float().norm(dim=-1).max() / back.float().norm(dim=-1).mean()
+    if not apart.item() <= _PLACE_TOLERANCE[back.dtype]:  # NaN is refused as well
+        raise _refusal(model, path, "mixes the documents of a packed row")
+
+
 def _check_head(model: Any, path: str) -> None:
-    probe = pack_documents(
-        [np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int32)], model.device
-    )
-    with torch.no_grad():
-        expected = model(
-            input_ids=probe.input_ids,
-            position_ids=probe.position_ids,
-            use_cache=False,
-            cu_seqlens=probe.cu_seqlens,
-        ).logits[0]
-        got = head_of(model).logits(hidden_states(model, probe))
+    row = pack_documents(_probe(model), model.device)
+    expected = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        use_cache=False,
+        cu_seqlens=row.cu_seqlens,
+    ).logits[0]
+    got = head_of(model).logits(hidden_states(model, row))
     # bf16 keeps 8 bits: logits of size x agree to about x / 100 whatever the order of operations.
     scale = expected.float().abs().max().item()
     if not torch.allclose(got, expected.float(), atol=0.02 * scale + 1e-5, rtol=0.0):
@@ -257,3 +285,15 @@ def _check_head(model: Any, path: str) -> None:
             f"{path}: this architecture ({type(model).__name__}) computes its logits in a way npd "
             "does not know (not head(hidden) with scale and softcap); please open an issue"
         )
+
+
+def _probe(model: Any) -> tuple[IntArray, IntArray]:
+    ids = np.arange(10, dtype=np.int32) % model.config.get_text_config().vocab_size
+    return ids[:5], ids[5:]
+
+
+def _refusal(model: Any, path: str, what: str) -> ModelError:
+    return ModelError(
+        f"{path}: this architecture ({type(model).__name__}) {what}: npd trains attention-only "
+        "models with rotary or learned positions today; choose such a model"
+    )

@@ -11,14 +11,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """Strict and frozen: an unknown key is an error, a value never changes."""
+    """Strict and frozen: an unknown key is an error, a value never changes, numbers are finite."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -156,7 +161,7 @@ class TrainConfig(Section):
     """Share of the run over which lr rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """On matrices only: not on norms, biases, embeddings or LM head."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's two decay rates."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest global gradient norm."""
@@ -220,7 +225,7 @@ class RuntimeConfig(Section):
     kind: Literal["inline", "local"] = "local"
     """A thread for each worker, or a process."""
     device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: Positive | None = None
     """CPU threads a worker may use; None shares the machine's cores out."""
     call_timeout: Annotated[float, Field(gt=0.0)] = 3600.0

@@ -6,10 +6,7 @@ Promises: no run is overwritten, and none goes on with another config, other dat
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,8 +18,8 @@ from npd.errors import ConfigError, DataError, ModelError
 from npd.settings import dump_config
 from npd.store.files import read_json, write_json
 from npd.store.layout import RunLayout
+from npd.versions import versions
 
-_PACKAGES = ("npd", "torch", "transformers", "safetensors", "pyarrow", "numpy")
 # What may differ when a run is resumed: where it runs and what it leaves, not what it is.
 _FREE = ("runtime.", "observe.", "checkpoint.keep", "run_dir", "name")
 
@@ -79,28 +76,6 @@ def load_run(layout: RunLayout) -> RunConfig:
             f"version of npd ({__version__})"
         ) from error
     return config.model_copy(update={"run_dir": layout.root})
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, the machine, and the commit if there is one."""
-    found = {"python": platform.python_version(), "machine": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    commit = _commit()
-    return found if commit is None else found | {"commit": commit}
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _check_same(config: RunConfig, prepared: Prepared, layout: RunLayout) -> None:
