@@ -65,18 +65,11 @@ def conservation_line(counts: Any) -> str:
 
 def config_lines(settings: Settings) -> Iterator[str]:
     """`section.key: value  # origin`, one line a value; together a config file npd reads."""
+    from npd.layers import flat
     from npd.settings import dump_config
 
-    for key, value in _leaves(dump_config(settings.config), ""):
+    for key, value in flat(dump_config(settings.config)):
         yield f"{f'{key}: {_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _yaml(value: Any) -> str:

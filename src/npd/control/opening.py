@@ -15,6 +15,7 @@ from npd import __version__
 from npd.config import RunConfig
 from npd.control.preparation import Prepared, model_fingerprint
 from npd.errors import ConfigError, DataError, ModelError
+from npd.layers import flat
 from npd.settings import dump_config
 from npd.store.files import read_json, write_json
 from npd.store.layout import RunLayout
@@ -108,17 +109,7 @@ def _fingerprints(config: RunConfig, prepared: Prepared) -> dict[str, str | None
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The values that decide what a run does, by dotted path."""
-    values = _flat(dump_config(config))
+    values = dict(flat(dump_config(config)))
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
     return {key: value for key, value in values.items() if not key.startswith(_FREE)}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
