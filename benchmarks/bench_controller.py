@@ -136,9 +136,9 @@ class ClockedLedger(Clocked):
 class FakeWorker:
     """Every role at once: makes up what a worker would answer, without waiting."""
 
-    def __init__(self, name: str, watch: Stopwatch) -> None:
+    def __init__(self, name: str, watch: Stopwatch, layout: RunLayout) -> None:
         self.name, self.pid = name, None
-        self._watch = watch
+        self._watch, self._layout = watch, layout
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Reply:  # noqa: ASYNC109
         """Answer at once."""
@@ -155,6 +155,9 @@ class FakeWorker:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+    def ready(self) -> None:
+        """Nothing to load."""
 
     def generate(self, task: GenerateTask) -> tuple[SampleStats, ...]:
         """One in twenty is truncated, so that the pre-filter has something to do."""
@@ -173,9 +176,11 @@ class FakeWorker:
         return f"checksum of {version}"
 
     def checkpoint(self, step: int) -> None:
-        """Nothing is written."""
+        """An empty one, so that a resumed run has a place to start from."""
+        self._layout.checkpoint(step).mkdir(parents=True, exist_ok=True)
 
-    restore = checkpoint
+    def restore(self, step: int) -> None:
+        """Nothing is read."""
 
     def export(self) -> str:
         """Nothing is written."""
@@ -193,8 +198,8 @@ class FakeRuntime:
         self._watch = watch
 
     def spawn(self, name: str, factory: Factory, *, threads: int) -> FakeWorker:
-        """A fake worker; its factory is not used."""
-        return FakeWorker(name, self._watch)
+        """A fake worker; of its factory only the run directory is used."""
+        return FakeWorker(name, self._watch, RunLayout(factory.root))
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -267,6 +272,7 @@ def drive(config: RunConfig, prompts: list[EncodedPrompt], watch: Stopwatch) -> 
             heldout=(),
             on_start=clocked.started,
             on_span=clocked.span,
+            on_message=clocked.message,
         )
         planner = Clocked(plan, watch, "plan", "handle")
         controller = Controller(planner, dispatcher, books, layout, clocked)
