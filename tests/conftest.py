@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny real Llama with a real tokenizer, and one CPU thread for every test."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,27 @@ def save_model(path: Path, **kwargs) -> Path:
     make_model(**kwargs).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_a_test():
+    """No thread and no process that a test started is there after it (files: warnings are errors)."""
+    threads, processes = set(threading.enumerate()), set(_children())
+    yield
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+        orphans = [pid for pid in _children() if pid not in processes]
+        if not left and not orphans:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"outlived its test: threads {left}, processes {orphans}")
+
+
+def _children() -> list[str]:
+    """Process ids of this process's children (Linux; elsewhere none are seen)."""
+    found = Path("/proc/self/task").glob("*/children")
+    return [pid for file in found for pid in file.read_text().split()]
 
 
 @pytest.fixture(scope="session", autouse=True)

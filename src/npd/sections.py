@@ -201,7 +201,8 @@ class ScheduleConfig(Section):
     """Four numbers that span the family of methods, and how long the run is."""
 
     epochs: Positive | None = None
-    """Passes over the prompts, counted in trained samples; or else `steps`."""
+    """Passes over the prompts, counted in uses of samples (one that leaves early counts as used
+    up); or else `steps`."""
     steps: Positive | None = None
     """Optimiser steps; prompts repeat as needed."""
     window: Positive | Literal["all"] = "all"
