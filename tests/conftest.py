@@ -76,7 +76,7 @@ def save_model(path: Path, **kwargs) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_outlives_a_test():
-    """No thread and no process that a test started is there after it (files: warnings are errors)."""
+    """No thread and no process a test started is there after it (files: warnings are errors)."""
     threads, processes = set(threading.enumerate()), set(_children())
     yield
     deadline = time.monotonic() + 5
