@@ -15,6 +15,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, model_validator
 
+from npd.fields import Section
+from npd.rules import served_problems
 from npd.sections import (
     CheckpointConfig,
     DataConfig,
@@ -27,9 +29,9 @@ from npd.sections import (
     RuntimeConfig,
     ScheduleConfig,
     ScoreConfig,
-    Section,
     TrainConfig,
 )
+from npd.served import LaunchConfig, ServedConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "EvalConfig",
     "FilterConfig",
     "GenerateConfig",
+    "LaunchConfig",
     "LossConfig",
     "ObserveConfig",
     "Refresh",
@@ -44,6 +47,7 @@ __all__ = [
     "RuntimeConfig",
     "ScheduleConfig",
     "ScoreConfig",
+    "ServedConfig",
     "TrainConfig",
 ]
 
@@ -134,7 +138,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
         rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
-        found = (problem for rule in rules for problem in rule(self))
+        found = [problem for rule in rules for problem in rule(self)]
+        found += served_problems(self.generate, self.score, self.schedule.refresh, self.loss)
         problems = [message for is_broken, message in found if is_broken]
         if problems:
             raise ValueError("; ".join(problems))

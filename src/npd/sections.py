@@ -7,24 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """Strict and frozen: an unknown key is an error, a value never changes, numbers are finite."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
+from npd.fields import Decay, Dtype, Positive, Section, Share
+from npd.served import ServedConfig
 
 
 class DataConfig(Section):
@@ -54,13 +40,13 @@ class DataConfig(Section):
     """What to do with an empty or malformed record: stop with its line, or drop and count it."""
 
 
-class GenerateConfig(Section):
-    """Who writes the responses, and how they are sampled."""
+class _Writing(Section):
+    """What is written, and how it is sampled."""
 
     source: Literal["student", "teacher", "dataset"] = "student"
     """Who writes: the student's snapshot, the teacher, or the data's own completions."""
-    engine: Literal["transformers"] = "transformers"
-    """What decodes."""
+    engine: Literal["transformers", "vllm", "sglang"] = "transformers"
+    """What decodes: in process, or a server (see `urls` and `launch`)."""
     samples_per_prompt: Positive = 1
     """Responses to a prompt each time it is asked."""
     max_new_tokens: Positive = 512
@@ -70,24 +56,35 @@ class GenerateConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling: 1 is the whole distribution."""
     batch_size: Positive = 32
-    """Sequences decoded together."""
+    """Sequences decoded together; with a server, requests it has at once."""
     shard_size: Positive = 32
     """Samples asked for, stored and scored together."""
     workers: Positive = 1
-    """Generators, each with a model of its own."""
+    """Generators, each with a model of its own; servers at `urls` are dealt out to them."""
     dtype: Dtype = "bfloat16"
     """Type of the weights that decode."""
+    admin_urls: tuple[str, ...] = ()
+    """Each server behind the load balancers of `urls`: a refresh must reach every one. None: `urls`
+    are the servers themselves."""
+    refresh_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds in which a server must have drained and loaded a snapshot."""
+    probe_tolerance: Annotated[float, Field(gt=0.0)] = 0.15
+    """Mean difference (nats/token) a server may show from the snapshot's own log-probs."""
 
 
-class ScoreConfig(Section):
-    """What is kept of the teacher at each response position."""
+class GenerateConfig(ServedConfig, _Writing):
+    """Who writes the responses, how they are sampled, and what decodes."""
 
-    engine: Literal["transformers"] = "transformers"
-    """What runs the teacher."""
+
+class _Scoring(Section):
+    """What is kept of the teacher, and what reads."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher: in process, or a server (see `urls` and `launch`)."""
     top_k: Positive = 10
     """Teacher ids kept at each position (drawn ones for `loss.target: sampled`)."""
     row_tokens: Positive = 4096
-    """Tokens of one packed prefill."""
+    """Tokens of one packed prefill; with a server, prompt tokens it has at once."""
     head_chunk: Positive = 512
     """Response positions whose logits exist at once."""
     student_pass: Literal["auto", "always"] = "auto"
@@ -96,6 +93,10 @@ class ScoreConfig(Section):
     """Scorers, each with a teacher of its own."""
     dtype: Dtype = "bfloat16"
     """Type of the weights that score."""
+
+
+class ScoreConfig(ServedConfig, _Scoring):
+    """What is kept of the teacher at each response position, and what runs it."""
 
 
 class FilterConfig(Section):
@@ -186,6 +187,9 @@ class Refresh(Section):
     """Refresh when the mean KL(theta || gen) of a segment passes this (nats per token)."""
     min_steps: Positive = 1
     """Fewest steps between two refreshes by drift."""
+    in_flight: Literal["finish", "abort", "mix"] = "finish"
+    """What becomes of responses being written when a snapshot is published: they are finished by
+    the old one, begun again by the new one, or gone on with by the new one (servers only)."""
 
     @property
     def is_never(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import isclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -100,8 +100,9 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         annotation: Any = field.annotation
         yield prefix + name, annotation
-        if _is_section(annotation):
-            yield from _fields(annotation, f"{prefix}{name}.")
+        # A section that may be left out (`LaunchConfig | None`) has keys, though its value is None.
+        for inner in filter(_is_section, (annotation, *get_args(annotation))):
+            yield from _fields(inner, f"{prefix}{name}.")
 
 
 def _is_section(annotation: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npd.chat import Chat
 from npd.config import RunConfig
@@ -16,7 +17,7 @@ from npd.control.batches import make_asks, make_step
 from npd.control.order import mix
 from npd.control.pool import Pool
 from npd.control.preparation import Prepared, check_model, prepare
-from npd.errors import ConfigError, DataError, InputError
+from npd.errors import ConfigError, DataError, InputError, RunError
 from npd.filters import build_filter, prefilter
 from npd.generate import build_generator
 from npd.modeling import resolve_device
@@ -24,6 +25,9 @@ from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_s
 from npd.types import Ask, Rollout, SampleRef, SampleStats, Scored, Segment, Step
 from npd.workers import generated_stats, scored_stats
 from npd.workers.generator import stop_ids
+
+if TYPE_CHECKING:
+    from npd.generate.served import Surroundings
 
 
 def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> int:
@@ -41,9 +45,16 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
         vocab_size=chat.vocab_size,
         device=resolve_device(config.runtime.device),
         trust_remote_code=config.trust_remote_code,
+        surroundings=_surroundings(config, out),
     )
-    engine.load(Path(writer), 0)
-    rollouts = engine.generate(_asks(config, prepared))
+    try:
+        engine.load(Path(writer), 0)
+        found = engine.generate(_asks(config, prepared))
+    finally:
+        engine.close()
+    rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
+    if not rollouts:
+        raise RunError(f"no sample could be written: {found[0]}")
     write_rollouts(out, rollouts)
     return len(rollouts)
 
@@ -106,6 +117,14 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
         yield f"step {report.step}  loss {report.loss:.4f}  ce {report.ce:.4f}  lr {report.lr:.2e}"
     trainer.save_pretrained(out)
     yield f"model directory {out}"
+
+
+def _surroundings(config: RunConfig, out: Path) -> Surroundings | None:
+    if config.generate.engine == "transformers":
+        return None
+    from npd.generate.served import Surroundings
+
+    return Surroundings(out.with_suffix(".server.log"), config.max_sample_tokens)
 
 
 def _writer(config: RunConfig) -> str:

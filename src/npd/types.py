@@ -89,6 +89,8 @@ class Rollout:
 
     `response_ids` [L], L >= 1, includes the end token when `finish` is STOP. `logprobs` [L] are the
     writing snapshot's own log p(y_t) in nats, untempered; None where the text is not the student's.
+    `versions` [L] are the snapshots that drew each token where a refresh fell in the middle, and
+    `version` is then the oldest of them; None where one snapshot wrote it all.
     """
 
     sample_id: int
@@ -100,11 +102,20 @@ class Rollout:
     logprobs: FloatArray | None
     finish: FinishReason
     seed: int
+    versions: IntArray | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and response together: the room the sample takes in a packed row."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sample that could not be written although others could, and why, in one line."""
+
+    sample_id: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)

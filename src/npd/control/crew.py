@@ -40,6 +40,23 @@ def threads_per_worker(config: RunConfig) -> int:
     return max(1, (cores or 1) // (2 if config.is_overlapped else 1))
 
 
+def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
+    """The config as worker `index` of a role sees it: with the servers and GPUs that are its own.
+
+    Every `workers`-th server of `urls` is one worker's, so that no two manage the same; a load
+    balancer's servers (`admin_urls`) go with the one worker it then has.
+    """
+    if role not in ("generator", "scorer"):
+        return config
+    section = config.generate if role == "generator" else config.score
+    own: dict[str, object] = {"urls": section.urls[index :: section.workers]}
+    if section.launch is not None:
+        gpus = section.launch.gpus[index : index + 1]
+        own["launch"] = section.launch.model_copy(update={"gpus": gpus})
+    name = "generate" if role == "generator" else "score"
+    return config.model_copy(update={name: section.model_copy(update=own)})
+
+
 def spawn_crew(
     config: RunConfig,
     runtime: Runtime,
@@ -49,13 +66,14 @@ def spawn_crew(
     """Start every worker of the run; models load at their first call."""
     threads = threads_per_worker(config)
 
-    def spawn(name: str, role: str) -> Worker:
-        return runtime.spawn(name, factory(role, config, root), threads=threads)
+    def spawn(name: str, role: str, index: int = 0) -> Worker:
+        share = share_of_servers(config, role, index)
+        return runtime.spawn(name, factory(role, share, root), threads=threads)
 
     return Crew(
         generators=tuple(
-            spawn(f"generator-{i}", "generator") for i in range(config.generate.workers)
+            spawn(f"generator-{i}", "generator", i) for i in range(config.generate.workers)
         ),
-        scorers=tuple(spawn(f"scorer-{i}", "scorer") for i in range(num_scorers(config))),
+        scorers=tuple(spawn(f"scorer-{i}", "scorer", i) for i in range(num_scorers(config))),
         trainer=spawn("trainer", "trainer"),
     )

@@ -106,8 +106,9 @@ class Dispatcher:
         task = GenerateTask(action.shard, action.version, asks)
         worker = await self._generators.get()
         try:
-            stats = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
-            return ev.ShardGenerated(action.shard, stats)
+            made = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
+            failed = tuple((item.sample_id, item.reason) for item in made.failed)
+            return ev.ShardGenerated(action.shard, made.stats, failed)
         except WorkerLostError as error:
             await worker.restart()
             return ev.ShardFailed(action.shard, "generate", str(error))

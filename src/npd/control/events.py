@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
@@ -43,10 +43,12 @@ class SnapshotPublished:
 
 @dataclass(frozen=True, slots=True)
 class ShardGenerated:
-    """All samples of a shard are written and stored."""
+    """The samples of a shard are written and stored; `failed` are those that could not be written,
+    each with its reason."""
 
     shard: int
     stats: tuple[SampleStats, ...]
+    failed: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,10 @@ def encode(event: Event) -> tuple[str, dict[str, Any]]:
     """An event as its kind and a JSON-able payload; `decode` gives the same event back."""
     kind = type(event).__name__
     if isinstance(event, ShardGenerated | ShardScored):
-        return kind, {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
+        payload = {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
+        if isinstance(event, ShardGenerated) and event.failed:
+            payload["failed"] = event.failed
+        return kind, payload
     return kind, asdict(event)
 
 
@@ -202,6 +207,9 @@ def decode(kind: str, payload: dict[str, Any]) -> Event:
     if kind in ("ShardGenerated", "ShardScored"):
         stats = tuple(_decode_stats(values) for values in payload["stats"])
         event: Event = _EVENTS[kind](payload["shard"], stats)
+        if isinstance(event, ShardGenerated):
+            failed = tuple((sample_id, reason) for sample_id, reason in payload.get("failed", ()))
+            event = replace(event, failed=failed)
     elif kind == "SegmentTrained":
         report = payload["report"]
         steps = tuple(StepReport(**step) for step in report["steps"])

@@ -38,7 +38,7 @@ class Flow:
         self.num_shards = 0
         self.credit = 0
         self.barren = 0
-        """Samples rejected since the last one that got through."""
+        """Samples rejected or failed since the last one that got through."""
         self._config = config
         self._filter: Filter = build_filter(config.filter, config.seed)
         self._history: deque[SampleStats] = deque(maxlen=config.filter.history)
@@ -88,28 +88,33 @@ class Flow:
             self._scoring[action.shard] = _InFlight(action)
             self.actions.append(action)
 
-    def generated(self, shard: int, batch: tuple[SampleStats, ...], newest: int) -> None:
+    def generated(self, event: ev.ShardGenerated, newest: int) -> None:
         """A written shard: what passes the pre-filters waits for a scorer, or joins the pool."""
-        version = self._generating.pop(shard).action.version
-        if self._is_stale(version, newest):
-            self._leave([stats.sample_id for stats in batch], Outcome.STALE, "lag")
-            return
+        del self._generating[event.shard]
+        for sample_id, reason in event.failed:
+            self._leave([sample_id], Outcome.FAILED, f"generate: {reason}")
         kept = []
-        for stats in batch:
+        for stats in event.stats:
+            # By what wrote it, which is newer than what was asked where a refresh fell in between.
+            if self._is_stale(stats.version, newest):
+                self._leave([stats.sample_id], Outcome.STALE, "lag")
+                continue
             verdict = prefilter(stats, self._config.filter)
             if verdict.keep:
                 kept.append(stats)
             else:
                 self._leave([stats.sample_id], Outcome.REJECTED, verdict.reason)
         if not self._config.needs_scores:
-            self._judge(shard, version, tuple(kept), newest)
+            self._judge(event.shard, tuple(kept), newest)
         elif kept:
             ids = tuple(stats.sample_id for stats in kept)
-            self._unscored.append(ev.Score(shard, version, ids))
+            oldest = min(stats.version for stats in kept)
+            self._unscored.append(ev.Score(event.shard, oldest, ids))
 
     def scored(self, shard: int, batch: tuple[SampleStats, ...], newest: int) -> None:
         """A scored shard: what passes the filter joins the pool."""
-        self._judge(shard, self._scoring.pop(shard).action.version, batch, newest)
+        del self._scoring[shard]
+        self._judge(shard, batch, newest)
 
     def failed(self, event: ev.ShardFailed, newest: int) -> None:
         """A try failed: the same again, unless stale by now or tried `max_tries` times."""
@@ -142,19 +147,18 @@ class Flow:
         """The pool's samples in `refs` are trained on once more."""
         self.credit += len(refs)
 
-    def _judge(self, shard: int, version: int, batch: tuple[SampleStats, ...], newest: int) -> None:
+    def _judge(self, shard: int, batch: tuple[SampleStats, ...], newest: int) -> None:
         """Filter samples; those kept join the pool, unless they are stale already."""
         verdicts = self._filter.judge(batch, tuple(self._history))
         self._history.extend(batch)
-        is_stale = self._is_stale(version, newest)
         for stats, verdict in zip(batch, verdicts, strict=True):
             if not verdict.keep:
                 self._leave([stats.sample_id], Outcome.REJECTED, verdict.reason)
-            elif is_stale:
+            elif self._is_stale(stats.version, newest):
                 self._leave([stats.sample_id], Outcome.STALE, "lag")
             else:
                 self.barren = 0
-                self.pool.add(SampleRef(stats.sample_id, shard, version, stats.num_tokens))
+                self.pool.add(SampleRef(stats.sample_id, shard, stats.version, stats.num_tokens))
 
     def _is_stale(self, version: int, newest: int) -> bool:
         return version < newest - self._config.schedule.max_lag
@@ -167,7 +171,7 @@ class Flow:
         leaving = tuple((sample_id, outcome, reason) for sample_id in ids)
         self._left += len(leaving)
         self.credit += len(leaving) * (self._config.schedule.reuse - uses)
-        self.barren += len(leaving) * (outcome is Outcome.REJECTED)
+        self.barren += len(leaving) * (outcome in (Outcome.REJECTED, Outcome.FAILED))
         if leaving:
             self.actions.append(ev.Retire(leaving))
 

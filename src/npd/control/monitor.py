@@ -99,7 +99,9 @@ class Monitor:
 
     def _record(self, event: ev.Event, actions: list[ev.Action], plan: Plan) -> None:
         match event:
-            case ev.ShardGenerated(_, stats):
+            case ev.ShardGenerated(shard, stats, failed):
+                if failed:
+                    self.message(f"shard {shard}: {len(failed)} samples failed: {failed[0][1]}")
                 self._tokens["generate"] += sum(s.response_tokens for s in stats)
             case ev.ShardScored(_, stats):
                 self._tokens["score"] += sum(s.num_tokens for s in stats)

@@ -88,8 +88,8 @@ class Plan:
         match event:
             case ev.Started(num_prompts):
                 self._start(num_prompts)
-            case ev.ShardGenerated(shard, stats):
-                self._flow.generated(shard, stats, self._version)
+            case ev.ShardGenerated():
+                self._flow.generated(event, self._version)
             case ev.ShardScored(shard, stats):
                 self._flow.scored(shard, stats, self._version)
             case ev.ShardFailed():

@@ -19,6 +19,11 @@ class DatasetGenerator:
     def __init__(self, max_new_tokens: int) -> None:
         self._max_new_tokens = max_new_tokens
 
+    @property
+    def version(self) -> int:
+        """0: the text is nobody's policy."""
+        return 0
+
     def load(self, snapshot: Path, version: int) -> None:
         """Nothing to load: the text does not depend on a model."""
 

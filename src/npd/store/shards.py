@@ -46,6 +46,7 @@ _ROLLOUT_FIELDS = {
     "header_ids": _INTS,
     "response_ids": _INTS,
     "logprobs": _FLOATS,
+    "versions": _INTS,
 }
 _OPTIONAL = ("nll_teacher_alone", "nll_student", "nll_student_alone", "overlap")
 _SCORED_FIELDS = {
@@ -58,8 +59,8 @@ _SCORED_FIELDS = {
     **dict.fromkeys(_OPTIONAL, pa.float64()),
 }
 _SCHEMAS: dict[Kind, pa.Schema] = {
-    "rollouts": pa.schema(_ROLLOUT_FIELDS, metadata={"npd": "rollouts/1"}),
-    "scored": pa.schema(_SCORED_FIELDS, metadata={"npd": "scored/1"}),
+    "rollouts": pa.schema(_ROLLOUT_FIELDS, metadata={"npd": "rollouts/2"}),
+    "scored": pa.schema(_SCORED_FIELDS, metadata={"npd": "scored/2"}),
 }
 
 
@@ -158,7 +159,7 @@ class _Shard:
         return self._rows[sample_id]
 
     def rollout(self, row: int) -> Rollout:
-        logprobs = self._cut("logprobs", row)
+        logprobs, versions = self._cut("logprobs", row), self._cut("versions", row)
         return Rollout(
             sample_id=self._scalars["sample_id"][row],
             prompt_index=self._scalars["prompt_index"][row],
@@ -169,6 +170,7 @@ class _Shard:
             logprobs=logprobs if len(logprobs) else None,
             finish=FinishReason(self._scalars["finish"][row]),
             seed=self._scalars["seed"][row],
+            versions=versions if len(versions) else None,
         )
 
     def scored(self, row: int) -> Scored:
@@ -193,10 +195,12 @@ class _Shard:
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:
     length = len(rollout.response_ids)
     logprobs = () if rollout.logprobs is None else rollout.logprobs
+    versions = () if rollout.versions is None else rollout.versions
     assert length >= 1, f"sample {rollout.sample_id} has no response"
     assert len(logprobs) in (0, length), f"sample {rollout.sample_id}: log-probs of another length"
+    assert len(versions) in (0, length), f"sample {rollout.sample_id}: versions of another length"
     row = {name: getattr(rollout, name) for name in _ROLLOUT_FIELDS}
-    return row | {"logprobs": logprobs, "finish": rollout.finish.value}
+    return row | {"logprobs": logprobs, "versions": versions, "finish": rollout.finish.value}
 
 
 def _scored_row(scored: Scored) -> dict[str, Any]:

@@ -99,11 +99,18 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def save_pretrained(
-    model: Any, directory: Path, *, dtype: str, source: str, trust_remote_code: bool
+    model: Any,
+    directory: Path,
+    *,
+    dtype: str,
+    source: str,
+    trust_remote_code: bool,
+    untie: bool = False,
 ) -> None:
     """Write `model` in Hugging Face form with the tokenizer of `source`; `model` is not changed.
 
-    Tied embeddings stay tied, as in the source: one matrix in the file.
+    Tied embeddings stay tied, as in the source: one matrix in the file. With `untie` the LM head is
+    a matrix of its own, and the saved config says so: the same model, for readers that lose ties.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = getattr(torch, dtype)
@@ -114,13 +121,25 @@ def save_pretrained(
         else tensor
         for name, tensor in model.state_dict().items()
     }
-    with quiet():
-        model.save_pretrained(directory, state_dict=state)
     # The saved config names the type of the live weights; readers go by it.
     config = copy.deepcopy(model.config)
     config.dtype = dtype
+    if untie:
+        head = model.get_output_embeddings().weight
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor is head and name.startswith(_head_prefix(model)):
+                state[name] = state[name].clone()
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    with quiet():
+        model.save_pretrained(directory, state_dict=state)
     config.save_pretrained(directory)
     _save_tokenizer(source, directory, trust_remote_code)
+
+
+def _head_prefix(model: Any) -> str:
+    """The name of the LM head's module: its weight goes by the embedding's name too."""
+    head = model.get_output_embeddings()
+    return str(next(name for name, module in model.named_modules() if module is head))
 
 
 def _save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:

@@ -91,13 +91,28 @@ class Trainer:
         """The live model, able to decode with a cache, for the time of the `with` block."""
         return decoding(self.model)
 
-    def save_pretrained(self, directory: str | Path, dtype: str = "bfloat16") -> None:
-        """Write the student as a Hugging Face directory: weights in `dtype`, config, tokenizer."""
+    @contextmanager
+    def evaluating(self) -> Iterator[Any]:
+        """The live model in eval mode, packed, for the time of the `with` block."""
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+
+    def save_pretrained(
+        self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
+    ) -> None:
+        """Write the student as a Hugging Face directory: weights in `dtype`, config, tokenizer.
+
+        `untie` writes a tied LM head out as a matrix of its own.
+        """
         checkpoint.save_pretrained(
             self.model,
             Path(directory),
             dtype=dtype,
             source=self.student,
+            untie=untie,
             trust_remote_code=self._trust_remote_code,
         )
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.modeling import resolve_device
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
-from npd.store.snapshots import verify
-from npd.types import SampleStats
-from npd.workers.tasks import GenerateTask, generated_stats
+from npd.store.snapshots import latest, verify
+from npd.types import Failed, Rollout
+from npd.workers.tasks import GeneratedShard, GenerateTask, generated_stats
+
+if TYPE_CHECKING:
+    from npd.generate.served import Surroundings
 
 
 class GeneratorWorker:
@@ -22,8 +27,8 @@ class GeneratorWorker:
 
         chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._layout = layout
+        self._config = config
         self._is_student = config.generate.source == "student"
-        self._loaded: int | None = None
         self._engine = build_generator(
             config.generate,
             stop_ids=stop_ids(config, chat, is_teacher=config.generate.source == "teacher"),
@@ -31,29 +36,42 @@ class GeneratorWorker:
             vocab_size=chat.vocab_size,
             device=resolve_device(config.runtime.device),
             trust_remote_code=config.trust_remote_code,
+            surroundings=_surroundings(config, layout),
         )
         if config.generate.source == "teacher":
             assert config.teacher is not None, "checked by the config"
             self._engine.load(Path(config.teacher), 0)
 
-    def generate(self, task: GenerateTask) -> tuple[SampleStats, ...]:
+    def generate(self, task: GenerateTask) -> GeneratedShard:
         """Write the shard, unless it is there already; returns its samples' scalars."""
         path = self._layout.rollouts(task.shard)
         rollouts = read_rollouts(path) if path.exists() else []
-        asked = [(ask.sample_id, task.version) for ask in task.asks]
-        # Another task's file is one that a lost power supply kept while the ledger forgot it.
-        if [(r.sample_id, r.version) for r in rollouts] != asked:
+        failed: tuple[Failed, ...] = ()
+        if not self._is_of(rollouts, task):
             self._load(task.version)
-            rollouts = self._engine.generate(task.asks)
+            found = self._engine.generate(task.asks)
+            rollouts = [item for item in found if isinstance(item, Rollout)]
+            failed = tuple(item for item in found if isinstance(item, Failed))
             write_rollouts(path, rollouts)
-        return tuple(map(generated_stats, rollouts))
+        return GeneratedShard(tuple(map(generated_stats, rollouts)), failed)
+
+    def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
+        """Whether a file's rollouts are the task's.
+
+        Another task's file is one that a lost power supply kept while the ledger forgot it.
+        """
+        ids = [rollout.sample_id for rollout in rollouts]
+        versions = {rollout.version for rollout in rollouts}
+        may_be_newer = self._config.schedule.refresh.in_flight != "finish"
+        return ids == [ask.sample_id for ask in task.asks] and (
+            versions == {task.version} or (may_be_newer and min(versions) >= task.version)
+        )
 
     def _load(self, version: int) -> None:
-        if self._is_student and self._loaded != version:
+        if self._is_student and self._engine.version != version:
             snapshot = self._layout.snapshot(version)
             verify(snapshot)
             self._engine.load(snapshot, version)
-            self._loaded = version
 
     def ready(self) -> None:
         """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
@@ -61,6 +79,24 @@ class GeneratorWorker:
     def close(self) -> None:
         """Let go of the model."""
         self._engine.close()
+
+
+def _surroundings(config: RunConfig, layout: RunLayout) -> Surroundings | None:
+    """What a generator by servers must know of the run."""
+    if config.generate.engine == "transformers":
+        return None
+    from npd.generate.served import Surroundings
+
+    def newest() -> tuple[Path, int] | None:
+        version = latest(layout.snapshots)
+        return None if version is None else (layout.snapshot(version), version)
+
+    return Surroundings(
+        log=layout.logs / f"server-{config.generate.engine}.log",
+        context=config.max_sample_tokens,
+        in_flight=config.schedule.refresh.in_flight,
+        newest=newest,
+    )
 
 
 def stop_ids(config: RunConfig, chat: Chat, *, is_teacher: bool) -> frozenset[int]:

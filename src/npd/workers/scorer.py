@@ -36,11 +36,20 @@ class ScorerWorker:
             wanted = set(task.sample_ids)
             rollouts = read_rollouts(self._layout.rollouts(task.shard))
             chosen = [r for r in rollouts if r.sample_id in wanted]
-            write_scored(path, self._scorer_for(task.version).score(chosen))
+            write_scored(path, self._scored(chosen))
         # Read back, because stored log-probs are rounded: the same answer now and after a crash.
         scored = read_scored(path)
         assert _ids(scored) == task.sample_ids, f"{path} lacks samples of its task"
         return tuple(map(scored_stats, scored))
+
+    def _scored(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Scores, the student's side by the snapshot that wrote each (two, around a refresh)."""
+        by_id: dict[int, Scored] = {}
+        for version in sorted({rollout.version for rollout in rollouts}):
+            group = [rollout for rollout in rollouts if rollout.version == version]
+            for scored in self._scorer_for(version).score(group):
+                by_id[scored.rollout.sample_id] = scored
+        return [by_id[rollout.sample_id] for rollout in rollouts]
 
     def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> int:
         """Write `heldout.arrow`: held-out responses with the teacher's support; returns tokens."""
@@ -61,6 +70,7 @@ class ScorerWorker:
             self._config.generate.model_copy(
                 update={
                     "source": source,
+                    "engine": "transformers",
                     "temperature": 0.0,
                     "max_new_tokens": evaluation.max_new_tokens,
                     "batch_size": evaluation.batch_size,
@@ -74,9 +84,9 @@ class ScorerWorker:
         )
         assert self._config.teacher is not None, "checked by the config"
         generator.load(Path(self._config.teacher), 0)
-        rollouts = generator.generate([Ask(p.index, p.index, p) for p in prompts])
+        found = generator.generate([Ask(p.index, p.index, p) for p in prompts])
         generator.close()
-        return rollouts
+        return [rollout for rollout in found if isinstance(rollout, Rollout)]
 
     def _scorer_for(self, version: int) -> Scorer:
         config = self._config

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npd.filters import repeat_share
-from npd.types import Ask, IntArray, Rollout, SampleStats, Scored
+from npd.types import Ask, Failed, IntArray, Rollout, SampleStats, Scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,8 +21,16 @@ class GenerateTask:
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratedShard:
+    """What became of a shard's asks: the samples that were written, and those that were not."""
+
+    stats: tuple[SampleStats, ...]
+    failed: tuple[Failed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """Score these samples of `shard`, which snapshot `version` wrote."""
+    """Score these samples of `shard`; `version` is the oldest snapshot that wrote any of them."""
 
     shard: int
     version: int

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from npd import probe
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
@@ -52,7 +53,16 @@ class TrainerWorker:
 
     def publish(self, version: int) -> str:
         """Write the student as snapshot `version`; returns its checksum."""
-        return publish(self._layout.snapshot(version), self._trainer.save_pretrained)
+        return publish(self._layout.snapshot(version), self._write_snapshot)
+
+    def _write_snapshot(self, directory: Path) -> None:
+        """The student as the generator takes it; for servers, with what proves that they did."""
+        is_served = self._config.generate.engine != "transformers"
+        # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
+        self._trainer.save_pretrained(directory, untie=is_served)
+        if is_served:
+            with self._autocast(self._config.generate.dtype), self._trainer.evaluating() as model:
+                probe.write(probe.of_model(model, self._chat.tokenizer), directory)
 
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
@@ -77,7 +87,7 @@ class TrainerWorker:
         tokens = 0
         if self._layout.heldout.exists():
             heldout = read_scored(self._layout.heldout)
-            with self._autocast():
+            with self._autocast(self._config.train.dtype):
                 kl, agreement, _, tokens = heldout_kl(
                     self._trainer.model, heldout, self._config.train.row_tokens, 512
                 )
@@ -95,10 +105,10 @@ class TrainerWorker:
             samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),
         )
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def _autocast(self, dtype: str) -> AbstractContextManager[object]:
         import torch
 
-        is_bf16 = self._config.train.dtype == "bfloat16"
+        is_bf16 = dtype == "bfloat16"
         return torch.autocast(self._trainer.device, torch.bfloat16, enabled=is_bf16)
 
     def _greedy(self, prompts: Sequence[EncodedPrompt]) -> list[tuple[EncodedPrompt, str]]:
@@ -121,7 +131,7 @@ class TrainerWorker:
             vocab_size=self._chat.vocab_size,
         )
         asks = [Ask(p.index, p.index, p) for p in chosen]
-        with self._autocast(), self._trainer.decoding() as model:
+        with self._autocast(self._config.train.dtype), self._trainer.decoding() as model:
             rollouts = generate_with(model, asks, sampling, with_logprobs=False)
         return [
             (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)

@@ -1,0 +1,75 @@
+"""What cannot be in a config although each value by itself could: rules over several sections.
+
+A rule is whether something is so, and what to do about it. Pure; `npd.config` raises.
+"""
+
+from __future__ import annotations
+
+import re
+
+from npd.sections import GenerateConfig, LossConfig, Refresh, ScoreConfig
+from npd.served import ServedConfig
+
+
+def served_problems(
+    generate: GenerateConfig, score: ScoreConfig, refresh: Refresh, loss: LossConfig
+) -> list[tuple[bool, str]]:
+    """What cannot be about engines behind HTTP: (is it so, what to do)."""
+    in_flight = refresh.in_flight
+    return [
+        *_server_problems("generate", generate, generate.engine, generate.workers),
+        *_server_problems("score", score, score.engine, score.workers),
+        (
+            generate.source == "dataset" and generate.engine != "transformers",
+            "generate.source dataset decodes nothing: leave generate.engine out",
+        ),
+        (
+            in_flight != "finish" and generate.engine == "transformers",
+            f"schedule.refresh.in_flight {in_flight} needs a server: set generate.engine: vllm, or "
+            "in_flight: finish",
+        ),
+        (
+            score.engine != "transformers" and loss.target == "sampled",
+            "loss.target sampled draws from the teacher's whole distribution, which a server does "
+            "not tell: set score.engine: transformers, or another target",
+        ),
+    ]
+
+
+def _server_problems(
+    where: str, section: ServedConfig, engine: str, workers: int
+) -> list[tuple[bool, str]]:
+    """The same about the servers of section `where`."""
+    launch, urls = section.launch, section.urls
+    is_served = engine != "transformers"
+    gpus = launch.gpus if launch is not None else ()
+    return [
+        (
+            is_served and bool(urls) == (launch is not None),
+            f"{where}.engine {engine} needs a server: set exactly one of {where}.urls (running "
+            f"ones) and {where}.launch (started by npd)",
+        ),
+        (
+            not is_served and (bool(urls) or launch is not None),
+            f"{where}.urls and {where}.launch are for servers, but {where}.engine is transformers: "
+            f"set {where}.engine: vllm, or leave them out",
+        ),
+        (
+            bool(urls) and workers > len(urls),
+            f"{where}.workers ({workers}) is more than the {len(urls)} servers of {where}.urls: "
+            "each worker has servers of its own",
+        ),
+        (
+            any(re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url) is None for url in urls),
+            f"{where}.urls must be like http://host:8000",
+        ),
+        (
+            bool(gpus) and len(gpus) < workers,
+            f"{where}.launch.gpus names the GPUs of {len(gpus)} servers, but {where}.workers is "
+            f"{workers}: one entry a worker",
+        ),
+        (
+            launch is not None and launch.venv is not None and bool(launch.command),
+            f"{where}.launch takes one of venv and command",
+        ),
+    ]

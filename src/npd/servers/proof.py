@@ -1,0 +1,154 @@
+"""The proof that a server holds the weights it should: probes, checksums, tags.
+
+Promises: a server left on old weights, or on a mixture of old and new (an LM head that a reload
+forgot), is found as soon as its log-probs can tell; rounding of another engine is not. What could
+not be told is in the `Evidence`, not silently taken for a proof. Changes nothing on the server.
+
+The probe's reasoning. With n the log-probs of the snapshot, o those of the one before, s the
+server's, on the same tokens: s = n + noise where the load worked, s = o + noise where nothing was
+loaded, something between where part was. So `staleness` = <s - n, o - n> / |o - n|^2 is 0, 1, or
+between, and its standard error follows from what is left of s - n. A mean over some 250 tokens sees
+a change a third the size of the noise on one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from npd.errors import RunError
+from npd.probe import Probe
+from npd.servers.base import EngineServer
+
+# Staleness that counts, and how sure it must be: one false alarm in 30,000 refreshes by chance.
+_STALE, _SIGMAS = 0.2, 4.0
+
+
+class StaleWeights(RunError):
+    """A server does not hold the weights it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a proof found: mean |s - n| in nats a token; staleness and its standard error (None: no
+    older snapshot to tell from); tensors whose checksums agree."""
+
+    difference: float
+    staleness: float | None = None
+    error: float | None = None
+    num_tensors: int = 0
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether old weights would have been seen."""
+        return self.error is not None and self.error * _SIGMAS < 1.0
+
+    def __str__(self) -> str:
+        parts = [f"log-probs within {self.difference:.4f} nats/token of the snapshot's"]
+        if self.staleness is not None:
+            parts.append(f"staleness {self.staleness:.2f} ± {self.error:.2f}")
+        if self.num_tensors:
+            parts.append(f"{self.num_tensors} tensors equal by checksum")
+        return ", ".join(parts)
+
+
+async def read_probe(server: EngineServer, probe: Probe, *, model: str | None = None) -> Probe:
+    """The server's own log-probs on the sequences of `probe`."""
+    read = [server.read(ids.tolist(), 0, model=model) for ids in probe.sequences]
+    found = await asyncio.gather(*read)
+    return Probe(probe.sequences, tuple(item.logprobs for item in found))
+
+
+def judge(
+    name: str, what: str, found: Probe, new: Probe, old: Probe | None, tolerance: float
+) -> Evidence:
+    """The evidence of a server's probe; `name` and `what` (it should hold) are for the message.
+
+    Raises:
+        StaleWeights: these are not the weights of `new`.
+    """
+    off = found.flat.astype(np.float64) - new.flat
+    difference = float(np.abs(off).mean())
+    if not difference <= tolerance:  # NaN too
+        raise StaleWeights(
+            f"{name} does not hold {what}: its log-probs on fixed texts differ from the snapshot's "
+            f"by {difference:.3f} nats a token (at most {tolerance:g}). It holds other weights, or "
+            "computes at another precision: then raise generate.probe_tolerance"
+        )
+    if old is None or _sequences_differ(old, new):
+        return Evidence(difference)
+    change = old.flat.astype(np.float64) - new.flat
+    size = float(change @ change)
+    if size == 0.0:
+        return Evidence(difference)
+    staleness = float(off @ change) / size
+    left = off - staleness * change
+    error = math.sqrt(float(left @ left) / max(1, len(left) - 1) / size)
+    if staleness > max(_STALE, _SIGMAS * error):
+        share = "still holds the snapshot before it" if staleness > 0.8 else "holds it only in part"
+        raise StaleWeights(
+            f"{name} does not hold {what} but {share}: on fixed texts its log-probs are "
+            f"{staleness:.0%} (± {error:.0%}) of the way back to the old ones. Its reload did not "
+            "take: update the server, or restart it with the snapshot as its model"
+        )
+    return Evidence(difference, staleness, error)
+
+
+def _sequences_differ(one: Probe, other: Probe) -> bool:
+    return [len(ids) for ids in one.sequences] != [len(ids) for ids in other.sequences]
+
+
+class Checksums:
+    """Compares a server's checksums with those of snapshots, over the refreshes of one server.
+
+    Engines fuse, pad and re-lay tensors, so that a digest that differs says nothing by itself. One
+    that once agreed must agree again, and one that equals the old snapshot's is stale.
+    """
+
+    def __init__(self) -> None:
+        self._comparable: set[str] = set()
+        self._old: dict[str, str] = {}
+
+    def check(self, name: str, what: str, found: Mapping[str, str], directory: Path) -> int:
+        """How many tensors agree with the snapshot in `directory`.
+
+        Raises:
+            StaleWeights: a tensor is the old snapshot's, or no longer agrees.
+        """
+        if not found:
+            return 0
+        new = tensor_digests(directory, found)
+        changed = {key for key, digest in new.items() if digest != self._old.get(key, digest)}
+        stale = sorted(key for key in changed if found[key] == self._old[key])
+        lost = sorted(key for key in self._comparable & set(new) if found[key] != new[key])
+        if stale or lost:
+            key = (stale or lost)[0]
+            raise StaleWeights(
+                f"{name} does not hold {what}: by checksum {key} is "
+                f"{'that of the snapshot before' if stale else 'not the one of the snapshot'} "
+                f"({len(stale or lost)} such tensors). Its reload did not take: update the server, "
+                "or restart it with the snapshot as its model"
+            )
+        same = {key for key, digest in new.items() if found[key] == digest}
+        self._comparable, self._old = same, new
+        return len(same)
+
+
+def tensor_digests(directory: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of those tensors of a model directory that are in `names`, by name."""
+    import torch
+    from safetensors import safe_open
+
+    digests: dict[str, str] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in set(tensors.keys()) & set(names):
+                raw = tensors.get_tensor(key).contiguous().view(-1).view(torch.uint8).numpy()
+                digests[key] = hashlib.sha256(raw.tobytes()).hexdigest()
+    return digests

@@ -1,0 +1,207 @@
+"""A vLLM server (`vllm serve`): the OpenAI-like completions with token ids, and its weight calls.
+
+Promises: what is sampled is the policy asked for, whatever sampling defaults the server was started
+with; every response token comes with its id and log-prob. Written against vLLM 0.32; what an older
+server lacks is said by name, with the flag that brings it.
+
+The weight calls (`/collective_rpc`, `/pause`, ...) exist only with `VLLM_SERVER_DEV_MODE=1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npd.errors import ConfigError
+from npd.servers.base import ENDINGS, Completion, PromptLogprobs, SamplingSettings, ServerFacts
+from npd.servers.http import Connection, Refused, Unavailable
+
+# What a check of health may take before the server counts as gone.
+_HEALTH_SECONDS = 5.0
+_DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or have npd start it (launch)"
+
+
+class VllmServer:
+    """One vLLM server; see `npd.servers.base.EngineServer`."""
+
+    def __init__(self, connection: Connection, *, refresh_timeout: float) -> None:
+        self._connection = connection
+        self._refresh_timeout = refresh_timeout
+        self._model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its URL."""
+        return self._connection.url
+
+    async def facts(self) -> ServerFacts:
+        """Version, models and limits, and whether it can be given other weights."""
+        listed = (await self._connection.get("/v1/models"))["data"]
+        version = await self._optional("GET", "/version")
+        can_refresh = await self._optional("GET", "/is_paused") is not None
+        limits = [card.get("max_model_len") for card in listed if card.get("max_model_len")]
+        return ServerFacts(
+            engine="vLLM",
+            version=None if version is None else str(version.get("version")),
+            models=tuple(str(card["id"]) for card in listed),
+            max_context=min(limits, default=None),
+            can_refresh=can_refresh,
+        )
+
+    async def is_healthy(self) -> bool:
+        """Whether it answers and its engine lives."""
+        try:
+            await self._connection.get("/health", timeout=_HEALTH_SECONDS)
+        except (Refused, Unavailable):
+            return False
+        return True
+
+    async def complete(
+        self, prompt: Sequence[int], sampling: SamplingSettings, *, seed: int, model: str | None
+    ) -> Completion:
+        """Write a response to `prompt`."""
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            # Defaults of the server, or of the model's generation_config.json, are not the policy.
+            **{"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+            **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+            # One set of end tokens for all engines: ours.
+            **{"ignore_eos": True, "stop_token_ids": list(sampling.stop_ids)},
+            "seed": seed,
+            # Of the token alone; as ids, so that the server need not spell every token.
+            **{"logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True},
+        }
+        if sampling.banned_ids:
+            body["logit_bias"] = {str(token): -100 for token in sampling.banned_ids}
+        choice = (await self._completions(body, model))["choices"][0]
+        return _completion(self.name, choice)
+
+    async def read(self, ids: Sequence[int], k: int, *, model: str | None = None) -> PromptLogprobs:
+        """Log-probs of `ids` with the top `k` of each position."""
+        body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        answer = await self._completions(body, model)
+        return _prompt_logprobs(self.name, list(ids), answer["choices"][0]["prompt_logprobs"], k)
+
+    async def hold(self, *, drain: bool) -> None:
+        """Take up no new request; let running ones end, or cut them off with what they have."""
+        mode = "wait" if drain else "abort"
+        await self._admin(f"/pause?mode={mode}")
+
+    async def release(self) -> None:
+        """Take requests again."""
+        await self._admin("/resume")
+
+    async def load_weights(self, directory: Path, tag: str) -> None:
+        """Take the weights of `directory` in place, forget cached prefixes, carry `tag`."""
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        await self._admin("/collective_rpc", call)
+        await self._admin("/reset_prefix_cache")
+        await self.set_tag(tag)
+
+    async def load_adapter(self, directory: Path, name: str) -> None:
+        """Serve the adapter of `directory` under `name`."""
+        body = {"lora_name": name, "lora_path": str(directory)}
+        try:
+            await self._connection.post(
+                "/v1/load_lora_adapter", body, timeout=self._refresh_timeout
+            )
+        except Refused as error:
+            if "already been loaded" in error.cause:
+                return
+            if error.status != 404:
+                raise
+            raise ConfigError(
+                f"{self.name} cannot take adapters: start it with --enable-lora, and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+            ) from error
+
+    async def unload_adapter(self, name: str) -> None:
+        """No longer serve an adapter."""
+        await self._optional("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def tag(self) -> str | None:
+        """What it reports as its weight version."""
+        answer = await self._optional("GET", "/weight_info")
+        return None if answer is None else str(answer["weight_version"])
+
+    async def set_tag(self, tag: str) -> None:
+        """Have it report `tag`, where its version can."""
+        await self._optional("POST", "/update_weight_version", {"new_version": tag})
+
+    async def checksums(self) -> Mapping[str, str]:
+        """SHA-256 of its parameters by name; only those of rank 0 of each kind of parallelism."""
+        answer = await self._optional("POST", "/weight_checker", {"action": "checksum"})
+        found: dict[str, str] = {} if answer is None else answer["checksums"]
+        return {
+            name.rpartition(":")[2].replace(".base_layer.", "."): digest
+            for name, digest in found.items()
+            if all(part.endswith("0") for part in name.split(":")[:-1])
+        }
+
+    async def _completions(self, body: dict[str, Any], model: str | None) -> Any:
+        if model is None:
+            model = self._model = self._model or await self._served()
+        return await self._connection.post("/v1/completions", {"model": model, **body})
+
+    async def _served(self) -> str:
+        """The name that requests to the served model itself carry."""
+        cards = (await self._connection.get("/v1/models"))["data"]
+        return str(next((c["id"] for c in cards if not c.get("parent")), cards[0]["id"]))
+
+    async def _admin(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            return await self._connection.post(path, body, timeout=self._refresh_timeout)
+        except Refused as error:
+            if error.status in (404, 405):
+                raise ConfigError(
+                    f"{self.name} cannot be given other weights (no {path.partition('?')[0]}): "
+                    f"{_DEV_MODE}"
+                ) from error
+            raise
+
+    async def _optional(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Any | None:
+        """The answer, or None from a server that does not know the call."""
+        try:
+            if method == "GET":
+                return await self._connection.get(path)
+            return await self._connection.post(path, body, timeout=self._refresh_timeout)
+        except Refused as error:
+            if error.status in (400, 403, 404, 405, 501):
+                return None
+            raise
+
+
+def _completion(server: str, choice: Mapping[str, Any]) -> Completion:
+    ids = choice.get("token_ids")
+    found = (choice.get("logprobs") or {}).get("token_logprobs")
+    ending = choice.get("finish_reason")
+    if ids is None or found is None or len(ids) != len(found) or ending not in ENDINGS:
+        raise ConfigError(
+            f"{server} answers without token ids and their log-probs (finish_reason {ending!r}): "
+            "npd needs vLLM 0.11 or newer (return_token_ids)"
+        )
+    return Completion(np.array(ids, np.int32), np.array(found, np.float32), ENDINGS[ending])
+
+
+def _prompt_logprobs(
+    server: str, ids: list[int], positions: Sequence[Mapping[str, Any]] | None, k: int
+) -> PromptLogprobs:
+    if positions is None or len(positions) != len(ids):
+        raise Unavailable(server, "answers without the prompt's log-probs")
+    own = np.empty(len(ids) - 1, np.float32)
+    top_ids = np.empty((len(ids) - 1, k), np.int32)
+    top = np.empty((len(ids) - 1, k), np.float32)
+    for at, (token, entries) in enumerate(zip(ids[1:], positions[1:], strict=True)):
+        own[at] = entries[str(token)]["logprob"]
+        ranked = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items())[:k]
+        top_ids[at] = [i for _, i, _ in ranked]
+        top[at] = [logprob for _, _, logprob in ranked]
+    return PromptLogprobs(own, top_ids, top)
