@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # What a server that is busy or starting answers; everything else from 400 to 499 is final.
 _PASSING = (408, 425, 429)
+# How a server says that it does not know a call, or does not allow it.
+_UNKNOWN = (400, 403, 404, 405, 501)
 _MAX_CAUSE = 400
 
 
@@ -59,6 +61,22 @@ class Connection:
     ) -> Any:
         """The JSON answer to `body` at `path`; raises Refused or Unavailable."""
         return await self._send("POST", path, body, timeout)
+
+    async def optional(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> Any | None:
+        """The JSON answer, or None from a server that does not know the call."""
+        try:
+            return await self._send(method, path, body, timeout)
+        except Refused as error:
+            if error.status in _UNKNOWN:
+                return None
+            raise
 
     async def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, limit: float | None

@@ -40,8 +40,8 @@ class VllmServer:
     async def facts(self) -> ServerFacts:
         """Version, models and limits, and whether it can be given other weights."""
         listed = (await self._connection.get("/v1/models"))["data"]
-        version = await self._optional("GET", "/version")
-        can_refresh = await self._optional("GET", "/is_paused") is not None
+        version = await self._connection.optional("GET", "/version")
+        can_refresh = await self._connection.optional("GET", "/is_paused") is not None
         limits = [card.get("max_model_len") for card in listed if card.get("max_model_len")]
         return ServerFacts(
             engine="vLLM",
@@ -123,20 +123,20 @@ class VllmServer:
 
     async def unload_adapter(self, name: str) -> None:
         """No longer serve an adapter."""
-        await self._optional("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await self._change("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def tag(self) -> str | None:
         """What it reports as its weight version."""
-        answer = await self._optional("GET", "/weight_info")
+        answer = await self._connection.optional("GET", "/weight_info")
         return None if answer is None else str(answer["weight_version"])
 
     async def set_tag(self, tag: str) -> None:
         """Have it report `tag`, where its version can."""
-        await self._optional("POST", "/update_weight_version", {"new_version": tag})
+        await self._change("/update_weight_version", {"new_version": tag})
 
     async def checksums(self) -> Mapping[str, str]:
         """SHA-256 of its parameters by name; only those of rank 0 of each kind of parallelism."""
-        answer = await self._optional("POST", "/weight_checker", {"action": "checksum"})
+        answer = await self._change("/weight_checker", {"action": "checksum"})
         found: dict[str, str] = {} if answer is None else answer["checksums"]
         return {
             name.rpartition(":")[2].replace(".base_layer.", "."): digest
@@ -154,6 +154,10 @@ class VllmServer:
         cards = (await self._connection.get("/v1/models"))["data"]
         return str(next((c["id"] for c in cards if not c.get("parent")), cards[0]["id"]))
 
+    async def _change(self, path: str, body: Mapping[str, Any]) -> Any | None:
+        """The answer to a call that older servers do not know; None from those."""
+        return await self._connection.optional("POST", path, body, timeout=self._refresh_timeout)
+
     async def _admin(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             return await self._connection.post(path, body, timeout=self._refresh_timeout)
@@ -163,19 +167,6 @@ class VllmServer:
                     f"{self.name} cannot be given other weights (no {path.partition('?')[0]}): "
                     f"{_DEV_MODE}"
                 ) from error
-            raise
-
-    async def _optional(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> Any | None:
-        """The answer, or None from a server that does not know the call."""
-        try:
-            if method == "GET":
-                return await self._connection.get(path)
-            return await self._connection.post(path, body, timeout=self._refresh_timeout)
-        except Refused as error:
-            if error.status in (400, 403, 404, 405, 501):
-                return None
             raise
 
 
