@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 # What a server that is busy or starting answers; everything else from 400 to 499 is final.
 _PASSING = (408, 425, 429)
+_NOT_IMPLEMENTED = 501  # which stays so
 # How a server says that it does not know a call, or does not allow it.
-_UNKNOWN = (400, 403, 404, 405, 501)
+_UNKNOWN = (400, 403, 404, 405, _NOT_IMPLEMENTED)
 _MAX_CAUSE = 400
+_CAUSES = ("error", "message", "detail", "error_message")
+_NO_KEY = "is the right key in the environment variable that api_key_env names?"
 
 
 class Refused(RunError):
@@ -93,10 +96,11 @@ class Connection:
             raise Unavailable(self.url, cause, timed_out=True) from error
         except httpx.HTTPError as error:
             raise Unavailable(self.url, f"does not answer ({_text(error)})") from error
-        if answer.status_code >= 500 or answer.status_code in _PASSING:
+        status = answer.status_code
+        if (status >= 500 and status != _NOT_IMPLEMENTED) or status in _PASSING:
             raise Unavailable(self.url, f"fails at {path}: {_cause(answer)}")
-        if answer.status_code >= 400:
-            raise Refused(self.url, answer.status_code, _cause(answer))
+        if status >= 400:
+            raise Refused(self.url, status, _cause(answer))
         return _parsed(self.url, path, answer)
 
 
@@ -137,12 +141,14 @@ def _cause(answer: httpx.Response) -> str:
     try:
         found = answer.json()
         while isinstance(found, dict):
-            found = next((found[key] for key in ("error", "message", "detail") if key in found), "")
+            found = next((found[key] for key in _CAUSES if key in found), "")
         text = found if isinstance(found, str) and found else text
     except (ValueError, json.JSONDecodeError):
         pass
-    line = " ".join(text.split()) or answer.reason_phrase
-    return f"{answer.status_code} {line[:_MAX_CAUSE]}" if answer.status_code >= 500 else line[:400]
+    line = (" ".join(text.split()) or answer.reason_phrase)[:_MAX_CAUSE]
+    if answer.status_code == 401:
+        return f"{line}: {_NO_KEY}"
+    return f"{answer.status_code} {line}" if answer.status_code >= 500 else line
 
 
 def _text(error: Exception) -> str:

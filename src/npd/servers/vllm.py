@@ -101,7 +101,9 @@ class VllmServer:
         """Take the weights of `directory` in place, forget cached prefixes, carry `tag`."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         await self._admin("/collective_rpc", call)
-        await self._admin("/reset_prefix_cache")
+        answer = await self._admin("/reset_prefix_cache")
+        if answer is not None and answer.get("success") is False:
+            raise Unavailable(self.name, "keeps prefixes that the old weights computed")
         await self.set_tag(tag)
 
     async def load_adapter(self, directory: Path, name: str) -> None:
