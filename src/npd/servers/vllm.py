@@ -9,6 +9,7 @@ The weight calls (`/collective_rpc`, `/pause`, ...) exist only with `VLLM_SERVER
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from npd.servers.http import Connection, Refused, Unavailable
 
 # What a check of health may take before the server counts as gone.
 _HEALTH_SECONDS = 5.0
+# It refuses to forget prefixes while a request holds some, also just after one was cut off.
+_FORGET_TRIES, _FORGET_PAUSE = 10, 0.2
 _DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or have npd start it (launch)"
 
 
@@ -101,10 +104,16 @@ class VllmServer:
         """Take the weights of `directory` in place, forget cached prefixes, carry `tag`."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         await self._admin("/collective_rpc", call)
-        answer = await self._admin("/reset_prefix_cache")
-        if answer is not None and answer.get("success") is False:
-            raise Unavailable(self.name, "keeps prefixes that the old weights computed")
+        await self._forget_prefixes()
         await self.set_tag(tag)
+
+    async def _forget_prefixes(self) -> None:
+        for _ in range(_FORGET_TRIES):
+            answer = await self._admin("/reset_prefix_cache")
+            if answer is None or answer.get("success") is not False:
+                return
+            await asyncio.sleep(_FORGET_PAUSE)
+        raise Unavailable(self.name, "keeps prefixes that the old weights computed")
 
     async def load_adapter(self, directory: Path, name: str) -> None:
         """Serve the adapter of `directory` under `name`."""
