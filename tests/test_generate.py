@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fake_servers
+import fakes
 from conftest import make_model, save_model
 from npd.config import GenerateConfig
 from npd.errors import DataError, ModelError, RunError, StoreError
 from npd.generate import build_generator
 from npd.generate.dataset import DatasetGenerator
 from npd.generate.sampling import Sampling, choose, inverse_cdf, nucleus
+from npd.generate.served import ServedGenerator, Surroundings
 from npd.generate.transformers import TransformersGenerator, generate_with
 from npd.modeling import hidden_states, load_model, pack_documents
 from npd.types import Ask, EncodedPrompt, FinishReason
@@ -68,22 +72,42 @@ def model():
 # The contract of every generator.
 
 
-def build_fake():
-    fakes = pytest.importorskip("fakes")
-    return fakes.FakeGenerator(max_new_tokens=6)
+@contextmanager
+def serving(engine, snapshot, log):
+    """A generator by two fake servers of `engine`, which hold `snapshot`."""
+    kind = fake_servers.FAKES[engine]
+    with kind(snapshot) as one, kind(snapshot) as other:
+        config = GenerateConfig(
+            engine=engine, urls=(one.url, other.url), max_new_tokens=6, batch_size=4
+        )
+        around = Surroundings(log=log, context=512)
+        yield ServedGenerator(config, around, stop_ids=[fakes.END])
 
 
-@pytest.fixture(params=["fake", "transformers", "dataset"])
-def generator(request, tiny_model_dir):
+@pytest.fixture(params=["fake", "transformers", "dataset", "vllm", "sglang"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def snapshot(kind, tiny_model_dir, tmp_path):
+    """What the generator loads: the fake servers know models of their own only."""
+    is_served = kind in fake_servers.FAKES
+    return fake_servers.make_snapshot(tmp_path / "v", 1) if is_served else tiny_model_dir
+
+
+@pytest.fixture
+def generator(kind, snapshot, tmp_path):
     builders = {
-        "fake": build_fake,
-        "transformers": make_generator,
-        "dataset": lambda: DatasetGenerator(6),
+        "fake": lambda: nullcontext(fakes.FakeGenerator(max_new_tokens=6)),
+        "transformers": lambda: nullcontext(make_generator()),
+        "dataset": lambda: nullcontext(DatasetGenerator(6)),
     }
-    generator = builders[request.param]()
-    generator.load(tiny_model_dir, 3)
-    yield generator
-    generator.close()
+    build = builders.get(kind, lambda: serving(kind, snapshot, tmp_path / "server.log"))
+    with build() as generator:
+        generator.load(snapshot, 3)
+        yield generator
+        generator.close()
 
 
 def contract_asks():
@@ -119,10 +143,10 @@ def test_contract_asking_again_gives_the_same(generator):
     assert responses(generator.generate(asks)) == responses(again)
 
 
-def test_contract_version_is_the_loaded_one(generator, tiny_model_dir):
+def test_contract_version_is_the_loaded_one(generator, snapshot):
     is_dataset = isinstance(generator, DatasetGenerator)
     for version in (3, 4):
-        generator.load(tiny_model_dir, version)
+        generator.load(snapshot, version)
         seen = {rollout.version for rollout in generator.generate(contract_asks())}
         assert seen == {0 if is_dataset else version}
 
