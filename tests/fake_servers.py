@@ -133,6 +133,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._moved = threading.Condition()
         self.num_running = 0
+        self.num_tokens = 0
         self.is_paused = False
         self.is_closing = False
         self._num_cuts = 0
@@ -167,18 +168,20 @@ class Engine:
             while len(ids) < limit:
                 if self._num_cuts > cuts or self.is_closing or (is_cut_short and len(ids) == 2):
                     return _Written(ids, logprobs, "abort")
-                if self.faults.token_seconds:
-                    with self._moved:
-                        self._moved.wait_for(
-                            lambda: self._num_cuts > cuts or self.is_closing,
-                            self.faults.token_seconds,
-                        )
+                with self._moved:
+                    self._moved.wait_for(
+                        lambda: self._num_cuts > cuts or self.is_closing,
+                        self.faults.token_seconds,
+                    )
                 lm = self.named(name)
                 assert lm is not None
                 raw = lm.next_logprobs(np.array([*prompt, *ids], np.int32))
                 token = _draw(raw, temperature, top_p, bias, rng)
                 ids.append(token)
                 logprobs.append(float(raw[token] + self._noise()))
+                with self._moved:
+                    self.num_tokens += 1
+                    self._moved.notify_all()
                 if token in stop:
                     return _Written(ids, logprobs, "stop")
             return _Written(ids, logprobs, "length")
@@ -203,6 +206,11 @@ class Engine:
             self._num_cuts += cut
             self._moved.notify_all()
         self.drain()
+
+    def await_tokens(self, count: int) -> None:
+        """Wait until so many tokens have been written in all."""
+        with self._moved:
+            self._moved.wait_for(lambda: self.num_tokens >= count or self.is_closing)
 
     def drain(self) -> None:
         """Wait for what runs."""
@@ -296,13 +304,13 @@ class FakeServer:
         self.close()
 
     def close(self) -> None:
-        """End it, with all that is being written; may be called again."""
+        """End it, with all that is being written; may be called again, and before it began."""
+        self.engine.close()
         if self._thread.is_alive():
-            self.engine.close()
             self._http.shutdown()
             self._thread.join()
-            self._http.cut_connections()
-            self._http.server_close()
+        self._http.cut_connections()
+        self._http.server_close()
         assert not self.errors, f"asked for what an engine would not do: {self.errors}"
 
     def restart(self, directory: Path) -> None:
@@ -369,6 +377,7 @@ class _Http(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes
     server: _Http
 
     def do_GET(self) -> None:

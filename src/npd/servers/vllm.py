@@ -23,7 +23,7 @@ from npd.servers.http import Connection, Refused, Unavailable
 # What a check of health may take before the server counts as gone.
 _HEALTH_SECONDS = 5.0
 # It refuses to forget prefixes while a request holds some, also just after one was cut off.
-_FORGET_TRIES, _FORGET_PAUSE = 10, 0.2
+_FORGET_TRIES, _FORGET_PAUSE = 5, 0.2
 _DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or have npd start it (launch)"
 
 

@@ -1,0 +1,529 @@
+"""The engines behind HTTP: the contract of both, what each is asked, how each fails, the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+
+import fakes
+from fake_servers import CONTEXT, FAKES, FakeSglang, FakeVllm, make_snapshot, read_lm
+from npd.errors import ConfigError, RunError
+from npd.served import ServedConfig
+from npd.servers import Refused, Unavailable, build_server
+from npd.servers.base import SamplingSettings
+from npd.servers.http import Client
+from npd.servers.launch import ServerSpec
+from npd.servers.pool import ServerPool
+
+PROMPT = [5, 9, 3]
+SAMPLING = SamplingSettings(max_new_tokens=8, stop_ids=(fakes.END,))
+DATA = Path(__file__).parent / "data"
+
+
+@asynccontextmanager
+async def talking(fake, *, key=None, limit=5.0):
+    """npd's side of a fake server, over a client that is closed."""
+    engine = next(name for name, kind in FAKES.items() if isinstance(fake, kind))
+    client = Client(key, connections=16)
+    try:
+        connection = client.connect(fake.url, timeout=limit)
+        yield build_server(engine, connection, refresh_timeout=limit)
+    finally:
+        await client.aclose()
+
+
+def ask(fake, do, **kwargs):
+    """`do(server)`, to its end."""
+
+    async def run():
+        async with talking(fake, **kwargs) as server:
+            return await do(server)
+
+    return asyncio.run(run())
+
+
+def complete(server, prompt=PROMPT, sampling=SAMPLING, seed=1, model=None):
+    return server.complete(prompt, sampling, seed=seed, model=model)
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    return make_snapshot(tmp_path / "v1", 1)
+
+
+@pytest.fixture(params=sorted(FAKES))
+def fake(request, snapshot):
+    with FAKES[request.param](snapshot) as server:
+        yield server
+
+
+# The contract of every engine.
+
+
+def test_contract_facts(fake):
+    facts = ask(fake, lambda server: server.facts())
+    assert (facts.models, facts.max_context, facts.can_refresh) == (("base",), CONTEXT, True)
+    assert {"vLLM": "0.32.0", "SGLang": "0.5.23"}[facts.engine] == facts.version
+
+
+def test_contract_a_response_comes_with_its_own_logprobs(fake, snapshot):
+    lm = read_lm(snapshot)
+    endings = set()
+    for seed in range(6):
+        found = ask(fake, lambda server, seed=seed: complete(server, seed=seed))
+        assert 1 <= len(found.ids) <= 8
+        assert (found.ids.dtype, found.logprobs.dtype) == (np.int32, np.float32)
+        expected = lm.token_logprobs(np.array(PROMPT, np.int32), found.ids)
+        assert np.allclose(found.logprobs, expected, atol=1e-6)
+        assert (found.ids[-1] == fakes.END) == (found.ending == "stop")
+        assert not (found.ids[:-1] == fakes.END).any()
+        endings.add(found.ending)
+    assert endings == {"stop", "length"}
+
+
+def test_contract_the_seed_decides(fake):
+    drawn = [
+        ask(fake, lambda server, seed=seed: complete(server, seed=seed)).ids.tolist()
+        for seed in (1, 2, 1, 2**63 - 1)
+    ]
+    assert drawn[0] == drawn[2] != drawn[1] != drawn[3]
+
+
+def test_contract_greedy(fake, snapshot):
+    lm, sampling = read_lm(snapshot), SamplingSettings(5, (), temperature=0.0)
+    found = ask(fake, lambda server: complete(server, sampling=sampling))
+    whole = list(PROMPT)
+    for token in found.ids.tolist():
+        assert token == lm.next_logprobs(np.array(whole, np.int32)).argmax()
+        whole.append(token)
+    assert (len(found.ids), found.ending) == (5, "length")
+
+
+def test_contract_banned_ids_are_never_drawn(fake):
+    banned = tuple(range(2, 30))
+    sampling = SamplingSettings(8, (fakes.END,), banned_ids=banned)
+    drawn = {
+        token
+        for seed in range(8)
+        for token in ask(
+            fake, lambda server, seed=seed: complete(server, sampling=sampling, seed=seed)
+        ).ids.tolist()
+    }
+    assert drawn
+    assert not drawn & set(banned)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_contract_reading_gives_own_and_top_logprobs(fake, snapshot, k):
+    ids = [4, 8, 8, 2, 31]
+    found = ask(fake, lambda server: server.read(ids, k))
+    whole = np.array(ids, np.int32)
+    rows = read_lm(snapshot).response_logprobs(whole[:1], whole[1:])
+    assert np.allclose(found.logprobs, rows[range(4), ids[1:]], atol=1e-6)
+    assert found.ids.shape == found.id_logprobs.shape == (4, k)
+    assert np.array_equal(found.ids, np.argsort(-rows)[:, :k])
+    assert np.allclose(found.id_logprobs, -np.sort(-rows)[:, :k], atol=1e-6)
+
+
+def test_contract_weights_change_in_place_and_carry_a_tag(fake, snapshot, tmp_path):
+    other = make_snapshot(tmp_path / "v2", 2)
+
+    async def refresh(server):
+        seen = [(await server.read([4, 8, 2], 0)).logprobs, await server.tag()]
+        await server.hold(drain=True)
+        await server.load_weights(other, "npd-v2-x")
+        await server.release()
+        return [*seen, (await server.read([4, 8, 2], 0)).logprobs, await server.tag()]
+
+    before, old_tag, after, tag = ask(fake, refresh)
+    assert (old_tag, tag) == ("default", "npd-v2-x")
+    for logprobs, path in ((before, snapshot), (after, other)):
+        expected = read_lm(path).token_logprobs(np.array([4]), np.array([8, 2]))
+        assert np.allclose(logprobs, expected, atol=1e-6)
+
+
+def test_contract_setting_the_tag_cuts_nothing_off(fake):
+    async def retag(server):
+        await server.set_tag("npd-v0-y")
+        return await server.tag()
+
+    assert ask(fake, retag) == "npd-v0-y"
+
+
+def test_contract_holding_cuts_off_and_keeps_what_was_written(fake, snapshot):
+    fake.faults.token_seconds = 0.02
+    endless = SamplingSettings(400, ())
+
+    async def cut(server):
+        writing = asyncio.create_task(complete(server, sampling=endless))
+        await asyncio.to_thread(fake.engine.await_tokens, 2)
+        await server.hold(drain=False)
+        piece = await writing
+        waiting = asyncio.create_task(complete(server))
+        await asyncio.sleep(0.1)
+        was_held_up = not waiting.done()
+        await server.release()
+        return piece, was_held_up, await waiting
+
+    piece, was_held_up, later = ask(fake, cut)
+    assert piece.ending == "abort"
+    assert 2 <= len(piece.ids) < 400
+    expected = read_lm(snapshot).token_logprobs(np.array(PROMPT, np.int32), piece.ids)
+    assert np.allclose(piece.logprobs, expected, atol=1e-6)
+    assert was_held_up
+    assert later.ending in ("stop", "length")
+
+
+def test_contract_adapters_are_served_by_name(fake, snapshot, tmp_path):
+    adapter = make_snapshot(tmp_path / "lora", 2, base=snapshot)
+
+    async def use(server):
+        await server.load_adapter(adapter, "npd-v1")
+        await server.load_adapter(adapter, "npd-v1")  # again is fine
+        both = [await server.read([4, 8, 2], 0, model=name) for name in (None, "npd-v1")]
+        written = await complete(server, model="npd-v1")
+        await server.unload_adapter("npd-v1")
+        await server.unload_adapter("npd-v1")
+        return both, written
+
+    both, written = ask(fake, use)
+    for found, path in zip(both, (snapshot, adapter), strict=True):
+        expected = read_lm(path).token_logprobs(np.array([4]), np.array([8, 2]))
+        assert np.allclose(found.logprobs, expected, atol=1e-6)
+    expected = read_lm(adapter).token_logprobs(np.array(PROMPT, np.int32), written.ids)
+    assert np.allclose(written.logprobs, expected, atol=1e-6)
+    assert fake.engine.adapters == {}
+
+
+def test_contract_a_refused_prompt_says_why(fake):
+    fake.faults.refuses = lambda prompt: prompt == PROMPT
+    with pytest.raises(Refused, match=rf"{fake.url} refuses \(400\): this prompt is too long"):
+        ask(fake, complete)
+
+
+@pytest.mark.parametrize("fault", [{"unavailable": 1}, {"drops": 1}, {"is_broken": True}])
+def test_contract_what_may_pass_is_unavailable(fake, fault):
+    vars(fake.faults).update(fault)
+    with pytest.raises(Unavailable, match=fake.url) as caught:
+        ask(fake, complete)
+    assert not caught.value.timed_out
+    assert "\n" not in str(caught.value)
+
+
+def test_contract_silence_is_told_from_a_refusal(fake):
+    fake.faults.hangs = True
+    with pytest.raises(Unavailable, match=r"no answer to /.* within 0\.2 s") as caught:
+        ask(fake, complete, limit=0.2)
+    assert caught.value.timed_out
+
+
+def test_contract_health(fake):
+    assert ask(fake, lambda server: server.is_healthy())
+    fake.faults.is_broken = True
+    assert not ask(fake, lambda server: server.is_healthy())
+    fake.close()
+    assert not ask(fake, lambda server: server.is_healthy())
+
+
+def test_contract_a_wrong_key_names_the_remedy(fake):
+    fake.faults.key = "right"
+    assert len(ask(fake, complete, key="right").ids)
+    for key in (None, "wrong"):
+        with pytest.raises(Refused, match=r"\(401\): .*api_key_env"):
+            ask(fake, complete, key=key)
+
+
+def test_contract_no_weight_calls_is_a_config_error(fake, snapshot):
+    fake.faults.is_locked = True
+    with pytest.raises(ConfigError, match=rf"{fake.url} .*no /.*: "):
+        ask(fake, lambda server: server.hold(drain=False))
+
+    async def rest(server):
+        await server.set_tag("x")
+        return await server.tag(), await server.checksums()
+
+    assert ask(fake, rest) == (None, {})
+
+
+def test_contract_no_adapters_is_a_config_error(fake, snapshot):
+    fake.faults.has_loras = False
+    with pytest.raises(ConfigError, match="--enable-lora"):
+        ask(fake, lambda server: server.load_adapter(snapshot, "npd-v1"))
+
+
+def test_contract_weights_that_are_not_there(fake, tmp_path):
+    with pytest.raises((Refused, Unavailable), match="nowhere"):
+        ask(fake, lambda server: server.load_weights(tmp_path / "nowhere", "x"))
+
+
+# What only one of them has.
+
+
+def test_vllm_is_asked_for_the_policy_itself(snapshot):
+    with FakeVllm(snapshot) as fake:
+        ask(fake, complete)
+        (body,) = fake.sent("/v1/completions")
+    off = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, **off, "seed": 1}
+    assert wanted.items() <= body.items()
+    assert (body["ignore_eos"], body["stop_token_ids"]) == (True, [fakes.END])
+    assert "logit_bias" not in body
+
+
+def test_sglang_is_asked_for_the_policy_itself(snapshot):
+    with FakeSglang(snapshot) as fake:
+        ask(fake, complete)
+        (body,) = fake.sent("/generate")
+    off = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, **off}
+    assert (wanted | {"sampling_seed": 1}).items() <= body["sampling_params"].items()
+    assert body["sampling_params"]["stop_token_ids"] == [fakes.END]
+
+
+def test_vllm_forgets_prefixes_or_fails(snapshot):
+    with FakeVllm(snapshot, keeps_prefixes=True) as fake:
+        with pytest.raises(Unavailable, match="prefixes"):
+            ask(fake, lambda server: server.load_weights(snapshot, "x"))
+        assert fake.engine.tag == "default"
+
+
+def test_vllm_checksums_are_those_of_the_file(snapshot):
+    from npd.servers.proof import tensor_digests
+
+    with FakeVllm(snapshot) as fake:
+        found = ask(fake, lambda server: server.checksums())
+    assert tensor_digests(snapshot, found) == found != {}
+
+
+def test_an_old_vllm_without_weight_versions_or_checksums(snapshot):
+    lacks = ("/weight_info", "/update_weight_version", "/weight_checker", "/version")
+    with FakeVllm(snapshot, lacks=lacks) as fake:
+
+        async def look(server):
+            await server.set_tag("x")
+            return await server.tag(), await server.checksums(), (await server.facts()).version
+
+        assert ask(fake, look) == (None, {}, None)
+
+
+def test_sglang_refuses_to_temper(snapshot):
+    with FakeSglang(snapshot) as fake:
+        sampling = SamplingSettings(8, (fakes.END,), temperature=0.7)
+        with pytest.raises(ConfigError, match=r"temperature 0\.7.* 1 .*or 0"):
+            ask(fake, lambda server: complete(server, sampling=sampling))
+        assert not fake.sent("/generate")
+
+
+def test_sglang_ending_on_a_token_of_its_own_is_refused(snapshot):
+    with FakeSglang(snapshot) as fake:
+        fake.eos = tuple(range(32))
+        sampling = SamplingSettings(8, (40,))
+        with pytest.raises(Refused, match=r"ended a response by \d+, which is no end token"):
+            ask(fake, lambda server: complete(server, sampling=sampling))
+
+
+# Recorded exchanges.
+
+
+def recorded(path):
+    """A server that answers by the book of a file, and the pairs (asked, answered) of it."""
+    book = json.loads((DATA / path).read_text())["exchanges"]
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            asked.append([self.command, self.path, body])
+            data = json.dumps(book[len(asked) - 1]["answer"]).encode()
+            self.send_response(book[len(asked) - 1]["status"])
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    return HTTPServer(("127.0.0.1", 0), Handler), book, asked
+
+
+def test_sglang_as_recorded():
+    server, book, asked = recorded("sglang_exchange.json")
+    thread = Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+
+    async def run():
+        client = Client("K", connections=1)
+        connection = client.connect(f"http://127.0.0.1:{server.server_port}", timeout=5.0)
+        sglang = build_server("sglang", connection, refresh_timeout=5.0)
+        sampling = SamplingSettings(4, (151643, 151645), banned_ids=(151669,))
+        found = [
+            await sglang.complete([9707, 11], sampling, seed=7, model=None),
+            await sglang.read([9707, 11, 1879], 2),
+            await sglang.hold(drain=False),
+            await sglang.load_weights(Path("run/snapshots/v000001"), "npd-v1-abc"),
+            await sglang.release(),
+            await sglang.tag(),
+        ]
+        await client.aclose()
+        return found
+
+    try:
+        completion, read, *_, tag = asyncio.run(run())
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert asked == [[e["method"], e["path"], e["body"]] for e in book]
+    assert completion.ids.tolist() == [358, 1079, 151645]
+    assert completion.logprobs.tolist() == pytest.approx([-1.5, -0.25, -0.125])
+    assert completion.ending == "stop"
+    assert read.logprobs.tolist() == pytest.approx([-2.5, -0.75])
+    assert read.ids.tolist() == [[0, 11], [1879, 419]]
+    assert tag == "npd-v1-abc"
+
+
+# Over several servers.
+
+
+def pool_of(*fakes_, engine="vllm", patience=0.0, timeout=5.0, log=Path("server.log"), **kwargs):
+    config = ServedConfig(
+        urls=tuple(fake.url for fake in fakes_),
+        request_timeout=timeout,
+        patience=patience,
+        **kwargs,
+    )
+    return ServerPool(engine, config, log=log)
+
+
+def ask_pool(pool, prompts, at_once=4):
+    """A completion of each prompt, or its error, by the pool."""
+
+    async def run():
+        await pool.open(ServerSpec("x", "float32", CONTEXT), connections=at_once)
+        try:
+            return await pool.ask(prompts, lambda server, p: complete(server, p), at_once=at_once)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+PROMPTS = [[i, 7] for i in range(12)]
+
+
+@pytest.fixture
+def pair(snapshot):
+    with FakeVllm(snapshot) as one, FakeVllm(snapshot) as other:
+        yield one, other
+
+
+def test_pool_spreads_jobs_and_keeps_their_order(pair, snapshot):
+    for fake in pair:
+        fake.faults.token_seconds = 0.002
+    found = ask_pool(pool_of(*pair), PROMPTS)
+    lm = read_lm(snapshot)
+    for prompt, item in zip(PROMPTS, found, strict=True):
+        expected = lm.token_logprobs(np.array(prompt, np.int32), item.ids)
+        assert np.allclose(item.logprobs, expected, atol=1e-6)
+    assert all(fake.engine.num_written for fake in pair)
+    assert ask_pool(pool_of(*pair), []) == []
+
+
+def test_pool_fails_a_refused_job_alone(pair):
+    for fake in pair:
+        fake.faults.refuses = lambda prompt: prompt == PROMPTS[3]
+    found = ask_pool(pool_of(*pair), PROMPTS)
+    assert [i for i, item in enumerate(found) if isinstance(item, Refused)] == [3]
+    assert sum(len(fake.sent("/v1/completions")) for fake in pair) == len(PROMPTS)
+
+
+def test_pool_asks_again_after_a_passing_failure(pair):
+    pair[0].faults.unavailable, pair[1].faults.drops = 2, 2
+    found = ask_pool(pool_of(*pair, patience=5.0), PROMPTS)
+    assert not [item for item in found if isinstance(item, Exception)]
+
+
+def test_pool_leaves_a_dead_server_to_the_others(pair):
+    pair[0].close()
+    found = ask_pool(pool_of(*pair, patience=1e6), PROMPTS)  # which nobody waits for
+    assert not [item for item in found if isinstance(item, Exception)]
+    assert pair[1].engine.num_written == len(PROMPTS)
+
+
+def test_pool_without_any_server_names_them_all(pair):
+    for fake in pair:
+        fake.close()
+    with pytest.raises(RunError, match="no server is left that answers") as caught:
+        ask_pool(pool_of(*pair), PROMPTS)
+    message = str(caught.value)
+    assert all(fake.url in message for fake in pair)
+    assert "\n" not in message
+    assert "--resume" in message
+
+
+def test_pool_gives_up_a_job_that_fails_on_a_healthy_server(snapshot):
+    with FakeVllm(snapshot, hangs=True) as fake:
+        found = ask_pool(pool_of(fake, timeout=0.2), [PROMPT])
+        assert isinstance(found[0], Unavailable)
+        assert found[0].timed_out
+        assert len(fake.sent("/v1/completions")) == 3
+
+
+def test_pool_survives_a_restart_within_its_patience(snapshot):
+    first = FakeVllm(snapshot)
+    first.close()
+    port = int(first.url.rpartition(":")[2])
+    pool = pool_of(first, patience=10.0)
+
+    def restart():
+        time.sleep(0.3)
+        with FakeVllm(snapshot, port=port) as again:
+            back.append(again)
+            while not ended:
+                time.sleep(0.02)
+
+    back, ended = [], []
+    thread = Thread(target=restart)
+    thread.start()
+    try:
+        found = ask_pool(pool, PROMPTS)
+    finally:
+        ended.append(True)
+        thread.join()
+    assert not [item for item in found if isinstance(item, Exception)]
+    assert back[0].engine.num_written == len(PROMPTS)
+
+
+def test_pool_manages_each_server_behind_a_load_balancer(pair):
+    pool = pool_of(pair[0])
+
+    async def run():
+        urls = [fake.url for fake in pair]
+        await pool.open(ServerSpec("x", "float32", CONTEXT), connections=2, admin_urls=urls)
+        names = [s.name for s in pool.servers], [s.name for s in pool.admins]
+        await pool.close()
+        return names, pool.is_open
+
+    (asked, managed), is_open = asyncio.run(run())
+    assert asked == [pair[0].url]
+    assert managed == [fake.url for fake in pair]
+    assert not is_open
+
+
+def test_pool_takes_its_key_from_the_environment(snapshot, monkeypatch):
+    with FakeVllm(snapshot, key="sesame") as fake:
+        monkeypatch.setenv("MY_KEY", "sesame")
+        assert len(ask_pool(pool_of(fake, api_key_env="MY_KEY"), [PROMPT])[0].ids)
+        (refused,) = ask_pool(pool_of(fake, api_key_env="NO_KEY"), [PROMPT])
+        assert isinstance(refused, Refused)
