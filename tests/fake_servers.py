@@ -371,7 +371,7 @@ class _Http(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Keep what is the test's business; clients may go away in the middle."""
         error = sys.exception()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) and not self.owner.engine.is_closing:
             self.owner.errors.append(error)
 
 
@@ -396,7 +396,10 @@ class _Handler(BaseHTTPRequestHandler):
             if url.path in owner.faults.lacks:
                 raise _Answer(404, {"detail": "Not Found"})
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
-            self._send(200, owner.answer(self.command, url.path, query, body))
+            content = owner.answer(self.command, url.path, query, body)
+            if owner.engine.is_closing:
+                raise ConnectionAbortedError
+            self._send(200, content)
         except _Answer as answer:
             self._send(answer.status, answer.content)
         except ConnectionAbortedError:
