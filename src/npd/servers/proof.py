@@ -101,7 +101,9 @@ def judge(
 
 
 def _sequences_differ(one: Probe, other: Probe) -> bool:
-    return [len(ids) for ids in one.sequences] != [len(ids) for ids in other.sequences]
+    pairs = zip(one.sequences, other.sequences, strict=False)
+    same = len(one.sequences) == len(other.sequences)
+    return not (same and all(np.array_equal(ids, others) for ids, others in pairs))
 
 
 class Checksums:
