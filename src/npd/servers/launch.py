@@ -242,6 +242,9 @@ def _sglang_flags(spec: ServerSpec, tensor_parallel: int, port: int, key: str) -
     flags: list[str | int] = ["--model-path", spec.model, "--host", "127.0.0.1", "--port", port]
     flags += ["--api-key", key, "--dtype", spec.dtype, "--context-length", spec.context]
     flags += ["--tp-size", tensor_parallel, "--sampling-defaults", "openai"]
+    if spec.lora_rank:
+        flags += ["--enable-lora", "--max-loras-per-batch", 2, "--max-lora-rank", spec.lora_rank]
+        flags += ["--lora-target-modules", "all"]
     return list(map(str, flags + (["--trust-remote-code"] if spec.trust_remote_code else [])))
 
 
