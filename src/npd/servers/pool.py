@@ -118,15 +118,15 @@ class ServerPool:
         """
         if not jobs:
             return []
-        round_ = _Round(jobs, do, [_Member(server) for server in self.servers], self)
+        round_ = _Round(jobs, do, [_Member(server, self) for server in self.servers], self)
         return await round_.run(at_once, self._config.patience)
 
 
 class _Member:
     """A server during one call of `ask`: how it fares."""
 
-    def __init__(self, server: EngineServer) -> None:
-        self.server = server
+    def __init__(self, server: EngineServer, pool: ServerPool) -> None:
+        self.server, self._pool = server, pool
         self.lost: Unavailable | None = None
         self.is_ailing = False
         self._mending = asyncio.Lock()
@@ -144,6 +144,7 @@ class _Member:
         pause, deadline = _FIRST_PAUSE, time.monotonic() + patience
         while self.lost is None:
             await asyncio.sleep(pause)
+            self._pool.check(error)  # our own may take a moment to be seen to have ended
             if await self.server.is_healthy():
                 self._mended_at = time.monotonic()
                 return
