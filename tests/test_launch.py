@@ -1,0 +1,346 @@
+"""Servers that npd starts: they come up behind a key, and nothing of them outlives npd."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import fakes
+import npd
+from fake_servers import CONTEXT, make_snapshot
+from npd.config import GenerateConfig
+from npd.errors import ConfigError, RunError, WorkerLostError
+from npd.generate.served import ServedGenerator, Surroundings
+from npd.served import LaunchConfig
+from npd.servers.guard.npd_guard import RequireKey
+from npd.servers.launch import ServerProcess, ServerSpec, last_complaint, program_of
+from npd.types import Rollout
+
+ENGINE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    return make_snapshot(tmp_path / "v0", 1)
+
+
+@pytest.fixture
+def started(tmp_path, snapshot):
+    """Builds servers and starts them; ends those that are left."""
+    processes = []
+
+    def start(*args, engine="vllm", timeout=60.0, spec=None, **kwargs):
+        pids = tmp_path / f"pids{len(processes)}"
+        launch = LaunchConfig(
+            command=ENGINE,
+            args=("--pids", str(pids), *args),
+            start_timeout=timeout,
+            **kwargs,
+        )
+        spec = spec or ServerSpec(str(snapshot), "float32", CONTEXT)
+        process = ServerProcess(engine, launch, spec, tmp_path / "logs" / "server.log")
+        processes.append(process)
+        process.start()
+        return process, json.loads(pids.read_text())
+
+    yield start
+    for process in processes:
+        process.stop()
+
+
+def is_there(pid):
+    """Whether a process runs (one that has ended and was not waited for does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def await_end(pids):
+    """Return when none of them runs; the test's own time limit bounds it."""
+    while any(map(is_there, pids)):
+        time.sleep(0.02)
+
+
+def status(url, key=None):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def flags_of(process):
+    line = next(x for x in process.log.read_text().splitlines() if x.startswith("FLAGS"))
+    return json.loads(line.removeprefix("FLAGS"))
+
+
+def test_a_server_comes_up_behind_a_key_and_goes(started):
+    process, pids = started("--do", "spawn")
+    assert process.is_running
+    process.check()
+    assert process.url.startswith("http://127.0.0.1:")
+    assert len(process.key) > 20
+    assert status(f"{process.url}/v1/models", process.key) == 200
+    assert status(f"{process.url}/v1/models") == 401
+    assert status(f"{process.url}/v1/models", "another") == 401
+    port = process.url.rpartition(":")[2]
+    assert process.log.name == f"server-{port}.log"
+    assert "GUARD True" in process.log.read_text()
+    process.stop()
+    await_end(pids)
+    assert not process.is_running
+    process.stop()  # again is fine
+
+
+def test_two_servers_have_ports_keys_and_logs_of_their_own(started):
+    (one, _), (other, _) = started(), started()
+    assert len({one.url, other.url}) == len({one.key, other.key}) == len({one.log, other.log}) == 2
+
+
+def value(flags, name):
+    return flags[flags.index(name) + 1]
+
+
+def test_vllm_is_told_what_it_needs_and_never_its_key(started, snapshot):
+    spec = ServerSpec(str(snapshot), "float32", 300, max_logprobs=10, lora_rank=12)
+    process, _ = started("--max-num-seqs", "7", spec=spec, tensor_parallel=2)
+    flags = flags_of(process)
+    wanted = {"--model": str(snapshot), "--host": "127.0.0.1", "--max-model-len": "300"}
+    wanted |= {"--dtype": "float32", "--max-logprobs": "10", "--max-lora-rank": "16"}
+    wanted |= {"--tensor-parallel-size": "2", "--middleware": "npd_guard.RequireKey"}
+    wanted |= {"--served-model-name": "npd", "--generation-config": "vllm"}
+    assert {name: value(flags, name) for name in wanted} == wanted
+    assert "--enable-lora" in flags
+    assert flags[-2:] == ["--max-num-seqs", "7"]  # the user's have the last word
+    assert process.key not in " ".join(flags)
+
+
+def test_sglang_is_told_what_it_needs(started, snapshot):
+    spec = ServerSpec(str(snapshot), "float32", 300, lora_rank=12, trust_remote_code=True)
+    process, _ = started(engine="sglang", spec=spec)
+    flags = flags_of(process)
+    wanted = {"--model-path": str(snapshot), "--host": "127.0.0.1", "--context-length": "300"}
+    wanted |= {"--dtype": "float32", "--sampling-defaults": "openai", "--max-lora-rank": "12"}
+    assert {name: value(flags, name) for name in wanted} == wanted
+    assert {"--enable-lora", "--trust-remote-code"} <= set(flags)
+
+
+def test_a_command_may_place_the_model_itself(tmp_path, snapshot):
+    launch = LaunchConfig(command=(*ENGINE, "--model", "{model}"), start_timeout=60.0)
+    spec = ServerSpec(str(snapshot), "float32", CONTEXT)
+    process = ServerProcess("vllm", launch, spec, tmp_path / "server.log")
+    try:
+        process.start()
+        assert flags_of(process).count("--model") == 1
+        assert value(flags_of(process), "--model") == str(snapshot)
+    finally:
+        process.stop()
+
+
+def test_a_killed_server_is_a_lost_worker_and_takes_its_children_along(started):
+    process, pids = started("--do", "spawn")
+    os.kill(pids[0], signal.SIGKILL)
+    await_end(pids)
+    while process.is_running:
+        time.sleep(0.02)
+    with pytest.raises(WorkerLostError, match=r"ended by signal 9.*: see .*server-\d+\.log"):
+        process.check()
+
+
+OWNER = """
+import json, sys, time
+from pathlib import Path
+from npd.served import LaunchConfig
+from npd.servers.launch import ServerProcess, ServerSpec
+command, model, log, pids = json.loads(sys.argv[1])
+launch = LaunchConfig(command=command, args=("--do", "spawn", "--pids", pids))
+ServerProcess("vllm", launch, ServerSpec(model, "float32", 64), Path(log)).start()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_outlives_an_owner_that_is_killed(tmp_path, snapshot):
+    pids = tmp_path / "pids"
+    given = [ENGINE, str(snapshot), str(tmp_path / "server.log"), str(pids)]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, json.dumps(given)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(npd.__file__).parents[1])},
+    )
+    with owner:
+        try:
+            assert owner.stdout.readline() == b"up\n"
+        finally:
+            owner.kill()
+    found = json.loads(pids.read_text())
+    assert len(found) == 2
+    await_end(found)
+
+
+def test_a_server_that_ends_at_once_says_why(started):
+    with pytest.raises(RunError, match=r"exited with code 3 \(ValueError: no room for it\): see"):
+        started("--do", "exit")
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(started, tmp_path):
+    with pytest.raises(RunError, match=r"not ready within 1\.5 s: see .*launch\.start_timeout"):
+        started("--do", "wait", timeout=1.5)
+    await_end(json.loads((tmp_path / "pids0").read_text()))
+
+
+def test_what_cannot_be_started_is_a_config_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nowhere is no virtual environment.*install vllm"):
+        program_of("vllm", LaunchConfig(venv=str(tmp_path / "nowhere")))
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(ConfigError, match=rf"no {engine} to start: set launch\.venv"):
+            program_of(engine, LaunchConfig())
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    found = program_of("sglang", LaunchConfig(venv=str(tmp_path / "venv")))
+    assert list(found) == [str(python), "-m", "sglang.launch_server"]
+
+
+def test_a_program_that_is_not_there_is_one_line(tmp_path):
+    launch = LaunchConfig(command=(str(tmp_path / "nothing"),))
+    process = ServerProcess("vllm", launch, ServerSpec("x", "float32", 64), tmp_path / "log")
+    with pytest.raises(RunError, match=r"the vllm server exited with code .*nothing") as caught:
+        process.start()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("", ""),
+        ("all is well\n", ""),
+        ("ValueError: first\nRuntimeError: last\nbye\n", "RuntimeError: last"),
+        (
+            "(APIServer pid=12) ERROR 11-25 10:00:00 [core.py:7] torch.OutOfMemoryError: CUDA\n"
+            "(APIServer pid=12) INFO 11-25 10:00:01 [x.py:1] ok\n",
+            "torch.OutOfMemoryError: CUDA",
+        ),
+        ("api_server.py: error: unrecognized arguments: --x\n", None),
+        ("OSError: a\nTraceback (most recent call last):\n", "OSError: a"),
+        ("RuntimeError: " + "x" * 1000, "RuntimeError: " + "x" * 286),
+    ],
+)
+def test_the_last_complaint_of_a_log(tmp_path, log, cause):
+    path = tmp_path / "log"
+    path.write_text(log)
+    assert last_complaint(path) == (log.strip() if cause is None else cause)
+    assert last_complaint(tmp_path / "none") == ""
+
+
+# A generator with a server of its own.
+
+
+def make_generator(tmp_path, *args):
+    launch = LaunchConfig(command=ENGINE, args=args, start_timeout=60.0)
+    config = GenerateConfig(engine="vllm", launch=launch, max_new_tokens=6, request_timeout=2.0)
+    around = Surroundings(tmp_path / "server.log", CONTEXT)
+    return ServedGenerator(config, around, stop_ids=(fakes.END,))
+
+
+def num_started(tmp_path):
+    return len(list(tmp_path.glob("server-*.log")))
+
+
+def test_a_generator_starts_refreshes_and_loses_its_server(tmp_path, snapshot):
+    pids = tmp_path / "pids"
+    generator = make_generator(tmp_path, "--pids", str(pids))
+    try:
+        for version, path in enumerate((snapshot, make_snapshot(tmp_path / "v1", 2))):
+            generator.load(path, version)
+            found = generator.generate(fakes.make_asks(5))
+            assert {rollout.version for rollout in found} == {version}
+            assert all(isinstance(item, Rollout) for item in found)
+        assert num_started(tmp_path) == 1
+        os.kill(json.loads(pids.read_text())[0], signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=r"the vllm server at .* signal 9"):
+            generator.generate(fakes.make_asks(5))
+    finally:
+        generator.close()
+
+
+def test_a_forgetful_server_of_ours_is_begun_again(tmp_path, snapshot):
+    generator = make_generator(tmp_path, "--faults", json.dumps({"forgets_reload": True}))
+    try:
+        generator.load(snapshot, 0)
+        generator.load(make_snapshot(tmp_path / "v1", 2), 1)
+        assert {rollout.version for rollout in generator.generate(fakes.make_asks(5))} == {1}
+        assert num_started(tmp_path) == 2
+    finally:
+        generator.close()
+
+
+def test_a_hanging_server_of_ours_is_a_lost_worker(tmp_path, snapshot):
+    generator = make_generator(tmp_path, "--faults", json.dumps({"hangs": True}))
+    try:
+        with pytest.raises(WorkerLostError, match="hangs and is begun again"):
+            generator.load(snapshot, 0)
+    finally:
+        generator.close()
+
+
+# The key before every path.
+
+
+def through(guard, scope):
+    """What the guard sends, and whether it let the request pass."""
+    sent = []
+
+    async def receive():
+        return {}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    return sent
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    async def app(scope, receive, send):
+        await send("passed")
+
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    return RequireKey(app)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc", "/health", "/"])
+def test_the_guard_asks_for_the_key_at_every_path(guard, path):
+    def ask(*headers):
+        return through(guard, {"type": "http", "path": path, "headers": list(headers)})
+
+    assert ask((b"authorization", b"Bearer sesame")) == ["passed"]
+    for headers in ([], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"sesame")]):
+        start, body = ask(*headers)
+        assert start["status"] == 401
+        assert "passed" not in (start, body)
+
+
+def test_the_guard_lets_the_servers_own_life_pass(guard):
+    assert through(guard, {"type": "lifespan"}) == ["passed"]
+
+
+def test_the_guard_does_not_work_without_a_key(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(KeyError):
+        RequireKey(None)
