@@ -32,8 +32,11 @@ class Bench:
         self.snapshots.append(make_snapshot(path, seed, **kwargs))
         return self.snapshots[-1]
 
+    def enter(self, server):
+        return self._stack.enter_context(server)
+
     def server(self, engine="vllm", **faults):
-        return self._stack.enter_context(FAKES[engine](self.snapshots[0], **faults))
+        return self.enter(FAKES[engine](self.snapshots[0], **faults))
 
     def generator(self, *servers, engine="vllm", around=None, stop_ids=(fakes.END,), **kwargs):
         """A generator over `servers`, quick to give up; `around` is more of its surroundings."""
@@ -350,7 +353,7 @@ def test_sglang_at_another_temperature_is_a_config_error(bench):
 # Refreshes in the middle of a response.
 
 
-def flipping(bench, servers, policy, engine, num_tokens=40):
+def flipping(bench, servers, policy, engine, num_tokens=40, num_asks=6, lacks=()):
     """Rollouts of responses that a refresh to version 1 cuts; and the snapshots, old and new."""
     old, new = bench.snapshots[0], bench.publish(2)
     published = threading.Event()
@@ -363,6 +366,7 @@ def flipping(bench, servers, policy, engine, num_tokens=40):
         stop_ids=(),
     )
     generator.load(old, 0)
+    servers[-1].faults.lacks = lacks
     start = servers[0].engine.num_tokens
 
     def publish():
@@ -371,8 +375,10 @@ def flipping(bench, servers, policy, engine, num_tokens=40):
 
     thread = threading.Thread(target=publish)
     thread.start()
-    found = generator.generate(ASKS[:6])
-    thread.join()
+    try:
+        found = generator.generate(ASKS[:num_asks])
+    finally:
+        thread.join()
     return generator, found, (old, new)
 
 
@@ -421,11 +427,38 @@ def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
         assert np.allclose(rollout.logprobs, np.choose(versions, both), atol=1e-6)
 
 
-def test_in_flight_proof_that_fails_ends_the_call(bench):
+def test_in_flight_a_proof_that_fails_ends_the_call(bench):
     servers = [bench.server(token_seconds=0.03)]
     servers[0].faults.forgets_reload = True
     with pytest.raises(StaleWeights, match=servers[0].url):
         flipping(bench, servers, "mix", "vllm")
+
+
+class Late(FakeVllm):
+    """A server on which all responses have ended by the time it pauses."""
+
+    def _pause(self, mode):
+        return super()._pause("wait")
+
+
+@pytest.mark.parametrize("policy", ["abort", "mix"])
+def test_a_refresh_begun_is_finished_when_nothing_is_left_to_write(bench, policy):
+    """The last response may end while servers are paused: they must not stay so."""
+    server = bench.enter(Late(bench.snapshots[0], token_seconds=0.03))
+    generator, found, snapshots = flipping(bench, [server], policy, "vllm", num_asks=4)
+    assert {rollout.version for rollout in found} == {0}
+    assert generator.version == 1
+    assert not server.engine.is_paused
+    for rollout in generator.generate(ASKS[:2]):
+        assert rollout.version == 1
+        check_logprobs(rollout, snapshots[1])
+
+
+def test_a_refresh_that_fails_leaves_no_server_paused(bench):
+    servers = [bench.server(token_seconds=0.03) for _ in range(2)]
+    with pytest.raises(ConfigError, match=servers[1].url):
+        flipping(bench, servers, "mix", "vllm", lacks=("/pause",))
+    assert not servers[0].engine.is_paused
 
 
 def test_cuts_by_somebody_else_are_mended(bench):

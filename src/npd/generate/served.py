@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,23 +115,25 @@ class ServedGenerator:
         await self._holding.check_tags(self._pool)
         writing = Writing(self._holding, self._sampling(), self._around.in_flight, self._is_student)
         asked = self._pool.ask(asks, writing.write, at_once=self._config.batch_size)
-        found = await _while(asked, self._refresh(writing))
+        found = await _while(asked, partial(self._refresh, writing))
         await self._holding.check_tags(self._pool)
         return [
             result if isinstance(result, Rollout) else Failed(ask.sample_id, str(result))
             for ask, result in zip(asks, found, strict=True)
         ]
 
-    async def _refresh(self, writing: Writing) -> None:
-        """Load a newer snapshot as soon as there is one, until cancelled."""
+    async def _refresh(self, writing: Writing, end: asyncio.Event) -> None:
+        """Load a newer snapshot as soon as there is one, until `end`."""
         if self._around.in_flight == "finish" or not self._is_student:
             return
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+        while not await _is_set(end, _LOOK_SECONDS):
             newest = self._around.newest()
             if newest is not None and newest[1] > (self.version or 0):
-                await writing.closed(self._pool.admins)
-                await self._load(*newest)
+                try:
+                    await writing.closed(self._pool.admins)
+                    await self._load(*newest)
+                finally:
+                    await self._pool.release()  # where only a part of them came to be paused
                 writing.open()
 
     def _sampling(self) -> SamplingSettings:
@@ -144,15 +148,31 @@ class ServedGenerator:
         )
 
 
-async def _while(work: Coroutine[Any, Any, T], beside: Coroutine[Any, Any, None]) -> T:
-    """The result of `work`, with `beside` running until then; an error of either ends both."""
-    main, other = asyncio.create_task(work), asyncio.create_task(beside)
+async def _while(
+    work: Coroutine[Any, Any, T], beside: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+) -> T:
+    """The result of `work`, with `beside` running until its event is set; it may end what it is at.
+
+    An error of either ends both.
+    """
+    end = asyncio.Event()
+    main, other = asyncio.create_task(work), asyncio.create_task(beside(end))
     try:
         await asyncio.wait([main, other], return_when=asyncio.FIRST_COMPLETED)
-        if other.done() and not main.done():
+        if other.done():
             other.result()
-        return await main
+        result = await main
+        end.set()
+        await other
+        return result
     finally:
         for task in (main, other):
             task.cancel()
         await asyncio.gather(main, other, return_exceptions=True)
+
+
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Whether an event is set, after so long at most."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+    return event.is_set()

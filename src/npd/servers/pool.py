@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from npd.errors import RunError, WorkerLostError
+from npd.errors import NpdError, RunError, WorkerLostError
 from npd.served import ServedConfig
 from npd.servers import EngineServer, Refused, Unavailable, build_server
 from npd.servers.http import Client
@@ -91,6 +91,13 @@ class ServerPool:
         if self._process is not None:
             self._process.stop()
             self._process = None
+
+    async def release(self) -> None:
+        """Have every server that answers take requests again."""
+        released = [admin.release() for admin in self.admins]
+        for error in await asyncio.gather(*released, return_exceptions=True):
+            if isinstance(error, BaseException) and not isinstance(error, NpdError):
+                raise error
 
     def check(self, error: Unavailable) -> None:
         """Raise WorkerLostError where our own server has ended, or hangs."""
