@@ -12,9 +12,11 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import fakes
 from fake_servers import CONTEXT, FAKES, FakeSglang, FakeVllm, make_snapshot, read_lm
+from npd.config import RunConfig
 from npd.errors import ConfigError, RunError
 from npd.served import ServedConfig
 from npd.servers import Refused, Unavailable, build_server
@@ -527,3 +529,45 @@ def test_pool_takes_its_key_from_the_environment(snapshot, monkeypatch):
         assert len(ask_pool(pool_of(fake, api_key_env="MY_KEY"), [PROMPT])[0].ids)
         (refused,) = ask_pool(pool_of(fake, api_key_env="NO_KEY"), [PROMPT])
         assert isinstance(refused, Refused)
+
+
+# What a config may say of them.
+
+URL = "http://10.0.0.5:8000"
+
+
+def config(**generate):
+    return RunConfig.model_validate(
+        {"student": "s", "teacher": "t", "schedule": {"epochs": 10}, "generate": generate}
+    )
+
+
+@pytest.mark.parametrize(
+    ("generate", "remedy"),
+    [
+        ({"engine": "vllm"}, "set exactly one of generate.urls .* and generate.launch"),
+        ({"engine": "vllm", "urls": [URL], "launch": {}}, "exactly one of"),
+        ({"urls": [URL]}, "set generate.engine: vllm, or leave them out"),
+        ({"launch": {}}, "set generate.engine: vllm"),
+        ({"engine": "vllm", "urls": [URL], "workers": 2}, r"more than the 1 servers"),
+        ({"engine": "vllm", "urls": ["10.0.0.5:8000"]}, "must be like http://host:8000"),
+        ({"engine": "vllm", "launch": {"gpus": ["0"]}, "workers": 2}, "one entry a worker"),
+        ({"engine": "vllm", "launch": {"venv": "v", "command": ["c"]}}, "one of venv and command"),
+        ({"engine": "vllm", "urls": [URL], "source": "dataset"}, "leave generate.engine out"),
+        ({"engine": "sglang", "urls": [URL], "temperature": 0.7}, r"set it to 1 .* or 0"),
+    ],
+)
+def test_a_config_that_cannot_be_served_says_what_to_do(generate, remedy):
+    with pytest.raises(ValidationError, match=remedy):
+        config(**generate)
+
+
+@pytest.mark.parametrize(
+    "generate",
+    [
+        {"engine": "vllm", "urls": [URL, f"{URL}/prefix/"], "workers": 2, "temperature": 0.7},
+        {"engine": "sglang", "launch": {"gpus": ["0", "1"]}, "workers": 2, "temperature": 0.0},
+    ],
+)
+def test_a_config_that_can_be_served(generate):
+    assert config(**generate).generate.engine == generate["engine"]

@@ -29,6 +29,11 @@ def served_problems(
             "in_flight: finish",
         ),
         (
+            generate.engine == "sglang" and generate.temperature not in (0.0, 1.0),
+            f"generate.temperature {generate.temperature:g} with generate.engine sglang, which "
+            "tells the log-probs of tempered samples only: set it to 1 (the policy itself) or 0",
+        ),
+        (
             score.engine != "transformers" and loss.target == "sampled",
             "loss.target sampled draws from the teacher's whole distribution, which a server does "
             "not tell: set score.engine: transformers, or another target",
