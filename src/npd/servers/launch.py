@@ -10,43 +10,27 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from npd.errors import ConfigError, RunError, WorkerLostError
+from npd.errors import RunError, WorkerLostError
 from npd.served import LaunchConfig
 from npd.servers import guard, nanny
+from npd.servers.commands import ServerSpec, program_of, server_command
+
+__all__ = ["ServerProcess", "ServerSpec", "last_complaint", "program_of"]
 
 _POLL_SECONDS = 0.25
 _STOP_SECONDS = 15.0
 _READ_BACK = 65536
 _BLAME = re.compile(r"error|exception|out of memory|no such|unrecognized|refused", re.IGNORECASE)
 _NOISE = re.compile(r"^\S*\(\S+ pid=\d+\)\s*|^(ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^]]*\]\s*")
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSpec:
-    """What a server is to serve: a model directory, at a type, for sequences up to `context`.
-
-    `max_logprobs` is the widest top-k it will be asked for; `lora_rank` the widest adapter (0:
-    none).
-    """
-
-    model: str
-    dtype: str
-    context: int
-    max_logprobs: int = 1
-    lora_rank: int = 0
-    trust_remote_code: bool = False
 
 
 class ServerProcess:
@@ -76,8 +60,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         # One file a server: workers of one kind are told the same name.
         self.log = self._log.with_name(f"{self._log.stem}-{port}{self._log.suffix}")
-        command = [*_program(self._engine, self._config), *self._flags(port), *self._config.args]
-        command = [part.replace("{model}", self._spec.model) for part in command]
+        command = server_command(self._engine, self._config, self._spec, port=port, key=self.key)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         watched, self._pipe = os.pipe()
         try:
@@ -110,11 +93,6 @@ class ServerProcess:
                 self._popen.wait(_STOP_SECONDS)
             self._popen.kill()
             self._popen.wait()
-
-    def _flags(self, port: int) -> list[str]:
-        if self._engine == "sglang":
-            return _sglang_flags(self._spec, self._config.tensor_parallel, port, self.key)
-        return _vllm_flags(self._spec, self._config, port)
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -190,71 +168,8 @@ def last_complaint(log: Path) -> str:
     return ""
 
 
-def _program(engine: str, config: LaunchConfig) -> list[str]:
-    """What starts the engine: the command given, that of the virtual environment, or the PATH's."""
-    if config.command:
-        return list(config.command)
-    module = {
-        "vllm": "vllm.entrypoints.openai.api_server",
-        "sglang": "sglang.launch_server",
-    }[engine]
-    if config.venv is not None:
-        python = Path(config.venv) / "bin" / "python"
-        if not python.exists():
-            raise ConfigError(
-                f"launch.venv {config.venv} is no virtual environment (no bin/python): make one "
-                f"with python -m venv {config.venv} and install {engine} there"
-            )
-        return [str(python), "-m", module]
-    found = shutil.which("vllm") if engine == "vllm" else None
-    if found is None:
-        raise ConfigError(
-            f"no {engine} to start: set launch.venv (a virtual environment that has it) or "
-            "launch.command"
-        )
-    return [found, "serve", "{model}"]
-
-
-def _vllm_flags(spec: ServerSpec, config: LaunchConfig, port: int) -> list[str]:
-    has_model = any("{model}" in part for part in _program("vllm", config))
-    flags: list[str | int] = [] if has_model else ["--model", spec.model]
-    flags += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "npd"]
-    flags += ["--dtype", spec.dtype, "--max-model-len", spec.context]
-    flags += ["--max-logprobs", spec.max_logprobs]
-    flags += ["--middleware", "npd_guard.RequireKey"]
-    # Sampling defaults of the model's author are not the policy.
-    flags += ["--generation-config", "vllm"]
-    if config.tensor_parallel > 1:
-        flags += ["--tensor-parallel-size", config.tensor_parallel]
-    if spec.lora_rank:
-        flags += ["--enable-lora", "--max-loras", 2, "--max-lora-rank", _lora_rank(spec.lora_rank)]
-    if spec.trust_remote_code:
-        flags += ["--trust-remote-code"]
-    return list(map(str, flags))
-
-
-def _lora_rank(rank: int) -> int:
-    """The smallest rank vLLM knows that holds `rank`."""
-    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
-
-
-def _sglang_flags(spec: ServerSpec, tensor_parallel: int, port: int, key: str) -> list[str]:
-    flags: list[str | int] = ["--model-path", spec.model, "--host", "127.0.0.1", "--port", port]
-    flags += ["--api-key", key, "--dtype", spec.dtype, "--context-length", spec.context]
-    flags += ["--tp-size", tensor_parallel, "--sampling-defaults", "openai"]
-    if spec.lora_rank:
-        flags += ["--enable-lora", "--max-loras-per-batch", 2, "--max-lora-rank", spec.lora_rank]
-        flags += ["--lora-target-modules", "all"]
-    return list(map(str, flags + (["--trust-remote-code"] if spec.trust_remote_code else [])))
-
-
 def _free_port() -> int:
     """A port nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def program_of(engine: str, config: LaunchConfig) -> Sequence[str]:
-    """The command that would start the engine; ConfigError when there is none."""
-    return _program(engine, config)
