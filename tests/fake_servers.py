@@ -379,6 +379,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # head and body are two writes
     server: _Http
+    is_stale = False
+    """Whether it answers nothing more: uvicorn closes a connection after a 500, as it may cross
+    with the next request on it."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -389,6 +392,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         owner, url = self.server.owner, urlsplit(self.path)
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.is_stale:
+            self.close_connection = True
+            return
         body = json.loads(raw) if raw else None
         owner.engine.bodies.append((self.path, body))
         try:
@@ -414,6 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         if content is None:
             data = b""
+        self.is_stale = status == 500
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -33,11 +33,10 @@ DATA = Path(__file__).parent / "data"
 @asynccontextmanager
 async def talking(fake, *, key=None, limit=5.0):
     """npd's side of a fake server, over a client that is closed."""
-    engine = next(name for name, kind in FAKES.items() if isinstance(fake, kind))
     client = Client(key, connections=16)
     try:
         connection = client.connect(fake.url, timeout=limit)
-        yield build_server(engine, connection, refresh_timeout=limit)
+        yield build_server(engine_of(fake), connection, refresh_timeout=limit)
     finally:
         await client.aclose()
 
@@ -50,6 +49,10 @@ def ask(fake, do, **kwargs):
             return await do(server)
 
     return asyncio.run(run())
+
+
+def engine_of(fake):
+    return next(name for name, kind in FAKES.items() if isinstance(fake, kind))
 
 
 def complete(server, prompt=PROMPT, sampling=SAMPLING, seed=1, model=None):
@@ -211,13 +214,20 @@ def test_contract_a_refused_prompt_says_why(fake):
         ask(fake, complete)
 
 
-@pytest.mark.parametrize("fault", [{"unavailable": 1}, {"drops": 1}, {"is_broken": True}])
+@pytest.mark.parametrize("fault", [{"unavailable": 1}, {"drops": 2}, {"is_broken": True}])
 def test_contract_what_may_pass_is_unavailable(fake, fault):
     vars(fake.faults).update(fault)
     with pytest.raises(Unavailable, match=fake.url) as caught:
         ask(fake, complete)
     assert not caught.value.timed_out
     assert "\n" not in str(caught.value)
+
+
+def test_contract_a_connection_closed_by_the_server_is_no_failure(fake):
+    """After an error of its own a server closes the connection, as the next request is sent."""
+    fake.faults.drops = 1
+    assert len(ask(fake, complete).ids)
+    assert len(fake.sent({"vllm": "/v1/completions", "sglang": "/generate"}[engine_of(fake)])) == 2
 
 
 def test_contract_silence_is_told_from_a_refusal(fake):
@@ -451,7 +461,7 @@ def test_pool_fails_a_refused_job_alone(pair):
 
 
 def test_pool_asks_again_after_a_passing_failure(pair):
-    pair[0].faults.unavailable, pair[1].faults.drops = 2, 2
+    pair[0].faults.unavailable, pair[1].faults.drops = 2, 4
     found = ask_pool(pool_of(*pair, patience=5.0), PROMPTS)
     assert not [item for item in found if isinstance(item, Exception)]
 

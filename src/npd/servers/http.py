@@ -1,7 +1,8 @@
 """One server over HTTP: JSON in and out, and the two ways in which it can fail.
 
 Promises: every failure is a `Refused` (the same request will fail again) or an `Unavailable` (it
-may not), each naming the server. Does not retry: who asks knows what else it could do meanwhile.
+may not), each naming the server. Does not retry, but where the connection was closed under it: who
+asks knows what else it could do meanwhile. All requests here may be sent twice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from npd.errors import RunError
@@ -87,10 +89,15 @@ class Connection:
         import httpx
 
         limit = self.timeout if limit is None else limit
+        request = partial(
+            self.client.request, method, self.url.rstrip("/") + path, json=body, timeout=limit
+        )
         try:
-            answer = await self.client.request(
-                method, self.url.rstrip("/") + path, json=body, timeout=limit
-            )
+            try:
+                answer = await request()
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                # A server may close a kept connection (after a 500, say) as a request is sent.
+                answer = await request()
         except httpx.TimeoutException as error:
             cause = f"gave no answer to {path} within {limit:g} s"
             raise Unavailable(self.url, cause, timed_out=True) from error
