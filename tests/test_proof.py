@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from npd.probe import Probe
-from npd.servers.proof import Checksums, Evidence, StaleWeights, judge, tensor_digests
+from npd.servers.checksums import Checksums, tensor_digests
+from npd.servers.proof import Evidence, StaleWeights, judge
 
 LENGTHS = (24, 50, 31, 80, 65)  # some 250 tokens, as in a snapshot
 

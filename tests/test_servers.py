@@ -21,6 +21,7 @@ from npd.errors import ConfigError, RunError
 from npd.served import ServedConfig
 from npd.servers import Refused, Unavailable, build_server
 from npd.servers.base import SamplingSettings
+from npd.servers.checksums import tensor_digests
 from npd.servers.http import Client
 from npd.servers.launch import ServerSpec
 from npd.servers.pool import ServerPool
@@ -308,8 +309,6 @@ def test_vllm_forgets_prefixes_or_fails(snapshot):
 
 
 def test_vllm_checksums_are_those_of_the_file(snapshot):
-    from npd.servers.proof import tensor_digests
-
     with FakeVllm(snapshot) as fake:
         found = ask(fake, lambda server: server.checksums())
     assert tensor_digests(snapshot, found) == found != {}

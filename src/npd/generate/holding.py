@@ -22,9 +22,10 @@ from npd.config import GenerateConfig
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.probe import Probe
 from npd.servers import EngineServer, Refused, Unavailable
+from npd.servers.checksums import Checksums
 from npd.servers.launch import ServerSpec
 from npd.servers.pool import ServerPool
-from npd.servers.proof import Checksums, Evidence, StaleWeights, judge, read_probe
+from npd.servers.proof import Evidence, StaleWeights, judge, read_probe
 from npd.store.snapshots import MANIFEST
 
 _ADAPTER = "adapter_config.json"

@@ -1,4 +1,4 @@
-"""The proof that a server holds the weights it should: probes, checksums, tags.
+"""The proof that a server holds the weights it should, by probes; see `checksums` for the other.
 
 Promises: a server left on old weights, or on a mixture of old and new (an LM head that a reload
 forgot), is found as soon as its log-probs can tell; rounding of another engine is not. What could
@@ -14,11 +14,8 @@ a change a third the size of the noise on one token.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -104,53 +101,3 @@ def _sequences_differ(one: Probe, other: Probe) -> bool:
     pairs = zip(one.sequences, other.sequences, strict=False)
     same = len(one.sequences) == len(other.sequences)
     return not (same and all(np.array_equal(ids, others) for ids, others in pairs))
-
-
-class Checksums:
-    """Compares a server's checksums with those of snapshots, over the refreshes of one server.
-
-    Engines fuse, pad and re-lay tensors, so that a digest that differs says nothing by itself. One
-    that once agreed must agree again, and one that equals the old snapshot's is stale.
-    """
-
-    def __init__(self) -> None:
-        self._comparable: set[str] = set()
-        self._old: dict[str, str] = {}
-
-    def check(self, name: str, what: str, found: Mapping[str, str], directory: Path) -> int:
-        """How many tensors agree with the snapshot in `directory`.
-
-        Raises:
-            StaleWeights: a tensor is the old snapshot's, or no longer agrees.
-        """
-        if not found:
-            return 0
-        new = tensor_digests(directory, found)
-        changed = {key for key, digest in new.items() if digest != self._old.get(key, digest)}
-        stale = sorted(key for key in changed if found[key] == self._old[key])
-        lost = sorted(key for key in self._comparable & set(new) if found[key] != new[key])
-        if stale or lost:
-            key = (stale or lost)[0]
-            raise StaleWeights(
-                f"{name} does not hold {what}: by checksum {key} is "
-                f"{'that of the snapshot before' if stale else 'not the one of the snapshot'} "
-                f"({len(stale or lost)} such tensors). Its reload did not take: update the server, "
-                "or restart it with the snapshot as its model"
-            )
-        same = {key for key, digest in new.items() if found[key] == digest}
-        self._comparable, self._old = same, new
-        return len(same)
-
-
-def tensor_digests(directory: Path, names: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of those tensors of a model directory that are in `names`, by name."""
-    import torch
-    from safetensors import safe_open
-
-    digests: dict[str, str] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in set(tensors.keys()) & set(names):
-                raw = tensors.get_tensor(key).contiguous().view(-1).view(torch.uint8).numpy()
-                digests[key] = hashlib.sha256(raw.tobytes()).hexdigest()
-    return digests
