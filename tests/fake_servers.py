@@ -103,6 +103,8 @@ class Faults:
     """Whether adapters are taken."""
     key: str = ""
     """What requests must carry."""
+    stalls_at: int | None = None
+    """Responses wait at so many tokens for the first pause."""
     token_seconds: float = 0.0
     """How long each token takes."""
     noise: float = 0.0
@@ -157,22 +159,12 @@ class Engine:
     ) -> _Written:
         """A response; a pause that aborts cuts it off, and one that is on holds it up."""
         rng, ids, logprobs = np.random.default_rng(seed), [], []
-        with self._moved:
-            cuts = self._num_cuts
-            self._moved.wait_for(
-                lambda: not self.is_paused or self._num_cuts > cuts or self.is_closing
-            )
-            self.num_running += 1
+        cuts = self._begin()
         try:
-            is_cut_short = self._count("cuts")
+            is_foreign_cut = self._count("cuts")
             while len(ids) < limit:
-                if self._num_cuts > cuts or self.is_closing or (is_cut_short and len(ids) == 2):
+                if self._waits_and_is_cut(cuts, len(ids)) or (is_foreign_cut and len(ids) == 2):
                     return _Written(ids, logprobs, "abort")
-                with self._moved:
-                    self._moved.wait_for(
-                        lambda: self._num_cuts > cuts or self.is_closing,
-                        self.faults.token_seconds,
-                    )
                 lm = self.named(name)
                 assert lm is not None
                 raw = lm.next_logprobs(np.array([*prompt, *ids], np.int32))
@@ -191,6 +183,24 @@ class Engine:
                 self.num_written += 1
                 self._moved.notify_all()
 
+    def _begin(self) -> int:
+        """Wait while it pauses; how many cuts there were when it was asked."""
+        with self._moved:
+            cuts = self._num_cuts
+            self._moved.wait_for(lambda: not self.is_paused or self._is_cut(cuts))
+            self.num_running += 1
+            return cuts
+
+    def _waits_and_is_cut(self, cuts: int, length: int) -> bool:
+        """Take the time of a token; whether the response is cut off instead."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._is_cut(cuts), self.faults.token_seconds)
+            self._moved.wait_for(lambda: self.faults.stalls_at != length or self._is_cut(cuts))
+            return self._is_cut(cuts)
+
+    def _is_cut(self, cuts: int) -> bool:
+        return self._num_cuts > cuts or self.is_closing
+
     def read(self, name: str | None, ids: list[int]) -> np.ndarray:
         """Log-probs [P - 1, V] of what follows each token but the last."""
         lm = self.named(name)
@@ -202,7 +212,7 @@ class Engine:
     def hold(self, *, cut: bool) -> None:
         """Take up nothing more; cut what runs off, or wait for it."""
         with self._moved:
-            self.is_paused = True
+            self.is_paused, self.faults.stalls_at = True, None
             self._num_cuts += cut
             self._moved.notify_all()
         self.drain()

@@ -250,9 +250,9 @@ def test_the_last_complaint_of_a_log(tmp_path, log, cause):
 # A generator with a server of its own.
 
 
-def make_generator(tmp_path, *args):
+def make_generator(tmp_path, *args, **kwargs):
     launch = LaunchConfig(command=ENGINE, args=args, start_timeout=60.0)
-    config = GenerateConfig(engine="vllm", launch=launch, max_new_tokens=6, request_timeout=2.0)
+    config = GenerateConfig(engine="vllm", launch=launch, max_new_tokens=6, **kwargs)
     around = Surroundings(tmp_path / "server.log", CONTEXT)
     return ServedGenerator(config, around, stop_ids=(fakes.END,))
 
@@ -290,7 +290,8 @@ def test_a_forgetful_server_of_ours_is_begun_again(tmp_path, snapshot):
 
 
 def test_a_hanging_server_of_ours_is_a_lost_worker(tmp_path, snapshot):
-    generator = make_generator(tmp_path, "--faults", json.dumps({"hangs": True}))
+    faults = json.dumps({"hangs": True})
+    generator = make_generator(tmp_path, "--faults", faults, request_timeout=1.0)
     try:
         with pytest.raises(WorkerLostError, match="hangs and is begun again"):
             generator.load(snapshot, 0)

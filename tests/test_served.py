@@ -41,7 +41,7 @@ class Bench:
     def generator(self, *servers, engine="vllm", around=None, stop_ids=(fakes.END,), **kwargs):
         """A generator over `servers`, quick to give up; `around` is more of its surroundings."""
         vocab_size = kwargs.pop("vocab_size", None)
-        settings = {"max_new_tokens": 6, "batch_size": 4, "patience": 0.0, "request_timeout": 5.0}
+        settings = {"max_new_tokens": 6, "batch_size": 4, "patience": 0.0}
         settings |= {"urls": tuple(server.url for server in servers), **kwargs}
         generator = ServedGenerator(
             GenerateConfig(engine=engine, **settings),
@@ -367,10 +367,13 @@ def flipping(bench, servers, policy, engine, num_tokens=40, num_asks=6, lacks=()
     )
     generator.load(old, 0)
     servers[-1].faults.lacks = lacks
-    start = servers[0].engine.num_tokens
+    for server in servers:
+        server.faults.stalls_at = None if policy == "finish" else 4
+    starts = [server.engine.num_tokens for server in servers]
 
     def publish():
-        servers[0].engine.await_tokens(start + 4)
+        for server, start in zip(servers, starts, strict=True):
+            server.engine.await_tokens(start + 4)
         published.set()
 
     thread = threading.Thread(target=publish)
@@ -394,7 +397,7 @@ def test_in_flight_finish_ends_with_the_old_weights(bench, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_flight_abort_begins_again_with_the_new_ones(bench, engine):
-    servers = [bench.server(engine, token_seconds=0.03) for _ in range(2)]
+    servers = [bench.server(engine) for _ in range(2)]
     generator, found, snapshots = flipping(bench, servers, "abort", engine)
     assert generator.version == 1
     for rollout in found:
@@ -406,7 +409,7 @@ def test_in_flight_abort_begins_again_with_the_new_ones(bench, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
-    servers = [bench.server(engine, token_seconds=0.03) for _ in range(2)]
+    servers = [bench.server(engine) for _ in range(2)]
     _, found, snapshots = flipping(bench, servers, "mix", engine)
     mixed = [rollout for rollout in found if rollout.versions is not None]
     assert mixed
@@ -428,7 +431,7 @@ def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
 
 
 def test_in_flight_a_proof_that_fails_ends_the_call(bench):
-    servers = [bench.server(token_seconds=0.03)]
+    servers = [bench.server()]
     servers[0].faults.forgets_reload = True
     with pytest.raises(StaleWeights, match=servers[0].url):
         flipping(bench, servers, "mix", "vllm")
@@ -444,7 +447,7 @@ class Late(FakeVllm):
 @pytest.mark.parametrize("policy", ["abort", "mix"])
 def test_a_refresh_begun_is_finished_when_nothing_is_left_to_write(bench, policy):
     """The last response may end while servers are paused: they must not stay so."""
-    server = bench.enter(Late(bench.snapshots[0], token_seconds=0.03))
+    server = bench.enter(Late(bench.snapshots[0]))
     generator, found, snapshots = flipping(bench, [server], policy, "vllm", num_asks=4)
     assert {rollout.version for rollout in found} == {0}
     assert generator.version == 1
@@ -455,7 +458,7 @@ def test_a_refresh_begun_is_finished_when_nothing_is_left_to_write(bench, policy
 
 
 def test_a_refresh_that_fails_leaves_no_server_paused(bench):
-    servers = [bench.server(token_seconds=0.03) for _ in range(2)]
+    servers = [bench.server() for _ in range(2)]
     with pytest.raises(ConfigError, match=servers[1].url):
         flipping(bench, servers, "mix", "vllm", lacks=("/pause",))
     assert not servers[0].engine.is_paused

@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 
 
 @asynccontextmanager
-async def talking(fake, *, key=None, limit=5.0):
+async def talking(fake, *, key=None, limit=30.0):
     """npd's side of a fake server, over a client that is closed."""
     client = Client(key, connections=16)
     try:
@@ -407,7 +407,7 @@ def test_sglang_as_recorded():
 # Over several servers.
 
 
-def pool_of(*fakes_, engine="vllm", patience=0.0, timeout=5.0, log=Path("server.log"), **kwargs):
+def pool_of(*fakes_, engine="vllm", patience=0.0, timeout=30.0, log=Path("server.log"), **kwargs):
     config = ServedConfig(
         urls=tuple(fake.url for fake in fakes_),
         request_timeout=timeout,
