@@ -16,6 +16,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -131,14 +132,20 @@ class _Member:
         self._mending = asyncio.Lock()
         self._mended_at = 0.0
 
-    async def mend(self, error: Unavailable, failed_at: float, patience: float) -> bool:
-        """Wait until the server is well again; whether it is. One of its lanes waits for all."""
+    async def mend(
+        self, error: Unavailable, failed_at: float, patience: float, check: Callable[[], None]
+    ) -> bool:
+        """Wait until the server is well again; whether it is. One of its lanes waits for all.
+
+        `check` raises where there is nothing to wait for: an ended process shows a little late.
+        """
         async with self._mending:
             if self._mended_at > failed_at:
                 return True
             pause, deadline = _FIRST_PAUSE, time.monotonic() + patience
             while self.lost is None:
                 await asyncio.sleep(pause)
+                check()
                 if await self.server.is_healthy():
                     self._mended_at = time.monotonic()
                     return True
@@ -175,6 +182,8 @@ class _Round(Generic[Job, Result]):
         alive = [member for member in self._members if member.lost is None]
         if not alive:
             causes = "; ".join(str(member.lost) for member in self._members)
+            if self._pool.is_ours:
+                raise WorkerLostError(f"{causes}: it is begun again")
             raise RunError(
                 f"no server is left that answers: {causes}. Nothing recorded is lost: bring one "
                 "back and use --resume"
@@ -203,7 +212,8 @@ class _Round(Generic[Job, Result]):
             except Unavailable as error:
                 self._pool.check(error)
                 self._tries[job] += 1
-                is_well = await member.mend(error, started, patience)
+                check = partial(self._pool.check, error)
+                is_well = await member.mend(error, started, patience, check)
                 if is_well and self._tries[job] >= _MAX_TRIES:
                     self._done[job] = error
                 else:
