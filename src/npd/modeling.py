@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from npd.attention import ATTENTION, packed_attention
@@ -231,11 +231,6 @@ def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = F
             f"{path}: a sample may have {longest} tokens (data.max_prompt_tokens + "
             f"generate.max_new_tokens) but the model's context is {context}: lower one of them"
         )
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolve_device(device: str) -> str:
