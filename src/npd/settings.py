@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import isclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -90,6 +90,7 @@ def _schema() -> _Schema:
     sections: list[str] = []
     mappings: list[str] = []
     for path, annotation in _fields(RunConfig, ""):
+        # What may be null is a value as well: null and {} say something.
         (sections if _is_section(annotation) else values).append(path)
         if get_origin(annotation) is dict:
             mappings.append(path)
@@ -100,8 +101,8 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         annotation: Any = field.annotation
         yield prefix + name, annotation
-        if _is_section(annotation):
-            yield from _fields(annotation, f"{prefix}{name}.")
+        for inner in filter(_is_section, (annotation, *get_args(annotation))):
+            yield from _fields(inner, f"{prefix}{name}.")
 
 
 def _is_section(annotation: Any) -> bool:
@@ -134,7 +135,7 @@ def _hint(path: str, schema: _Schema) -> str:
     parent, _, name = path.rpartition(".")
     known = (*schema.values, *schema.sections)
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
-    near = [parent] if parent in schema.values else []
+    near = [parent] if parent in schema.values and not siblings else []
     near = near or [key for key in known if key.rpartition(".")[2] == name]
     near = near or [siblings[key] for key in get_close_matches(name, siblings, n=1)]
     best = get_close_matches(name, [key.rpartition(".")[2] for key in known], n=1)
