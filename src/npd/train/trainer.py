@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from npd import lora
 from npd.config import LossConfig, TrainConfig
 from npd.errors import RunError
 from npd.modeling import decoding, head_of, hidden_states, load_model, resolve_device
@@ -36,6 +37,7 @@ _MAX_NAMED = 8
 class Trainer:
     """A student in training: float32 weights and AdamW moments, compute in `config.dtype`.
 
+    With `config.lora` only adapters are trained, kept in checkpoints and written as snapshots.
     `read` gives the sample behind a `SampleRef`: `Scored`, or `Rollout` where no teacher is
     involved (`loss.kd_weight` 0). `last_step` is the index of the last step taken, None before.
 
@@ -61,7 +63,10 @@ class Trainer:
         self.device = resolve_device(device)
         self.model = load_model(
             student, device=self.device, packed=True, trust_remote_code=trust_remote_code
-        ).train()
+        )
+        if config.lora is not None:
+            lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
+        self.model.train()
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.model, config)
@@ -91,10 +96,22 @@ class Trainer:
         """The live model, able to decode with a cache, for the time of the `with` block."""
         return decoding(self.model)
 
+    def save_snapshot(self, directory: str | Path, dtype: str = "bfloat16") -> None:
+        """Write what `load_model` makes the student of: with LoRA its adapter, which is small."""
+        if self.config.lora is None:
+            self.save_pretrained(directory, dtype)
+        else:
+            lora.save(self.model, Path(directory), dtype)
+
     def save_pretrained(self, directory: str | Path, dtype: str = "bfloat16") -> None:
-        """Write the student as a Hugging Face directory: weights in `dtype`, config, tokenizer."""
+        """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`."""
+        model = self.model
+        if self.config.lora is not None:
+            adapter = Path(directory) / "adapter"
+            self.save_snapshot(adapter, dtype)
+            model = load_model(adapter, packed=False, trust_remote_code=self._trust_remote_code)
         checkpoint.save_pretrained(
-            self.model,
+            model,
             Path(directory),
             dtype=dtype,
             source=self.student,

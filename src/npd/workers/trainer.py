@@ -51,8 +51,8 @@ class TrainerWorker:
         return self._trainer.train(segment)
 
     def publish(self, version: int) -> str:
-        """Write the student as snapshot `version`; returns its checksum."""
-        return publish(self._layout.snapshot(version), self._trainer.save_pretrained)
+        """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
+        return publish(self._layout.snapshot(version), self._trainer.save_snapshot)
 
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
