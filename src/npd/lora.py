@@ -1,8 +1,8 @@
 """Adapters of low rank (LoRA, by peft): into a student, out as a directory, merged into a model.
 
 Promises: the base's weights stay as they are while an adapter trains; a directory is in peft's own
-format (peft and vLLM load it) and names its base; merging is done in float32; only safetensors are
-read, never a pickle. Does not load base models (`npd.modeling`) and does not train.
+format and names its base; merging is done in float32; only safetensors are read, never a pickle.
+Does not load base models (`npd.modeling`) and does not train.
 """
 
 from __future__ import annotations
