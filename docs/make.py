@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -95,6 +95,8 @@ def _sections(model: type[BaseModel], default: Any, prefix: str) -> Iterator[str
     """A heading and a table for each section of `model`, those inside it after it."""
     for name, field in model.model_fields.items():
         value = field.default if default is None else getattr(default, name)
+        optional = [kind for kind in get_args(field.annotation) if inspect.isclass(kind)]
+        value = next((kind() for kind in optional if issubclass(kind, BaseModel)), value)
         if _is_section(value):
             section, path = type(value), f"{prefix}{name}"
             yield f"{'###' if prefix else '##'} `{path}`"
@@ -124,6 +126,8 @@ def _config_table(model: type[BaseModel], default: Any, prefix: str, names: Sequ
 
 def type_text(schema: dict[str, Any]) -> str:
     """A JSON schema in words: `int ≥ 1 or null`, `"error" or "drop"`, `float in (0, 1]`."""
+    if "$ref" in schema:
+        return "section"
     if "anyOf" in schema:
         return " or ".join(type_text(option) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
