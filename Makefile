@@ -41,7 +41,7 @@ types: install  ## mypy --strict
 
 check: lint types test  ## what CI runs
 
-bench: install  ## the benchmarks; results go to benchmarks/results/
+bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
 docs: install  ## the reference pages made from the code
