@@ -22,7 +22,12 @@ from npd.store.layout import RunLayout
 from npd.versions import versions
 
 # What may differ when a run is resumed: where it runs and what it leaves, not what it is.
-_FREE = ("runtime.", "observe.", "checkpoint.keep", "run_dir", "name")
+_REACHING = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
+_FREE = (
+    *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
+    *(f"{section}.{key}" for section in ("generate", "score") for key in _REACHING),
+    *("generate.refresh_timeout", "generate.probe_tolerance"),
+)
 
 
 def open_directory(

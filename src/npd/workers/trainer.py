@@ -57,11 +57,12 @@ class TrainerWorker:
 
     def _write_snapshot(self, directory: Path) -> None:
         """The student as the generator takes it; for servers, with what proves that they did."""
-        is_served = self._config.generate.engine != "transformers"
+        generate = self._config.generate
+        is_served = generate.engine != "transformers" and generate.source == "student"
         # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
         self._trainer.save_snapshot(directory, untie=is_served)
         if is_served:
-            with self._autocast(self._config.generate.dtype), self._trainer.evaluating() as model:
+            with self._autocast(generate.dtype), self._trainer.evaluating() as model:
                 probe.write(probe.of_model(model, self._chat.tokenizer), directory)
 
     def checkpoint(self, step: int) -> None:
