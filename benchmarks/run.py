@@ -26,7 +26,7 @@ from typing import Any
 from common import COLUMNS, ROOT, Figure, commit, machine, markdown, read_figure, versions
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("startup", "pack", "controller", "train", "score", "loss", "generate")
+NAMES = ("startup", "pack", "controller", "train", "score", "loss", "generate", "vllm")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

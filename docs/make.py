@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -52,11 +52,16 @@ def with_tree(readme: str) -> str:
 
 
 def tree_lines() -> Iterator[str]:
-    """One line a source file: its path and the first words of its docstring."""
-    files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py"]
-    for file in sorted(files, key=lambda f: (len(f.relative_to(PACKAGE).parts) > 1, f)):
-        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        yield f"{file.relative_to(PACKAGE).as_posix():<28} {_brief(text)}"
+    """One line a file or room of the package: its name and the first words of its docstring."""
+    for path in sorted(PACKAGE.iterdir(), key=lambda path: (path.is_dir(), path)):
+        if path.is_dir() and (path / "__init__.py").exists():
+            yield f"{path.name + '/':<17} {_brief(_docstring(path / '__init__.py'))}"
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            yield f"{path.name:<17} {_brief(_docstring(path))}"
+
+
+def _docstring(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
 
 
 def _brief(docstring: str) -> str:
@@ -65,6 +70,27 @@ def _brief(docstring: str) -> str:
     while len(sentence) > 70 and (cut := max(map(sentence.rfind, (":", ";", ",")))) > 0:
         sentence = sentence[:cut]
     return sentence[:1].lower() + sentence[1:]
+
+
+# -- files.md ------------------------------------------------------------------------------------
+
+
+def files_page() -> str:
+    """Every file of the package with what it is, room by room."""
+    parts = ["# Files", MADE, "Every file of `src/npd/`, in its own first words."]
+    folders = sorted({file.parent for file in PACKAGE.rglob("*.py")})
+    for folder in folders:
+        name = folder.relative_to(PACKAGE).as_posix()
+        rows = [
+            (f"`{file.name}`", _brief(_docstring(file)))
+            for file in sorted(folder.glob("*.py"))
+            if file.name != "__init__.py"
+        ]
+        if name != ".":
+            parts += [f"## `{name}/`", _docstring(folder / "__init__.py").partition("\n\n")[0]]
+        if rows:
+            parts.append(_table(("file", "what it is"), rows))
+    return _page(parts)
 
 
 # -- config.md -----------------------------------------------------------------------------------
@@ -95,6 +121,8 @@ def _sections(model: type[BaseModel], default: Any, prefix: str) -> Iterator[str
     """A heading and a table for each section of `model`, those inside it after it."""
     for name, field in model.model_fields.items():
         value = field.default if default is None else getattr(default, name)
+        optional = [kind for kind in get_args(field.annotation) if inspect.isclass(kind)]
+        value = next((kind() for kind in optional if issubclass(kind, BaseModel)), value)
         if _is_section(value):
             section, path = type(value), f"{prefix}{name}"
             yield f"{'###' if prefix else '##'} `{path}`"
@@ -124,6 +152,8 @@ def _config_table(model: type[BaseModel], default: Any, prefix: str, names: Sequ
 
 def type_text(schema: dict[str, Any]) -> str:
     """A JSON schema in words: `int ≥ 1 or null`, `"error" or "drop"`, `float in (0, 1]`."""
+    if "$ref" in schema:
+        return "section"
     if "anyOf" in schema:
         return " or ".join(type_text(option) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
@@ -254,6 +284,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "config.md": config_page,
     "metrics.md": metrics_page,
     "cli.md": cli_page,
+    "files.md": files_page,
 }
 
 

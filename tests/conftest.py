@@ -112,3 +112,21 @@ def tiny_model_dir(tmp_path_factory):
 def tiny_teacher_dir(tmp_path_factory):
     """A saved tiny teacher (seed 1, one layer more), same tokenizer as the student's."""
     return save_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=3)
+
+
+@pytest.fixture(scope="session")
+def vllm_venv():
+    """The virtual environment with vLLM: of NPD_VLLM_VENV, or what `make vllm` made."""
+    venv = Path(os.environ.get("NPD_VLLM_VENV", Path(__file__).parents[1] / ".venv-vllm"))
+    if not (venv / "bin" / "python").exists():
+        assert os.environ.get("NPD_REQUIRE_VLLM") != "1", f"no vLLM at {venv}: make vllm"
+        pytest.skip(f"no vLLM at {venv}: make vllm")
+    return venv
+
+
+@pytest.fixture(scope="session")
+def smol_dir(tmp_path_factory):
+    """The real SmolLM2-135M-Instruct as a Hugging Face directory (embeddings tied)."""
+    from npd.prepare import import_gguf, smollm2_gguf
+
+    return import_gguf(smollm2_gguf(), tmp_path_factory.mktemp("smol") / "model")

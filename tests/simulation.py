@@ -27,7 +27,11 @@ def step_report(step: int, samples: int, drift: float | None = 0.01) -> StepRepo
 
 @dataclass
 class Simulation:
-    """One run, checked as it goes. `fail` is the probability that a try at a shard fails."""
+    """One run, checked as it goes. `fail` is the probability that a try at a shard fails.
+
+    With it single samples fail too, and some are written by a newer snapshot than was asked, as
+    when a refresh falls into their middle.
+    """
 
     config: RunConfig
     num_prompts: int
@@ -38,6 +42,7 @@ class Simulation:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     uses: Counter = field(default_factory=Counter)
     asked: dict[int, int] = field(default_factory=dict)
+    written: dict[int, int] = field(default_factory=dict)
     lags: list[int] = field(default_factory=list)
     stop: ev.Stop | None = None
     steps: int = 0
@@ -120,6 +125,7 @@ class Simulation:
         assert self.plan.num_live == live
         assert self.plan.num_asked == len(self.asked)
         assert live <= self._window(), "the window overflows"
+        assert self.plan.oldest_version_needed <= self.plan.version
         for sample_id, outcome in self.outcomes.items():
             if outcome is Outcome.TRAINED_OUT:
                 assert self.uses[sample_id] == self.config.schedule.reuse
@@ -144,12 +150,19 @@ class Simulation:
             case ev.Generate(shard, version, asks):
                 if draw.random() < self.fail:
                     return ev.ShardFailed(shard, "generate", "lost")
-                stats = tuple(self._stats(a.sample_id, a.prompt, version) for a in asks)
-                return ev.ShardGenerated(shard, stats)
+                failed = [a for a in asks if self.fail and draw.random() < self.fail / 4]
+                for ask in asks:
+                    newest = self.fail and draw.random() < self.fail
+                    self.written[ask.sample_id] = self.plan.version if newest else version
+                stats = tuple(self._stats(a.sample_id, a.prompt) for a in asks if a not in failed)
+                return ev.ShardGenerated(
+                    shard, stats, tuple((a.sample_id, "refused") for a in failed)
+                )
             case ev.Score(shard, version, ids):
                 if draw.random() < self.fail:
                     return ev.ShardFailed(shard, "score", "lost")
-                return ev.ShardScored(shard, tuple(self._scored(i, version) for i in ids))
+                assert version == min(self.written[i] for i in ids), "its snapshot may be pruned"
+                return ev.ShardScored(shard, tuple(self._scored(i) for i in ids))
             case ev.Train(segment):
                 reports = tuple(
                     step_report(step.index, self.config.train.batch_size, draw.uniform(0, 0.2))
@@ -164,18 +177,19 @@ class Simulation:
                 return ev.Evaluated(EvalReport(step, 1.0, 0.5, None, 4, 10, 0.1))
         raise AssertionError(action)
 
-    def _stats(self, sample_id: int, prompt: int, version: int) -> SampleStats:
+    def _stats(self, sample_id: int, prompt: int) -> SampleStats:
         draw = random.Random(f"{self.seed}-{sample_id}")
         finish = FinishReason.LENGTH if draw.random() < 0.1 else FinishReason.STOP
         tokens = draw.randint(1, self.config.generate.max_new_tokens)
+        version = self.written[sample_id]
         return SampleStats(sample_id, prompt, version, 5, tokens, finish, draw.random() * 0.6)
 
-    def _scored(self, sample_id: int, version: int) -> SampleStats:
+    def _scored(self, sample_id: int) -> SampleStats:
         draw = random.Random(f"{self.seed}+{sample_id}")
-        base = self._stats(sample_id, 0, version)
+        base = self._stats(sample_id, 0)
         return SampleStats(
-            base.sample_id, base.prompt_index, version, base.prompt_tokens, base.response_tokens,
-            base.finish, base.repeat,
+            base.sample_id, base.prompt_index, base.version,
+            base.prompt_tokens, base.response_tokens, base.finish, base.repeat,
             nll_teacher=draw.uniform(0.1, 2), nll_teacher_alone=draw.uniform(0.5, 3),
             nll_student=draw.uniform(0.1, 2), nll_student_alone=draw.uniform(0.5, 3),
             overlap=draw.random(), teacher_mass=0.9,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 import shlex
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -44,8 +46,10 @@ def config_keys() -> frozenset[str]:
     def walk(model, prefix):
         for name, field in model.model_fields.items():
             yield f"{prefix}{name}"
-            if isinstance(field.default, BaseModel):
-                yield from walk(type(field.default), f"{prefix}{name}.")
+            kinds = (type(field.default), *get_args(field.annotation))
+            for kind in filter(inspect.isclass, kinds):
+                if issubclass(kind, BaseModel):
+                    yield from walk(kind, f"{prefix}{name}.")
 
     return frozenset(walk(RunConfig, ""))
 

@@ -44,9 +44,10 @@ def test_a_shard_is_generated_and_scored_once(config, layout):
     trainer.publish(0)
     generator, scorer = (Factory(r, config, layout.root)() for r in ("generator", "scorer"))
     task = make_task(config)
-    stats = generator.generate(task)
+    shard = generator.generate(task)
+    stats = shard.stats
     written = layout.rollouts(0).stat().st_mtime_ns
-    assert generator.generate(task) == stats
+    assert generator.generate(task) == shard
     assert layout.rollouts(0).stat().st_mtime_ns == written
     chosen = ScoreTask(0, 0, (stats[0].sample_id, stats[2].sample_id))
     scored = scorer.score(chosen)
@@ -65,7 +66,7 @@ def test_a_file_of_another_task_is_not_taken_for_this_one(config, layout):
     task = make_task(config)
     generator.generate(task)
     fewer = generator.generate(GenerateTask(0, 0, task.asks[:2]))
-    assert [s.sample_id for s in fewer] == [10, 11]
+    assert [s.sample_id for s in fewer.stats] == [10, 11]
     assert [r.sample_id for r in read_rollouts(layout.rollouts(0))] == [10, 11], "made anew"
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from npd import lora
 from npd.attention import ATTENTION, packed_attention
 from npd.errors import ModelError
 from npd.types import IntArray
@@ -29,7 +30,6 @@ from npd.types import IntArray
 # 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
 # page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
 _CPU_LOGITS = 2**23
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a document may differ by, relative, at another place of a row of the same shape: measured 0
 # for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
 # is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
@@ -96,6 +96,7 @@ def load_model(
 ) -> Any:
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
+    The directory of a LoRA adapter gives the model it was trained on with the adapter merged in.
     `packed=True` gives the packed attention (no cache); False keeps SDPA, for decoding. Only the
     packed load probes the architecture: what a run trains or scores with always passes one, and a
     model that only decodes (left-padded, with a mask) need not be packable.
@@ -108,11 +109,12 @@ def load_model(
 
     if packed:
         AttentionInterface.register(ATTENTION, packed_attention)
+    base = lora.base_of(path)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=_DTYPES[dtype],
+                str(base or path),
+                dtype=getattr(torch, "float32" if base else dtype),
                 attn_implementation=ATTENTION if packed else "sdpa",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -120,9 +122,11 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
-            f"cannot load a causal language model from {str(path)!r}: {reason}. "
+            f"cannot load a causal language model from {str(base or path)!r}: {reason}. "
             "Give a Hugging Face model directory with safetensors weights"
         ) from error
+    if base is not None:
+        model = lora.merge(model, Path(path), dtype)
     model = model.to(device).eval()
     if packed:
         _check_packable(model, str(path))
@@ -218,8 +222,9 @@ def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = F
     """
     from transformers import AutoConfig
 
+    model = str(lora.base_of(path) or path)
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{str(path)!r} is not a model npd can read (no usable config.json): give a Hugging "
@@ -231,11 +236,6 @@ def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = F
             f"{path}: a sample may have {longest} tokens (data.max_prompt_tokens + "
             f"generate.max_new_tokens) but the model's context is {context}: lower one of them"
         )
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolve_device(device: str) -> str:

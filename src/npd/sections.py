@@ -151,6 +151,22 @@ class LossConfig(Section):
     """Response positions whose logits exist at once."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (peft) that are trained in place of the student's own weights.
+
+    Embeddings, norms and LM head stay as they are. Needs `pip install 'npd[lora]'`.
+    """
+
+    rank: Positive = 16
+    """Rank of each adapter: what it can learn, and its size."""
+    alpha: Positive = 32
+    """Strength: an adapter's output is multiplied by alpha / rank."""
+    dropout: Decay = 0.0
+    """Dropout on an adapter's input while it trains."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all but the LM head, or by name, e.g. `[q_proj, v_proj]`."""
+
+
 class TrainConfig(Section):
     """The optimiser and what a step is made of."""
 
@@ -171,9 +187,11 @@ class TrainConfig(Section):
     row_tokens: Positive = 32768
     """Capacity of a packed row: what one forward and backward pass holds."""
     dtype: Dtype = "bfloat16"
-    """Compute type; weights and optimiser state stay float32."""
+    """Compute type; what is trained and the optimiser's state stay float32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters only; null trains every weight."""
 
 
 class Refresh(Section):

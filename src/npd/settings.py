@@ -90,6 +90,7 @@ def _schema() -> _Schema:
     sections: list[str] = []
     mappings: list[str] = []
     for path, annotation in _fields(RunConfig, ""):
+        # What may be null is a value as well: null and {} say something.
         (sections if _is_section(annotation) else values).append(path)
         if get_origin(annotation) is dict:
             mappings.append(path)
@@ -135,7 +136,7 @@ def _hint(path: str, schema: _Schema) -> str:
     parent, _, name = path.rpartition(".")
     known = (*schema.values, *schema.sections)
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
-    near = [parent] if parent in schema.values else []
+    near = [parent] if parent in schema.values and not siblings else []
     near = near or [key for key in known if key.rpartition(".")[2] == name]
     near = near or [siblings[key] for key in get_close_matches(name, siblings, n=1)]
     best = get_close_matches(name, [key.rpartition(".")[2] for key in known], n=1)

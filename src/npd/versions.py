@@ -6,7 +6,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("npd", "torch", "transformers", "safetensors", "pyarrow", "numpy")
+_PACKAGES = ("npd", "torch", "transformers", "safetensors", "pyarrow", "numpy", "peft")
 
 
 def versions() -> dict[str, str]:

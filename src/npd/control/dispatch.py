@@ -107,6 +107,8 @@ class Dispatcher:
         worker = await self._generators.get()
         try:
             made = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
+            for note in made.notes:
+                self._on_message(f"{worker.name}: {note}")
             failed = tuple((item.sample_id, item.reason) for item in made.failed)
             return ev.ShardGenerated(action.shard, made.stats, failed)
         except WorkerLostError as error:

@@ -22,7 +22,12 @@ from npd.store.layout import RunLayout
 from npd.versions import versions
 
 # What may differ when a run is resumed: where it runs and what it leaves, not what it is.
-_FREE = ("runtime.", "observe.", "checkpoint.keep", "run_dir", "name")
+_REACHING = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
+_FREE = (
+    *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
+    *(f"{section}.{key}" for section in ("generate", "score") for key in _REACHING),
+    *("generate.refresh_timeout", "generate.probe_tolerance"),
+)
 
 
 def open_directory(
@@ -109,7 +114,10 @@ def _fingerprints(config: RunConfig, prepared: Prepared) -> dict[str, str | None
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The values that decide what a run does, by dotted path."""
-    values = dict(flat(dump_config(config)))
+    # LoRA as a whole: its keys are there or not.
+    passed_over = (*_FREE, "train.lora.")
+    values = {k: v for k, v in flat(dump_config(config)) if not k.startswith(passed_over)}
+    values["train.lora"] = config.train.lora and config.train.lora.model_dump(mode="json")
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
-    return {key: value for key, value in values.items() if not key.startswith(_FREE)}
+    return values

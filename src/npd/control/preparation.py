@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from npd import lora
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import DataConfig, RunConfig
 from npd.data import encode_prompts, load_prompts
@@ -50,6 +51,8 @@ def prepare(config: RunConfig) -> Prepared:
         InputError: a model or the data cannot be used.
     """
     trust = config.trust_remote_code
+    if config.train.lora is not None:
+        lora.require("train.lora")
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None:
             check_model(role, model, config)
@@ -94,6 +97,11 @@ def check_model(role: str, model: str, config: RunConfig) -> None:
         raise ModelError(
             f"no model directory at {model} (looked from {Path.cwd()}): correct `{role}`, or make "
             "the directory with npd prepare"
+        )
+    if role in ("student", "teacher") and lora.base_of(model) is not None:
+        raise ModelError(
+            f"the {role} {model} is a LoRA adapter: merge it into its base (npd export {model} "
+            "DIR) and give that directory"
         )
     check_context(model, config.max_sample_tokens, trust_remote_code=config.trust_remote_code)
 

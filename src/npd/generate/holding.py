@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,6 @@ from npd.servers.proof import Evidence, StaleWeights, judge, read_probe
 from npd.store.snapshots import MANIFEST
 
 _ADAPTER = "adapter_config.json"
-# What a server holds that loads a teacher: nobody refreshes it.
-_TAG = "npd-v{version}-{checksum}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,14 @@ class Held:
 class Holding:
     """The snapshot the servers of a pool hold."""
 
-    def __init__(self, config: GenerateConfig, context: int, trust_remote_code: bool) -> None:
-        self._config, self._context = config, context
+    def __init__(
+        self,
+        config: GenerateConfig,
+        context: int,
+        trust_remote_code: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._config, self._context, self._tell = config, context, tell
         self._trust_remote_code = trust_remote_code
         self._checksums: dict[str, Checksums] = {}
         self.held: Held | None = None
@@ -57,7 +62,7 @@ class Holding:
 
     async def load(
         self, pool: ServerPool, snapshot: Path, version: int, *, is_policy: bool
-    ) -> dict[str, Evidence]:
+    ) -> dict[str, Evidence | None]:
         """Have all servers hold `snapshot`; what proves it, by server.
 
         `is_policy`: the student, whose weights change; a teacher is served as it is, unproven.
@@ -79,6 +84,7 @@ class Holding:
             if is_fresh or not pool.is_ours:
                 raise
             # Ours can be begun again from nothing, which no forgetful reload survives.
+            self._tell(f"refresh failed, the server is started anew: {error}")
             await pool.close()
             await self._open(pool, snapshot)
             evidence = await self._hand_over(pool, new, None, is_fresh=True)
@@ -127,16 +133,19 @@ class Holding:
 
     async def _hand_over(
         self, pool: ServerPool, new: Held, old: Held | None, *, is_fresh: bool
-    ) -> dict[str, Evidence]:
+    ) -> dict[str, Evidence | None]:
         has_it = is_fresh and pool.is_ours and new.adapter is None
-        found = await asyncio.gather(
-            *(self._give(admin, new, old, has_it=has_it) for admin in pool.admins),
-            return_exceptions=True,
+        giving = [self._give(admin, new, old, has_it=has_it) for admin in pool.admins]
+        # All to their end before one error is raised: none may be left paused.
+        found = dict(
+            zip(pool.admins, await asyncio.gather(*giving, return_exceptions=True), strict=True)
         )
-        for item in found:
+        for item in found.values():
             if isinstance(item, BaseException):
                 raise item
-        return dict(zip((admin.name for admin in pool.admins), found, strict=True))  # type: ignore[arg-type]
+        return {
+            admin.name: item for admin, item in found.items() if not isinstance(item, BaseException)
+        }
 
     async def _give(
         self, admin: EngineServer, new: Held, old: Held | None, *, has_it: bool

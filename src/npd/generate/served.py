@@ -38,13 +38,15 @@ class Surroundings:
     """What a served generator is told of its run.
 
     `log` is its server's log file, `context` the longest sample in tokens. `newest` gives the
-    newest published snapshot; it is asked for unless `in_flight` is `finish`.
+    newest published snapshot; it is asked for unless `in_flight` is `finish`. `tell` takes what a
+    person should hear: each refresh with its proof, and what was done about a failed one.
     """
 
     log: Path
     context: int
     in_flight: InFlight = "finish"
     newest: Callable[[], tuple[Path, int] | None] = lambda: None
+    tell: Callable[[str], None] = _log.info
 
 
 class ServedGenerator:
@@ -63,7 +65,7 @@ class ServedGenerator:
         self._pool = ServerPool(
             config.engine, config, log=surroundings.log, refresh_timeout=config.refresh_timeout
         )
-        self._holding = Holding(config, surroundings.context, trust_remote_code)
+        self._holding = Holding(config, surroundings.context, trust_remote_code, surroundings.tell)
         self._stop_ids, self._vocab_size = tuple(sorted(stop_ids)), vocab_size
         self._is_student = config.source == "student"
         self._runner = asyncio.Runner()
@@ -109,7 +111,8 @@ class ServedGenerator:
             self._pool, snapshot, version, is_policy=self._is_student
         )
         for name, found in evidence.items():
-            _log.info("%s holds version %d: %s", name, version, found or "served as it is")
+            if found is not None:
+                self._around.tell(f"{name} holds snapshot v{version}: {found}")
 
     async def _generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
         await self._holding.check_tags(self._pool)

@@ -13,6 +13,9 @@ from pathlib import Path
 from npd.errors import ConfigError
 from npd.served import LaunchConfig
 
+# vLLM's own default for the tokens of a step.
+_CPU_BATCH_TOKENS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
@@ -87,6 +90,10 @@ def _vllm_flags(spec: ServerSpec, config: LaunchConfig, port: int) -> list[str]:
     flags += ["--middleware", "npd_guard.RequireKey"]
     # Sampling defaults of the model's author are not the policy.
     flags += ["--generation-config", "vllm"]
+    if not _has_accelerator():
+        # On CPU vLLM 0.32 dies when a prompt of a seeded request is prefilled in two parts.
+        flags += ["--no-enable-chunked-prefill"]
+        flags += ["--max-num-batched-tokens", max(_CPU_BATCH_TOKENS, spec.context)]
     if config.tensor_parallel > 1:
         flags += ["--tensor-parallel-size", config.tensor_parallel]
     if spec.lora_rank:
@@ -94,6 +101,11 @@ def _vllm_flags(spec: ServerSpec, config: LaunchConfig, port: int) -> list[str]:
     if spec.trust_remote_code:
         flags += ["--trust-remote-code"]
     return list(map(str, flags))
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine has a GPU that vLLM would use (NVIDIA, AMD)."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _lora_rank(rank: int) -> int:

@@ -28,6 +28,17 @@ _MAX_TRIES = 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 
 
+class NoServerLeft(RunError):
+    """No server answers any more; `causes` says of each why."""
+
+    def __init__(self, causes: str) -> None:
+        super().__init__(
+            f"no server is left that answers: {causes}. Nothing recorded is lost: bring one back "
+            "and use --resume"
+        )
+        self.causes = causes
+
+
 class _Member:
     """A server during one call of `ask`: how it fares."""
 
@@ -80,7 +91,7 @@ class Round(Generic[Job, Result]):
         self._moved = asyncio.Condition()
 
     async def run(self, at_once: int, patience: float) -> list[Result | Refused | Unavailable]:
-        """The results, by lanes over the servers; RunError when no server is left."""
+        """The results, by lanes over the servers; NoServerLeft where they end before."""
         count = min(at_once, -(-len(self._jobs) // len(self._members)))
         lanes = [
             asyncio.create_task(self._lane(member, patience))
@@ -99,11 +110,7 @@ class Round(Generic[Job, Result]):
                 task.cancel()
             await asyncio.gather(end, work, *lanes, return_exceptions=True)
         if not self._is_done:
-            causes = "; ".join(str(member.lost) for member in self._members)
-            raise RunError(
-                f"no server is left that answers: {causes}. Nothing recorded is lost: bring one "
-                "back and use --resume"
-            )
+            raise NoServerLeft("; ".join(str(member.lost) for member in self._members))
         return [self._done[i] for i in range(len(self._jobs))]
 
     async def _lane(self, member: _Member, patience: float) -> None:

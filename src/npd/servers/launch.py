@@ -30,6 +30,10 @@ _POLL_SECONDS = 0.25
 _STOP_SECONDS = 15.0
 _READ_BACK = 65536
 _BLAME = re.compile(r"error|exception|out of memory|no such|unrecognized|refused", re.IGNORECASE)
+# What only says that something else went wrong, and lines of a traceback.
+_VAGUE = re.compile(
+    r"^(Traceback|File |raise |During |[\^~ ]*$)|root cause above|EngineDeadError|except |^INFO:"
+)
 _NOISE = re.compile(r"^\S*\(\S+ pid=\d+\)\s*|^(ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^]]*\]\s*")
 
 
@@ -117,7 +121,7 @@ class ServerProcess:
             if not self.is_running:
                 ending = self._ending()
                 self.stop()
-                raise RunError(f"the {self._engine} server {ending}")
+                raise RunError(f"the {self._engine} server for {self._spec.model} {ending}")
             if answers:
                 return
             if time.monotonic() > deadline:
@@ -160,12 +164,17 @@ def last_complaint(log: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    for line in reversed(lines):
-        while (bare := _NOISE.sub("", line).strip()) != line:
-            line = bare
-        if _BLAME.search(line) and not line.startswith(("Traceback", "File ", "raise ")):
-            return line[:300]
-    return ""
+    bare = map(_bare, reversed(lines))
+    return next(
+        (line[:300] for line in bare if _BLAME.search(line) and not _VAGUE.search(line)), ""
+    )
+
+
+def _bare(line: str) -> str:
+    """A line of a log without process, time and place."""
+    while (shorter := _NOISE.sub("", line).strip()) != line:
+        line = shorter
+    return line
 
 
 def _free_port() -> int:

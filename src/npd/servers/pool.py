@@ -15,7 +15,7 @@ from npd.errors import NpdError, WorkerLostError
 from npd.served import ServedConfig
 from npd.servers import EngineServer, Refused, Unavailable, build_server
 from npd.servers.http import Client
-from npd.servers.lanes import Job, Result, Round
+from npd.servers.lanes import Job, NoServerLeft, Result, Round
 from npd.servers.launch import ServerProcess, ServerSpec
 
 
@@ -112,4 +112,9 @@ class ServerPool:
         if not jobs:
             return []
         round_ = Round(jobs, do, self.servers, self.check)
-        return await round_.run(at_once, self._config.patience)
+        try:
+            return await round_.run(at_once, self._config.patience)
+        except NoServerLeft as error:
+            if self.is_ours:
+                raise WorkerLostError(f"{error.causes}: it is begun again") from error
+            raise

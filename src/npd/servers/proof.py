@@ -13,7 +13,6 @@ a change a third the size of the noise on one token.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 
@@ -57,8 +56,8 @@ class Evidence:
 
 async def read_probe(server: EngineServer, probe: Probe, *, model: str | None = None) -> Probe:
     """The server's own log-probs on the sequences of `probe`."""
-    read = [server.read(ids.tolist(), 0, model=model) for ids in probe.sequences]
-    found = await asyncio.gather(*read)
+    # In turn: vLLM 0.32 with --enable-lora dies of log-probs of several prompts in one batch.
+    found = [await server.read(ids.tolist(), 0, model=model) for ids in probe.sequences]
     return Probe(probe.sequences, tuple(item.logprobs for item in found))
 
 

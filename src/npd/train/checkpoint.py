@@ -1,10 +1,11 @@
 """What a trainer leaves on disk: checkpoints to go on from, and the student in Hugging Face form.
 
 A checkpoint is a directory written as a whole or not at all (`npd.store.snapshots`):
-`model.safetensors` (float32 parameters by name, tied ones once), `optimizer.safetensors` (AdamW's
-`exp_avg`, `exp_avg_sq` and `step`, each as `<kind>/<parameter name>`) and `state.json`. Loading
-checks everything before it changes anything, so a failed load leaves model and optimiser as they
-were. No pickle. Does not decide when to save or which checkpoint counts.
+`model.safetensors` (the float32 parameters that are trained, by name, tied ones once),
+`optimizer.safetensors` (AdamW's `exp_avg`, `exp_avg_sq` and `step`, each as
+`<kind>/<parameter name>`) and `state.json`. Loading checks everything before it changes anything,
+so a failed load leaves model and optimiser as they were. No pickle. Does not decide when to
+save or which checkpoint counts.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def save(
     """
 
     def write(into: Path) -> None:
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        weights = {name: p.detach().contiguous() for name, p in _trained(model).items()}
         save_file(weights, into / _WEIGHTS)
         save_file(_moments(model, optimizer), into / _MOMENTS)
         state = {"format": _FORMAT, "last_step": last_step, "torch": str(torch.__version__)}
@@ -155,10 +156,14 @@ def _save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> No
     tokenizer.save_pretrained(directory)
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every moment by kind and parameter name; a parameter never stepped has zeros at step 0."""
     out: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         state = optimizer.state.get(parameter, {})
         for kind in _KINDS:
             empty = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
@@ -172,7 +177,7 @@ def _check(directory: Path, state: Any, weights: Any, moments: Any, model: nn.Mo
             f"checkpoint {directory} has format {state.get('format')}, this version reads "
             f"{_FORMAT}: resume with the version of npd that wrote it"
         )
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    expected = {name: list(p.shape) for name, p in _trained(model).items()}
     moment_shapes = {
         f"{kind}/{name}": [] if kind == "step" else shape
         for name, shape in expected.items()
@@ -195,14 +200,15 @@ def _check(directory: Path, state: Any, weights: Any, moments: Any, model: nn.Mo
 def _restore(
     weights: Any, moments: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = _trained(model)
+    names = {id(parameter): name for name, parameter in trained.items()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {kind: moments.get_tensor(f"{kind}/{names[id(p)]}") for kind in _KINDS}
         for index, p in enumerate(ordered)
     }
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.items():
             parameter.copy_(weights.get_tensor(name))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from npd import lora
 from npd.config import LossConfig, TrainConfig
 from npd.errors import RunError
 from npd.modeling import decoding, head_of, hidden_states, load_model, resolve_device
 from npd.train import checkpoint
 from npd.train.batch import Read, Sample, TrainRow, build_row, rollout_of
 from npd.train.loss import near_policy_loss
+from npd.train.measure import Measured, check_finite, report
 from npd.types import Segment, SegmentReport, Step, StepReport
-
-# Ids listed in an error message; a step may hold thousands.
-_MAX_NAMED = 8
 
 
 class Trainer:
     """A student in training: float32 weights and AdamW moments, compute in `config.dtype`.
 
+    With `config.lora` only adapters are trained, kept in checkpoints and written as snapshots.
     `read` gives the sample behind a `SampleRef`: `Scored`, or `Rollout` where no teacher is
     involved (`loss.kd_weight` 0). `last_step` is the index of the last step taken, None before.
 
@@ -61,7 +60,10 @@ class Trainer:
         self.device = resolve_device(device)
         self.model = load_model(
             student, device=self.device, packed=True, trust_remote_code=trust_remote_code
-        ).train()
+        )
+        if config.lora is not None:
+            lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
+        self.model.train()
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.model, config)
@@ -100,15 +102,29 @@ class Trainer:
         finally:
             self.model.train()
 
-    def save_pretrained(
+    def save_snapshot(
         self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
     ) -> None:
-        """Write the student as a Hugging Face directory: weights in `dtype`, config, tokenizer.
+        """Write what `load_model` makes the student of: with LoRA its adapter, which is small.
 
         `untie` writes a tied LM head out as a matrix of its own.
         """
+        if self.config.lora is None:
+            self.save_pretrained(directory, dtype, untie=untie)
+        else:
+            lora.save(self.model, Path(directory), dtype)
+
+    def save_pretrained(
+        self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
+    ) -> None:
+        """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`."""
+        model = self.model
+        if self.config.lora is not None:
+            adapter = Path(directory) / "adapter"
+            self.save_snapshot(adapter, dtype)
+            model = load_model(adapter, packed=False, trust_remote_code=self._trust_remote_code)
         checkpoint.save_pretrained(
-            self.model,
+            model,
             Path(directory),
             dtype=dtype,
             source=self.student,
@@ -137,8 +153,8 @@ class Trainer:
             with _step_randomness(self.device, self._seed, step.index, self._rank):
                 rows = [self._backward(row, version, tokens) for row in samples]
             norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
-            measured = _Measured.of(rows, norm)
-            _check_finite(step, samples, measured)
+            measured = Measured.of(rows, norm)
+            check_finite(step, samples, measured)
             for group in self.optimizer.param_groups:
                 group["lr"] = step.lr
             self.optimizer.step()
@@ -152,7 +168,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.last_step = step.index
         seconds = time.perf_counter() - started
-        return _report(step, samples, measured, version, self.config.row_tokens, seconds)
+        return report(step, samples, measured, version, self.config.row_tokens, seconds)
 
     def _backward(self, samples: Sequence[Sample], version: int, tokens: int) -> dict[str, Tensor]:
         """Add one row's gradient; gives its share of the step's loss and its metric sums."""
@@ -198,28 +214,6 @@ def build_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """A step's numbers on the host: each row's share of the loss, sums over tokens, grad norm."""
-
-    row_losses: tuple[float, ...]
-    sums: dict[str, float]
-    grad_norm: float
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, Tensor]], grad_norm: Tensor) -> _Measured:
-        # One transfer for all numbers: each one by itself would wait for the device.
-        names = sorted({name for row in rows for name in row})
-        zero = torch.zeros((), device=grad_norm.device)
-        table = [torch.stack([row.get(name, zero).float() for row in rows]) for name in names]
-        values = torch.cat([*table, grad_norm.float()[None]]).tolist()
-        columns = {
-            name: values[i * len(rows) : (i + 1) * len(rows)] for i, name in enumerate(names)
-        }
-        sums = {name: sum(column) for name, column in columns.items()}
-        return cls(tuple(columns["loss"]), sums, values[-1])
-
-
 @contextmanager
 def _step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[None]:
     """Dropout's random numbers from (seed, step, rank); the caller's generator is left alone."""
@@ -228,63 +222,6 @@ def _step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[N
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(state[0]) % 2**63)
         yield
-
-
-def _check_finite(step: Step, samples: Sequence[Sequence[Sample]], measured: _Measured) -> None:
-    if np.isfinite([*measured.row_losses, measured.grad_norm]).all():
-        return
-    blamed = [not np.isfinite(loss) for loss in measured.row_losses]
-    rows = [row for row, bad in zip(samples, blamed, strict=True) if bad] or samples
-    ids = [str(rollout_of(sample).sample_id) for row in rows for sample in row]
-    more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
-    raise RunError(
-        f"step {step.index}: the loss is {sum(measured.row_losses)} and the gradient norm "
-        f"{measured.grad_norm} in the rows of samples {', '.join(ids[:_MAX_NAMED])}{more}; the "
-        "step was not taken and the weights are as before. Lower train.lr or raise train.warmup, "
-        "set loss.target: tail, or train.dtype: float32"
-    )
-
-
-def _report(
-    step: Step,
-    samples: Sequence[Sequence[Sample]],
-    measured: _Measured,
-    version: int,
-    row_tokens: int,
-    seconds: float,
-) -> StepReport:
-    rollouts = [rollout_of(sample) for row in samples for sample in row]
-    response = sum(len(rollout.response_ids) for rollout in rollouts)
-    total = sum(rollout.num_tokens for rollout in rollouts)
-    lags = [version - rollout.version for rollout in rollouts]
-    sums, ratios = measured.sums, measured.sums.get("n_behavior", 0.0)
-
-    def mean(name: str, count: float) -> float | None:
-        return sums[name] / count if name in sums and count else None
-
-    return StepReport(
-        step=step.index,
-        loss=sums["loss"],
-        ce=sums["ce"] / response,
-        kd=mean("kd", response),
-        grad_norm=measured.grad_norm,
-        lr=step.lr,
-        num_samples=len(rollouts),
-        response_tokens=response,
-        total_tokens=total,
-        num_rows=len(samples),
-        fill=total / (len(samples) * row_tokens),
-        seconds=seconds,
-        teacher_mass=mean("teacher_mass", response),
-        student_mass=mean("student_mass", response),
-        agreement=mean("agreement", response),
-        entropy=mean("entropy", response),
-        drift=mean("drift", ratios),
-        drift_k3=mean("drift_k3", ratios),
-        ess=sums["rho"] ** 2 / (ratios * sums["rho_sq"]) if ratios else None,
-        lag_mean=sum(lags) / len(lags),
-        lag_max=max(lags),
-    )
 
 
 def _peak_memory_mib(device: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ class GeneratorWorker:
         chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._layout = layout
         self._config = config
+        self._notes: list[str] = []
         self._is_student = config.generate.source == "student"
         self._engine = build_generator(
             config.generate,
@@ -36,7 +37,7 @@ class GeneratorWorker:
             vocab_size=chat.vocab_size,
             device=resolve_device(config.runtime.device),
             trust_remote_code=config.trust_remote_code,
-            surroundings=_surroundings(config, layout),
+            surroundings=_surroundings(config, layout, self._notes.append),
         )
         if config.generate.source == "teacher":
             assert config.teacher is not None, "checked by the config"
@@ -53,7 +54,8 @@ class GeneratorWorker:
             rollouts = [item for item in found if isinstance(item, Rollout)]
             failed = tuple(item for item in found if isinstance(item, Failed))
             write_rollouts(path, rollouts)
-        return GeneratedShard(tuple(map(generated_stats, rollouts)), failed)
+        notes, self._notes[:] = tuple(self._notes), []
+        return GeneratedShard(tuple(map(generated_stats, rollouts)), failed, notes)
 
     def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
         """Whether a file's rollouts are the task's.
@@ -81,7 +83,9 @@ class GeneratorWorker:
         self._engine.close()
 
 
-def _surroundings(config: RunConfig, layout: RunLayout) -> Surroundings | None:
+def _surroundings(
+    config: RunConfig, layout: RunLayout, tell: Callable[[str], None]
+) -> Surroundings | None:
     """What a generator by servers must know of the run."""
     if config.generate.engine == "transformers":
         return None
@@ -96,6 +100,7 @@ def _surroundings(config: RunConfig, layout: RunLayout) -> Surroundings | None:
         context=config.max_sample_tokens,
         in_flight=config.schedule.refresh.in_flight,
         newest=newest,
+        tell=tell,
     )
 
 

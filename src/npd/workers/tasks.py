@@ -22,10 +22,14 @@ class GenerateTask:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedShard:
-    """What became of a shard's asks: the samples that were written, and those that were not."""
+    """What became of a shard's asks: the samples that were written, and those that were not.
+
+    `notes` are lines for the person watching: which weights a server has shown that it holds.
+    """
 
     stats: tuple[SampleStats, ...]
     failed: tuple[Failed, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,16 +52,17 @@ class TrainerWorker:
         return self._trainer.train(segment)
 
     def publish(self, version: int) -> str:
-        """Write the student as snapshot `version`; returns its checksum."""
+        """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
         return publish(self._layout.snapshot(version), self._write_snapshot)
 
     def _write_snapshot(self, directory: Path) -> None:
         """The student as the generator takes it; for servers, with what proves that they did."""
-        is_served = self._config.generate.engine != "transformers"
+        generate = self._config.generate
+        is_served = generate.engine != "transformers" and generate.source == "student"
         # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
-        self._trainer.save_pretrained(directory, untie=is_served)
+        self._trainer.save_snapshot(directory, untie=is_served)
         if is_served:
-            with self._autocast(self._config.generate.dtype), self._trainer.evaluating() as model:
+            with self._autocast(generate.dtype), self._trainer.evaluating() as model:
                 probe.write(probe.of_model(model, self._chat.tokenizer), directory)
 
     def checkpoint(self, step: int) -> None:

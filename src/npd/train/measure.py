@@ -1,0 +1,102 @@
+"""What a step measured: from the device to numbers, and from numbers to its report.
+
+Promises: one transfer from the device a step. Does not decide what is measured (the loss does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npd.errors import RunError
+from npd.train.batch import Sample, rollout_of
+from npd.types import Step, StepReport
+
+# Ids listed in an error message; a step may hold thousands.
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step's numbers on the host: each row's share of the loss, sums over tokens, grad norm."""
+
+    row_losses: tuple[float, ...]
+    sums: dict[str, float]
+    grad_norm: float
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Tensor]], grad_norm: Tensor) -> Measured:
+        """From each row's sums on the device (`loss` is one) and the step's gradient norm."""
+        # One transfer for all numbers: each one by itself would wait for the device.
+        names = sorted({name for row in rows for name in row})
+        zero = torch.zeros((), device=grad_norm.device)
+        table = [torch.stack([row.get(name, zero).float() for row in rows]) for name in names]
+        values = torch.cat([*table, grad_norm.float()[None]]).tolist()
+        columns = {
+            name: values[i * len(rows) : (i + 1) * len(rows)] for i, name in enumerate(names)
+        }
+        sums = {name: sum(column) for name, column in columns.items()}
+        return cls(tuple(columns["loss"]), sums, values[-1])
+
+
+def check_finite(step: Step, samples: Sequence[Sequence[Sample]], measured: Measured) -> None:
+    """Raise RunError, naming the samples of the rows to blame, unless all numbers are finite."""
+    if np.isfinite([*measured.row_losses, measured.grad_norm]).all():
+        return
+    blamed = [not np.isfinite(loss) for loss in measured.row_losses]
+    rows = [row for row, bad in zip(samples, blamed, strict=True) if bad] or samples
+    ids = [str(rollout_of(sample).sample_id) for row in rows for sample in row]
+    more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
+    raise RunError(
+        f"step {step.index}: the loss is {sum(measured.row_losses)} and the gradient norm "
+        f"{measured.grad_norm} in the rows of samples {', '.join(ids[:_MAX_NAMED])}{more}; the "
+        "step was not taken and the weights are as before. Lower train.lr or raise train.warmup, "
+        "set loss.target: tail, or train.dtype: float32"
+    )
+
+
+def report(
+    step: Step,
+    samples: Sequence[Sequence[Sample]],
+    measured: Measured,
+    version: int,
+    row_tokens: int,
+    seconds: float,
+) -> StepReport:
+    """What the controller hears of a step."""
+    rollouts = [rollout_of(sample) for row in samples for sample in row]
+    response = sum(len(rollout.response_ids) for rollout in rollouts)
+    total = sum(rollout.num_tokens for rollout in rollouts)
+    lags = [version - rollout.version for rollout in rollouts]
+    sums, ratios = measured.sums, measured.sums.get("n_behavior", 0.0)
+
+    def mean(name: str, count: float) -> float | None:
+        return sums[name] / count if name in sums and count else None
+
+    return StepReport(
+        step=step.index,
+        loss=sums["loss"],
+        ce=sums["ce"] / response,
+        kd=mean("kd", response),
+        grad_norm=measured.grad_norm,
+        lr=step.lr,
+        num_samples=len(rollouts),
+        response_tokens=response,
+        total_tokens=total,
+        num_rows=len(samples),
+        fill=total / (len(samples) * row_tokens),
+        seconds=seconds,
+        teacher_mass=mean("teacher_mass", response),
+        student_mass=mean("student_mass", response),
+        agreement=mean("agreement", response),
+        entropy=mean("entropy", response),
+        drift=mean("drift", ratios),
+        drift_k3=mean("drift_k3", ratios),
+        ess=sums["rho"] ** 2 / (ratios * sums["rho_sq"]) if ratios else None,
+        lag_mean=sum(lags) / len(lags),
+        lag_max=max(lags),
+    )

@@ -1,0 +1,427 @@
+"""Against a real vLLM server on CPU with the real 135M model: generation, refreshes and faults."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import npd
+from npd import lora, probe
+from npd.chat import Chat
+from npd.config import GenerateConfig, LaunchConfig, LoraConfig
+from npd.errors import RunError, WorkerLostError
+from npd.generate import build_generator
+from npd.generate.served import ServedGenerator, Surroundings
+from npd.modeling import load_model
+from npd.servers.launch import ServerProcess, ServerSpec
+from npd.servers.proof import StaleWeights
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.store.shards import read_rollouts
+from npd.types import Ask, Outcome, Prompt, Rollout
+from test_run import QuietView, check_books
+from tiny_run import tiny_config, write_prompts
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# A bf16 log-prob has rounding of its own in every engine: on ordinary text 0.02 to 0.05 on average.
+NOISE = 0.1
+# So much below the most probable token a greedy choice may be, by the other engine's numbers.
+CLOSE = 0.4
+
+
+def launch(venv: Path, **kwargs) -> LaunchConfig:
+    """A server small enough for two cores."""
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    args = ("--enforce-eager", "--max-num-seqs", "32")
+    return LaunchConfig(venv=str(venv), args=args, env=env, **kwargs)
+
+
+def served(venv: Path, folder: Path, chat: Chat, tell=print, **kwargs) -> ServedGenerator:
+    settings = {"max_new_tokens": 24, "temperature": 0.0, "batch_size": 16, **kwargs}
+    config = GenerateConfig(engine="vllm", launch=launch(venv), **settings)
+    return ServedGenerator(
+        config,
+        Surroundings(folder / "server.log", 400, tell=tell),
+        stop_ids=chat.stop_ids,
+        vocab_size=chat.vocab_size,
+    )
+
+
+def make_asks(chat: Chat, count: int = 8) -> list[Ask]:
+    texts = ["Tell me about the moon.", "What is 2 + 2?", "Name three birds.", "Who was Homer?"]
+    prompts = [Prompt(i, text=f"{texts[i % 4]} ({i})") for i in range(count)]
+    return [Ask(i, 17 * i + 3, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
+
+
+def shifted(model_dir: Path, out: Path, seed: int, size: float = 0.05) -> Path:
+    """The model with noise on every matrix, as training might have moved it, tied as it was."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * parameter.std() * size)
+    shutil.copytree(model_dir, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.to(torch.bfloat16).save_pretrained(out)
+    return out
+
+
+def own_logits(model, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own log-probs [L, V] at the response's tokens, in process, and the tokens [L]."""
+    whole = torch.from_numpy(
+        np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int64)
+    )
+    with torch.no_grad():
+        logits = model(input_ids=whole[None]).logits[0].float()
+    start = len(rollout.prompt_ids)
+    return logits[start - 1 : -1].log_softmax(-1), whole[start:]
+
+
+def own_logprobs(model, rollout: Rollout) -> np.ndarray:
+    """log p of the response's tokens by the model in process."""
+    logprobs, tokens = own_logits(model, rollout)
+    return logprobs.gather(-1, tokens[:, None])[:, 0].numpy()
+
+
+def server_process(folder: Path) -> int:
+    """The process id of the API server whose log lies in `folder`: found by its command line."""
+    port = next(folder.glob("server*-*.log")).stem.rpartition("-")[2]
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if port.encode() in command and b"vllm.entrypoints.openai.api_server" in command[:4]:
+            return int(entry.name)
+    raise AssertionError(f"no server at port {port}")
+
+
+def assert_gone(folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            server_process(folder)
+        except (AssertionError, StopIteration):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a server outlived its owner")
+
+
+@pytest.fixture(scope="module")
+def chat(smol_dir):
+    return Chat.load(smol_dir)
+
+
+@pytest.fixture(scope="module")
+def models(smol_dir, tmp_path_factory):
+    """The 135M model and two that training might have made of it, LM heads written out."""
+    folder = tmp_path_factory.mktemp("models")
+    moved = [shifted(smol_dir, folder / f"tied-{i}", i) for i in (1, 2)]
+    return [_untied(path, folder / f"v{i}") for i, path in enumerate([smol_dir, *moved])]
+
+
+@pytest.fixture(scope="module")
+def server(vllm_venv, smol_dir, tmp_path_factory):
+    """A server that runs already, as far as generators know: with its key in the environment."""
+    log = tmp_path_factory.mktemp("logs") / "server.log"
+    spec = ServerSpec(str(smol_dir), "bfloat16", 400, lora_rank=8)
+    process = ServerProcess("vllm", launch(vllm_venv), spec, log)
+    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPD_API_KEY", process.key)
+        yield process
+    process.stop()
+
+
+def reaching(server: ServerProcess, chat: Chat, around: dict | None = None, **kwargs):
+    """A generator by the server that runs."""
+    settings = {"max_new_tokens": 24, "temperature": 0.0, "batch_size": 16, **kwargs}
+    config = GenerateConfig(engine="vllm", urls=(server.url,), **settings)
+    surroundings = Surroundings(server.log, 400, **(around or {}))
+    return ServedGenerator(config, surroundings, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size)
+
+
+def test_a_refreshed_server_writes_what_the_snapshot_writes(server, models, chat):
+    """After each load in place, greedy text and log-probs are the snapshot's own in process."""
+    notes: list[str] = []
+    generator = reaching(server, chat, {"tell": notes.append})
+    asks = make_asks(chat)
+    for version, path in enumerate(models):
+        generator.load(path, version)
+        rollouts = generator.generate(asks)
+        assert {rollout.version for rollout in rollouts} == {version}
+        _assert_is_written_by(rollouts, path, asks, chat)
+    generator.close()
+    assert sum("holds snapshot" in note for note in notes) == 3
+
+
+def test_a_head_that_a_reload_forgot_is_found(server, models, chat, smol_dir):
+    """vLLM 0.32 keeps the old LM head when a checkpoint with tied embeddings is reloaded."""
+    generator = reaching(server, chat)
+    generator.load(models[1], 1)
+    with pytest.raises(StaleWeights, match=f"{server.url} does not hold snapshot v2"):
+        generator.load(smol_dir, 2)
+    generator.close()
+
+
+def test_a_server_given_other_weights_meanwhile_is_found(server, models, chat):
+    ours, other = reaching(server, chat), reaching(server, chat)
+    ours.load(models[0], 0)
+    other.load(models[1], 1)
+    with pytest.raises(WorkerLostError, match="npd-v1-"):
+        ours.generate(make_asks(chat))
+    ours.close()
+    other.close()
+
+
+def test_a_response_cut_by_a_refresh_goes_on_with_the_new_weights_token_by_token(
+    server, models, chat
+):
+    newest: list[tuple[Path, int]] = []
+    around = {"in_flight": "mix", "newest": lambda: newest[-1] if newest else None}
+    generator = reaching(server, chat, around, max_new_tokens=250, temperature=1.0)
+    generator.load(models[0], 0)
+    timer = threading.Timer(3.0, lambda: newest.append((models[1], 1)))
+    timer.start()
+    rollouts = generator.generate(make_asks(chat, 12))
+    timer.join()
+    generator.close()
+    cut = [rollout for rollout in rollouts if rollout.versions is not None]
+    assert cut, "no response was being written when the refresh came"
+    old, new = (load_model(path, dtype="bfloat16", packed=False) for path in models[:2])
+    for rollout in cut:
+        assert (rollout.version, set(rollout.versions.tolist())) == (0, {0, 1})
+        assert (np.diff(rollout.versions) >= 0).all()
+        is_new = rollout.versions == 1
+        off_old = np.abs(rollout.logprobs - own_logprobs(old, rollout))
+        off_new = np.abs(rollout.logprobs - own_logprobs(new, rollout))
+        assert off_old[~is_new].mean() < NOISE
+        assert off_new[is_new].mean() < NOISE
+    whole = np.concatenate([r.versions == 1 for r in cut])
+    off_old = np.concatenate([np.abs(r.logprobs - own_logprobs(old, r)) for r in cut])
+    assert off_old[whole].mean() > 2 * off_old[~whole].mean(), "the test can tell the two apart"
+
+
+def test_an_adapter_is_loaded_beside_the_base_and_proven(server, models, chat, smol_dir, tmp_path):
+    """A LoRA snapshot is the adapter alone; the server's base weights stay."""
+    adapters = [make_adapter(smol_dir, tmp_path / f"a{seed}", seed) for seed in (1, 2)]
+    generator = reaching(server, chat)
+    generator.load(models[0], 0)
+    asks = make_asks(chat)
+    before = generator.generate(asks)
+    for version, adapter in enumerate(adapters, 1):
+        assert sum(f.stat().st_size for f in adapter.iterdir()) < 8 * 2**20
+        generator.load(adapter, version)
+        rollouts = generator.generate(asks)
+        assert {rollout.version for rollout in rollouts} == {version}
+        _assert_is_written_by(rollouts, adapter, asks, chat)
+        assert [r.response_ids.tolist() for r in rollouts] != [
+            r.response_ids.tolist() for r in before
+        ]
+    generator.close()
+
+
+def make_adapter(base: Path, out: Path, seed: int) -> Path:
+    """An adapter with weights of its own, as a LoRA student's snapshot holds it."""
+    model = load_model(base)
+    lora.attach(model, LoraConfig(rank=8), base=str(base), seed=seed, dtype="float32")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    lora.save(model, out, "bfloat16")
+    probe.write(probe.of_model(model.eval(), Chat.load(base).tokenizer), out)
+    return out
+
+
+def test_a_reload_that_forgets_is_mended_by_starting_our_server_anew(
+    vllm_venv, smol_dir, chat, tmp_path
+):
+    notes: list[str] = []
+    generator = served(vllm_venv, tmp_path, chat, tell=notes.append)
+    moved = shifted(smol_dir, tmp_path / "moved", 3)
+    asks = make_asks(chat)
+    try:
+        generator.load(smol_dir, 0)
+        generator.load(moved, 1)
+        _assert_is_written_by(generator.generate(asks), moved, asks, chat)
+    finally:
+        generator.close()
+    assert sum("started anew" in note for note in notes) == 1
+    assert len(list(tmp_path.glob("server-*.log"))) == 2
+    assert_gone(tmp_path)
+
+
+def _untied(path: Path, out: Path) -> Path:
+    from npd.train.checkpoint import save_pretrained
+
+    model = load_model(path, dtype="bfloat16")
+    save_pretrained(
+        model, out, dtype="bfloat16", source=str(path), trust_remote_code=False, untie=True
+    )
+    return out
+
+
+def _assert_is_written_by(rollouts, path: Path, asks, chat: Chat) -> None:
+    """Greedy text and log-probs are those of the model at `path` in process, to rounding.
+
+    Token by token: two tokens of nearly one probability may change places in another engine, and
+    from there two greedy texts have nothing in common although both are right.
+    """
+    model = load_model(path, dtype="bfloat16", packed=False)
+    for rollout in rollouts:
+        logprobs, tokens = own_logits(model, rollout)
+        own = logprobs.gather(-1, tokens[:, None])[:, 0]
+        assert np.abs(rollout.logprobs - own.numpy()).mean() < NOISE
+        assert (logprobs.amax(-1) - own).max() < CLOSE, "not the most probable token"
+    config = GenerateConfig(max_new_tokens=24, temperature=0.0, batch_size=16)
+    local = build_generator(
+        config, stop_ids=chat.stop_ids, pad_id=chat.pad_id, vocab_size=chat.vocab_size
+    )
+    local.load(path, 0)
+    expected = local.generate(asks)
+    local.close()
+    first = [
+        a.response_ids[0] == b.response_ids[0] for a, b in zip(rollouts, expected, strict=True)
+    ]
+    assert np.mean(first) > 0.7, "the two engines do not even begin alike"
+
+
+def test_a_snapshot_that_is_not_there_is_named_and_ours_is_ended(
+    vllm_venv, smol_dir, chat, tmp_path
+):
+    generator = served(vllm_venv, tmp_path, chat)
+    try:
+        generator.load(smol_dir, 0)
+        gone = shutil.copytree(smol_dir, tmp_path / "gone")
+        probe.write(probe.of_directory(gone), gone)
+        (gone / "model.safetensors").unlink()
+        with pytest.raises(RunError, match="gone"):
+            generator.load(gone, 1)
+    finally:
+        generator.close()
+    assert_gone(tmp_path)
+
+
+def test_a_server_killed_in_the_middle_of_a_shard_is_a_lost_worker(
+    vllm_venv, smol_dir, chat, tmp_path
+):
+    generator = served(vllm_venv, tmp_path, chat, max_new_tokens=300, temperature=1.0)
+    try:
+        generator.load(smol_dir, 0)
+        killer = threading.Timer(2.0, lambda: os.kill(server_process(tmp_path), signal.SIGKILL))
+        killer.start()
+        with pytest.raises(WorkerLostError, match="signal 9"):
+            generator.generate(make_asks(chat, 32))
+        killer.join()
+    finally:
+        generator.close()
+    assert_gone(tmp_path)
+
+
+class KeepingView(QuietView):
+    """Copies every snapshot as it is published, before the run may prune it."""
+
+    def __init__(self, layout: RunLayout, into: Path) -> None:
+        super().__init__()
+        self.layout, self.into = layout, into
+
+    def message(self, text):
+        super().message(text)
+        if text.startswith("snapshot v"):
+            for snapshot in self.layout.snapshots.glob("v*"):
+                if not (self.into / snapshot.name).exists():
+                    shutil.copytree(snapshot, self.into / snapshot.name)
+
+
+def make_run(venv: Path, smol_dir: Path, folder: Path, **sections):
+    prompts = write_prompts(folder / "prompts.jsonl", count=28)
+    settings = {
+        "generate": {
+            "engine": "vllm",
+            "launch": launch(venv).model_dump(),
+            "dtype": "bfloat16",
+            "max_new_tokens": 16,
+            "shard_size": 6,
+        },
+        "score": {"dtype": "bfloat16", "top_k": 8},
+        # Large steps, so that two snapshots differ by more than rounding.
+        "train": {"batch_size": 6, "lr": 1e-4, "min_lr": 5e-5, "dtype": "bfloat16"},
+        "schedule": {
+            "epochs": 3, "reuse": 1, "refresh": {"at_epochs": [1, 2]}, "segment_steps": 2,
+        },
+        "eval": {"source": "none"},
+        "checkpoint": {"every_steps": None},
+    }  # fmt: skip
+    for name, value in sections.items():
+        settings[name] = {**settings.get(name, {}), **value}
+    return tiny_config(smol_dir, smol_dir, prompts, folder / "run", **settings)
+
+
+def check_who_wrote(layout: RunLayout, kept: Path) -> dict[int, int]:
+    """Each rollout's log-probs are those of the snapshot it names; rollouts by version."""
+    by_version = defaultdict(list)
+    for path in sorted(layout.rollouts(0).parent.glob("*.arrow")):
+        for rollout in read_rollouts(path):
+            by_version[rollout.version].append(rollout)
+    models = {v: load_model(kept / f"v{v:06d}", dtype="bfloat16", packed=False) for v in by_version}
+    for version, rollouts in by_version.items():
+        off = {
+            v: np.concatenate([r.logprobs - own_logprobs(m, r) for r in rollouts[:8]])
+            for v, m in models.items()
+        }
+        sizes = {v: float(np.square(values).mean()) for v, values in off.items()}
+        assert min(sizes, key=sizes.get) == version, f"version {version} wrote like {sizes}"
+        assert np.abs(off[version]).mean() < NOISE
+    return {version: len(rollouts) for version, rollouts in by_version.items()}
+
+
+def test_a_whole_run_with_two_refreshes_and_a_server_killed_by_the_way(
+    vllm_venv, smol_dir, tmp_path
+):
+    config = make_run(vllm_venv, smol_dir, tmp_path)
+    layout = RunLayout(config.directory)
+    view = KeepingView(layout, tmp_path / "kept")
+    killed = threading.Event()
+
+    def kill_once() -> None:
+        """When the first shard of the second snapshot's is being written."""
+        while not killed.is_set():
+            if any("snapshot v1" in line for line in view.messages):
+                os.kill(server_process(layout.logs), signal.SIGKILL)
+                killed.set()
+            time.sleep(0.2)
+
+    killer = threading.Thread(target=kill_once)
+    killer.start()
+    try:
+        result = npd.run(config, view=view)
+    finally:
+        killed.set()
+        killer.join()
+    assert result.is_done
+    outcomes = check_books(layout, reuse=1)
+    assert outcomes[Outcome.FAILED] == 0
+    with Ledger.reader(layout.ledger_db) as ledger:
+        assert [row.version for row in ledger.snapshots()] == [0, 1, 2]
+        lost = [payload for _, kind, payload in ledger.events() if kind == "ShardFailed"]
+    assert len(lost) == 1, "the shard that the killed server held was asked again, once"
+    assert "signal 9" in lost[0]["error"]
+    assert any("asked again" in line for line in view.messages)
+    assert sum("holds snapshot" in line for line in view.messages) >= 3
+    assert set(check_who_wrote(layout, tmp_path / "kept")) == {0, 1, 2}
+    assert_gone(layout.logs)
