@@ -219,7 +219,9 @@ def test_what_cannot_be_started_is_a_config_error(tmp_path, monkeypatch):
 def test_a_program_that_is_not_there_is_one_line(tmp_path):
     launch = LaunchConfig(command=(str(tmp_path / "nothing"),))
     process = ServerProcess("vllm", launch, ServerSpec("x", "float32", 64), tmp_path / "log")
-    with pytest.raises(RunError, match=r"the vllm server exited with code .*nothing") as caught:
+    with pytest.raises(
+        RunError, match=r"the vllm server for x exited with code .*nothing"
+    ) as caught:
         process.start()
     assert "\n" not in str(caught.value)
 

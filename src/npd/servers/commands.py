@@ -13,6 +13,7 @@ from pathlib import Path
 from npd.errors import ConfigError
 from npd.served import LaunchConfig
 
+_MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}
 # vLLM's own default for the tokens of a step.
 _CPU_BATCH_TOKENS = 2048
 
@@ -44,10 +45,8 @@ def server_command(
     Raises:
         ConfigError: there is no such engine to start.
     """
-    if engine == "sglang":
-        flags = _sglang_flags(spec, config.tensor_parallel, port, key)
-    else:
-        flags = _vllm_flags(spec, config, port)
+    is_vllm = engine == "vllm"
+    flags = _vllm_flags(spec, config, port) if is_vllm else _sglang_flags(spec, config, port, key)
     command = [*program_of(engine, config), *flags, *config.args]
     return [part.replace("{model}", spec.model) for part in command]
 
@@ -60,10 +59,6 @@ def program_of(engine: str, config: LaunchConfig) -> list[str]:
     """
     if config.command:
         return list(config.command)
-    module = {
-        "vllm": "vllm.entrypoints.openai.api_server",
-        "sglang": "sglang.launch_server",
-    }[engine]
     if config.venv is not None:
         python = Path(config.venv) / "bin" / "python"
         if not python.exists():
@@ -71,7 +66,7 @@ def program_of(engine: str, config: LaunchConfig) -> list[str]:
                 f"launch.venv {config.venv} is no virtual environment (no bin/python): make one "
                 f"with python -m venv {config.venv} and install {engine} there"
             )
-        return [str(python), "-m", module]
+        return [str(python), "-m", _MODULES[engine]]
     found = shutil.which("vllm") if engine == "vllm" else None
     if found is None:
         raise ConfigError(
@@ -113,10 +108,10 @@ def _lora_rank(rank: int) -> int:
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
-def _sglang_flags(spec: ServerSpec, tensor_parallel: int, port: int, key: str) -> list[str]:
+def _sglang_flags(spec: ServerSpec, config: LaunchConfig, port: int, key: str) -> list[str]:
     flags: list[str | int] = ["--model-path", spec.model, "--host", "127.0.0.1", "--port", port]
     flags += ["--api-key", key, "--dtype", spec.dtype, "--context-length", spec.context]
-    flags += ["--tp-size", tensor_parallel, "--sampling-defaults", "openai"]
+    flags += ["--tp-size", config.tensor_parallel, "--sampling-defaults", "openai"]
     if spec.lora_rank:
         flags += ["--enable-lora", "--max-loras-per-batch", 2, "--max-lora-rank", spec.lora_rank]
         flags += ["--lora-target-modules", "all"]
