@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from npd.config import ScoreConfig
-from npd.score.base import Scorer, Support
+from npd.score.base import Reader, Scorer, Support
 
-__all__ = ["Scorer", "Support", "build_scorer"]
+__all__ = ["Reader", "Scorer", "Support", "build_scorer"]
 
 
 def build_scorer(
@@ -22,23 +22,27 @@ def build_scorer(
     trust_remote_code: bool,
     seed: int,
 ) -> Scorer:
-    """The scorer that `config.engine` names, its teacher loaded.
+    """A scorer, its teacher loaded.
 
     `vocab_size` is the number of token ids that teacher and student share (`len(tokenizer)`).
 
     Raises:
         ModelError: the teacher cannot be loaded.
     """
-    from npd.score.transformers import TransformersScorer
+    from npd.score.pair import PairScorer
+    from npd.score.prefill import load_reader
 
-    return TransformersScorer(
-        config,
-        teacher=teacher,
-        vocab_size=vocab_size,
+    def load(model: Path | str) -> Reader:
+        return load_reader(
+            config, model, vocab_size, device=device, trust_remote_code=trust_remote_code
+        )
+
+    return PairScorer(
+        load(teacher),
+        load,
+        top_k=config.top_k,
         needs_ifd=needs_ifd,
         needs_student_pass=needs_student_pass,
         support=support,
-        device=device,
-        trust_remote_code=trust_remote_code,
         seed=seed,
     )
