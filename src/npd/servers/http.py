@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What a server that is busy or starting answers; everything else from 400 to 499 is final.
 _PASSING = (408, 425, 429)
 _MAX_CAUSE = 400
+# What a server answers that wants another key.
+KEY_STATUS = (401, 403)
 
 
 class Refused(RunError):
@@ -77,6 +79,9 @@ class Connection:
             raise Unavailable(self.url, f"does not answer ({_text(error)})") from error
         if answer.status_code >= 500 or answer.status_code in _PASSING:
             raise Unavailable(self.url, f"fails at {path}: {_cause(answer)}")
+        if answer.status_code in KEY_STATUS:
+            cause = f"{_cause(answer)}: put its key into the environment variable of api_key_env"
+            raise Refused(self.url, answer.status_code, cause)
         if answer.status_code >= 400:
             raise Refused(self.url, answer.status_code, _cause(answer))
         return _parsed(self.url, path, answer)
