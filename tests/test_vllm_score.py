@@ -26,9 +26,10 @@ from npd.workers.tasks import ScoreTask, scored_stats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Nats a token: the mean over tokens of |difference|, and the difference of a mean over a response.
-TOKEN_NOISE, MEAN_NOISE = 0.1, 0.05
-MASS_NOISE = 0.01
+# Nats: the mean |difference| over tokens, the largest of a response's mean NLL (the shortest has 5
+# tokens, so little averages out), the largest of teacher mass. In float32 only the order of sums
+# differs, so that a wrong position, id or normalisation could not hide; measured: see docs/log.md.
+NOISE = {"bfloat16": (0.1, 0.15, 0.01), "float32": (1e-3, 1e-3, 1e-3)}
 NLLS = ("nll_teacher", "nll_teacher_alone", "nll_student", "nll_student_alone")
 # Log-probs closer than this may change places.
 SEPARATED = 0.25
@@ -118,29 +119,48 @@ def build(config, chat, served, score: ScoreConfig):
     return scorer
 
 
-def test_a_server_scores_as_the_process_does(config, chat, teacher):
+def test_a_server_scores_as_the_process_does_in_bfloat16(config, chat, teacher):
+    check_scores(config, chat, teacher, "bfloat16")
+
+
+def test_a_server_scores_as_the_process_does_in_float32(config, chat, tmp_path):
+    config = config.model_copy(
+        update={"score": config.score.model_copy(update={"dtype": "float32"})}
+    )
+    served = open_teacher(config, chat.vocab_size, tmp_path / "server.log")
+    try:
+        check_scores(config, chat, served, "float32")
+    finally:
+        served.close()
+
+
+def check_scores(config, chat, teacher, dtype):
+    """The records of a server's teacher and of the same one in this process agree to rounding."""
     rollouts = rollouts_of(chat)
     by_server = build(config, chat, teacher, config.score).score(rollouts)
-    in_process = build(config, chat, None, ScoreConfig(row_tokens=512)).score(rollouts)
-    off, nlls, mass, shared, told = [], [], [], 0, 0
+    in_process = build(config, chat, None, ScoreConfig(row_tokens=512, dtype=dtype)).score(rollouts)
+    off, nlls, mass, overlaps, shared, told = [], [], [], [], 0, 0
     for a, b in zip(by_server, in_process, strict=True):
         assert a.rollout is b.rollout
         off.append(np.abs(a.teacher_logprobs - b.teacher_logprobs))
         nlls += [abs(getattr(a, name) - getattr(b, name)) for name in NLLS]
         mass.append(abs(scored_stats(a).teacher_mass - scored_stats(b).teacher_mass))
-        assert a.overlap == pytest.approx(b.overlap, abs=0.05)
+        overlaps.append(abs(a.overlap - b.overlap))
         # Ids that stand out from the last of the ten, which noise may exchange for an eleventh.
         stands_out = b.topk_logprobs > b.topk_logprobs[:, -1:] + SEPARATED
         is_there = (b.topk_ids[:, :, None] == a.topk_ids[:, None, :]).any(axis=2)
         shared, told = shared + int((is_there & stands_out).sum()), told + int(stands_out.sum())
     differences = np.concatenate(off)
-    print(f"|difference| mean {differences.mean():.4f}, largest {differences.max():.3f} nats/token")
+    print(f"|difference| mean {differences.mean():.2g}, largest {differences.max():.2g} nats/token")
     print(
-        f"{shared} of {told} ids shared; NLL, mass off by at most {max(nlls):.4f}, {max(mass):.4f}"
+        f"{shared} of {told} ids shared; NLL, mass off by at most {max(nlls):.2g}, {max(mass):.2g}"
     )
-    assert differences.mean() < TOKEN_NOISE
-    assert max(nlls) < MEAN_NOISE
-    assert max(mass) < MASS_NOISE
+    print(f"overlap off by {np.mean(overlaps):.4f} on average")
+    token_noise, mean_noise, mass_noise = NOISE[dtype]
+    assert differences.mean() < token_noise
+    assert max(nlls) < mean_noise
+    assert max(mass) < mass_noise
+    assert np.mean(overlaps) < 0.05  # the last of ten ids changes places with an eleventh
     assert told > 1000
     assert shared / told > 0.95
 

@@ -72,7 +72,7 @@ def prepare(config: RunConfig) -> Prepared:
             "no training prompt is left after dropping: see data.on_long_prompt and "
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
         )
-    for model in _models_read_here(config):
+    for model in models_read_here(config):
         check_weights(model)
     counts = [found.dropped, dropped, dropped_heldout]
     reasons = sorted({reason for count in counts for reason in count})
@@ -80,7 +80,7 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(_numbered(prompts, 0), _numbered(heldout, len(prompts)), total)
 
 
-def _models_read_here(config: RunConfig) -> list[str]:
+def models_read_here(config: RunConfig) -> list[str]:
     """Models whose weights this machine reads; those of a teacher on running servers are theirs."""
     does_not_write = config.generate.source != "teacher" or bool(config.generate.urls)
     is_elsewhere = bool(config.score.urls) and does_not_write

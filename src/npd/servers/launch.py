@@ -82,8 +82,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         # One file a server: workers of one kind are told the same name.
         self.log = self._log.with_name(f"{self._log.stem}-{port}{self._log.suffix}")
-        command = [*_program(self._engine, self._config), *self._flags(port), *self._config.args]
-        command = [part.replace("{model}", self._spec.model) for part in command]
+        command = self.command(port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         watched, self._pipe = os.pipe()
         try:
@@ -100,6 +99,11 @@ class ServerProcess:
         finally:
             os.close(watched)
         self._await_ready()
+
+    def command(self, port: int) -> list[str]:
+        """What starts it on `port`; raises ConfigError where there is nothing to start."""
+        words = [*_program(self._engine, self._config), *self._flags(port), *self._config.args]
+        return [word.replace("{model}", self._spec.model) for word in words]
 
     def check(self) -> None:
         """Raise WorkerLostError if it has ended: what was asked of it is to be asked again."""
