@@ -108,12 +108,13 @@ class Holding:
 
     async def _open(self, pool: ServerPool, snapshot: Path) -> None:
         settings = model_settings(snapshot)
+        context = max(self._context, probe.MAX_TOKENS + 1)  # it must read the probe too
         self._checksums.clear()
         await pool.open(
             ServerSpec(
                 model=str(settings.base),
                 dtype=self._config.dtype,
-                context=min(self._context, settings.context or self._context),
+                context=min(context, settings.context or context),
                 lora_rank=settings.lora_rank,
                 trust_remote_code=self._trust_remote_code,
             ),
