@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from npd import probe
 from npd.chat import Chat
 from npd.config import RunConfig, ServedConfig
 from npd.doctor.checks import Check, fail, ok, warn
@@ -35,6 +36,7 @@ class _Need:
     section: ServedConfig
     longest: int
     top_k: int
+    is_student: bool
     is_refreshed: bool
     expected: Expected
 
@@ -56,14 +58,17 @@ def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
     if generate.urls:
         is_student = generate.source == "student"
         model = config.student if is_student else config.teacher or ""
-        expected = Expected(model, is_student, size, generate.probe_tolerance, trust)
+        expected = Expected(model, size, generate.probe_tolerance, trust)
         refreshed = is_student and not config.schedule.refresh.is_never
-        longest = config.max_sample_tokens - 1  # the last of them is drawn, not read
-        yield _Need("generate", generate.engine, generate, longest, 0, refreshed, expected)
+        # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
+        longest = max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0)
+        yield _Need(
+            "generate", generate.engine, generate, longest, 0, is_student, refreshed, expected
+        )
     if score.urls:
-        teacher = Expected(config.teacher or "", False, size, generate.probe_tolerance, trust)
+        teacher = Expected(config.teacher or "", size, generate.probe_tolerance, trust)
         longest = config.max_read_tokens
-        yield _Need("score", score.engine, score, longest, score.top_k, False, teacher)
+        yield _Need("score", score.engine, score, longest, score.top_k, False, False, teacher)
 
 
 async def _section_checks(need: _Need) -> list[Check]:
@@ -159,7 +164,9 @@ async def _vocabulary_checks(
     known = await _judged(what, server, ids())
     if known.status == "FAIL":
         return [known]
-    holds = model_check(server, need.expected, will_be_given=facts.can_refresh)
+    will_be_given = need.is_student and facts.can_refresh
+    room = facts.max_context or probe.MAX_TOKENS + 1
+    holds = model_check(server, need.expected, room=room, will_be_given=will_be_given)
     return [known, await _judged(what, server, holds)]
 
 
