@@ -12,7 +12,7 @@ import pytest
 
 from conftest import make_model, make_tokenizer
 from desk import Desk
-from npd.config import RunConfig
+from npd.config import LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
 from npd.doctor.memory import trainer_bytes
 from npd.doctor.sizes import size_of
@@ -217,6 +217,10 @@ def test_memory_counts_state_and_rows(tmp_path):
     )
     (state, row) = trainer_bytes(plain, size)
     assert state == 16 * size.parameters
+    adapters = plain.model_copy(
+        update={"train": TrainConfig(lora=LoraConfig(rank=1), dtype="bfloat16")}
+    )
+    assert trainer_bytes(adapters, size)[0] < state / 2
     assert trainer_bytes(thrifty, size)[1] < row
     assert trainer_bytes(shorter, size)[1] < row
 
@@ -302,6 +306,13 @@ def test_a_server_without_dev_mode(desk, serve):
     assert "VLLM_SERVER_DEV_MODE=1" in failure(checks["generate server"])
     code, _ = examined(desk, *on(stub), "schedule.refresh=never")
     assert code == 0
+
+
+def test_adapters_need_a_server_that_takes_them(desk, serve):
+    stub = serve(desk.student, has_dev_mode=False)
+    code, checks = examined(desk, *on(stub), "train.lora={rank: 4}")
+    assert code == 0
+    assert any("--enable-lora" in c.says for c in checks["generate server"] if c.status == "warn")
 
 
 def test_a_paused_server_is_not_asked(desk, serve):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fakes import FakeLM, make_rollouts
-from npd.config import ScoreConfig
+from npd.config import LaunchConfig, ScoreConfig
 from npd.errors import ConfigError, ModelError, RunError, WorkerLostError
 from npd.score import build_scorer
 from npd.score.base import Document
@@ -285,6 +285,16 @@ def test_our_server_is_started_with_what_it_must_hold(tmp_path):
         assert teacher.num_padding_ids == 8
         teacher.close()
         assert pool.is_closed
+
+
+def test_our_server_is_not_started_for_an_adapter(tmp_path):
+    adapter = '{"base_model_name_or_path": "a/b", "r": 8}'
+    (tmp_path / "adapter_config.json").write_text(adapter)
+    config = ScoreConfig(engine="vllm", launch=LaunchConfig())
+    pool = FakePool(config, [FakeServer(FakeLM(VOCAB))])
+    with pytest.raises(ConfigError, match="is an adapter"):
+        ServedTeacher(config, pool, teacher=str(tmp_path), vocab_size=VOCAB, context=60)
+    assert pool.spec is None
 
 
 def test_a_teacher_that_cannot_be_opened_is_closed():

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from npd import probe
 from npd.config import LaunchConfig, RunConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.errors import ConfigError
@@ -35,7 +37,10 @@ def launch_checks(config: RunConfig) -> Iterator[Check]:
     writes_teacher = generate.source == "teacher"
     if generate.launch is not None:
         model = config.teacher if writes_teacher else config.student
-        spec = _spec(model or "", generate.dtype, config.max_sample_tokens, 1, config)
+        context = max(config.max_sample_tokens, 0 if writes_teacher else probe.MAX_TOKENS + 1)
+        spec = _spec(model or "", generate.dtype, context, 1, config)
+        if config.train.lora is not None and not writes_teacher:
+            spec = replace(spec, lora_rank=config.train.lora.rank)
         yield from _launch("generate", generate.engine, generate.launch, spec, config)
     if score.launch is not None:
         model, wanted = config.teacher or "", max(score.top_k, 64)

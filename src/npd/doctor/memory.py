@@ -33,9 +33,9 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
     beside = other_bytes(config, size)
     needed, (free, total) = state + row + beside, device_bytes(device)
     says = (
-        f"trainer about {_gib(state)} (weights, gradients, AdamW) + {_gib(row)} (a row of "
+        f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
         f"{config.train.row_tokens:,} tokens), models beside it {_gib(beside)}; "
-        f"{device} has {_gib(free)} free of {_gib(total)} GiB"
+        f"{device} has {_gib(free)} free of {_gib(total)}"
     )
     smaller = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
     if state > total:
@@ -56,8 +56,14 @@ def trainer_bytes(config: RunConfig, size: ModelSize) -> tuple[int, int]:
         kept = size.layers * layer
     # A chunk's logits, their softmax and their gradient, in float32.
     logits = 3 * 4 * config.loss.chunk * size.vocabulary
+    row = train.row_tokens * width * kept + logits
+    if train.lora is not None:
+        # Weights that stay as they are, and adapters beside four projections and three of the MLP.
+        sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
+        trained = size.layers * train.lora.rank * sides
+        return width * size.parameters + _STATE_BYTES * trained, row
     copy = 0 if train.dtype == "float32" else width * size.parameters
-    return _STATE_BYTES * size.parameters, train.row_tokens * width * kept + logits + copy
+    return _STATE_BYTES * size.parameters, row + copy
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:

@@ -38,6 +38,7 @@ class _Need:
     top_k: int
     is_student: bool
     is_refreshed: bool
+    has_adapters: bool
     expected: Expected
 
 
@@ -58,17 +59,30 @@ def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
     if generate.urls:
         is_student = generate.source == "student"
         model = config.student if is_student else config.teacher or ""
-        expected = Expected(model, size, generate.probe_tolerance, trust)
-        refreshed = is_student and not config.schedule.refresh.is_never
-        # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
-        longest = max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0)
         yield _Need(
-            "generate", generate.engine, generate, longest, 0, is_student, refreshed, expected
+            where="generate",
+            engine=generate.engine,
+            section=generate,
+            # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
+            longest=max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0),
+            top_k=0,
+            is_student=is_student,
+            is_refreshed=is_student and not config.schedule.refresh.is_never,
+            has_adapters=is_student and config.train.lora is not None,
+            expected=Expected(model, size, generate.probe_tolerance, trust),
         )
     if score.urls:
-        teacher = Expected(config.teacher or "", size, generate.probe_tolerance, trust)
-        longest = config.max_read_tokens
-        yield _Need("score", score.engine, score, longest, score.top_k, False, False, teacher)
+        yield _Need(
+            where="score",
+            engine=score.engine,
+            section=score,
+            longest=config.max_read_tokens,
+            top_k=score.top_k,
+            is_student=False,
+            is_refreshed=False,
+            has_adapters=False,
+            expected=Expected(config.teacher or "", size, generate.probe_tolerance, trust),
+        )
 
 
 async def _section_checks(need: _Need) -> list[Check]:
@@ -127,6 +141,12 @@ def _introduction(server: EngineServer, facts: ServerFacts, has_key: bool, varia
 
 
 def _refresh_check(what: str, server: EngineServer, facts: ServerFacts, need: _Need) -> Check:
+    if need.is_refreshed and need.has_adapters:
+        return warn(
+            what,
+            f"{server.name} is given adapters: start it with --enable-lora, and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment (whether it was does not show)",
+        )
     if facts.can_refresh:
         return ok(what, f"{server.name} can be given other weights")
     if not need.is_refreshed:

@@ -28,7 +28,6 @@ from npd.servers.proof import Checksums, Evidence, StaleWeights, judge, read_pro
 from npd.store.snapshots import MANIFEST
 
 
-
 @dataclass(frozen=True, slots=True)
 class Held:
     """A snapshot on the servers: the tag they report for it, the name its adapter goes by."""

@@ -64,6 +64,11 @@ class ServedTeacher:
     ) -> None:
         self._config, self._vocab_size, self._context = config, vocab_size, context
         settings = model_settings(Path(teacher))
+        if pool.is_ours and settings.lora_rank:
+            raise ConfigError(
+                f"teacher {teacher} is an adapter, which the server would not merge: give the "
+                "merged model"
+            )
         # It draws one token more than it reads, up to what the model can hold.
         room = min(context + 1, settings.context or context + 1)
         wanted = max(config.top_k, widest)
