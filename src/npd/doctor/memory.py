@@ -14,8 +14,8 @@ from npd.doctor.sizes import GIB, ModelSize, size_of
 
 # Weights, gradients and AdamW's two moments, all float32.
 _STATE_BYTES = 16
-# Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of the
-# compute type: residuals and norms stay float32 and count twice. Fitted to a 135M Llama, whose 30
+# Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
+# the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose 30
 # layers take 1.0 MB a token in bfloat16.
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 19, 4
 _BYTES = {"bfloat16": 2, "float32": 4}
