@@ -44,7 +44,7 @@ from npd.modeling import (
     resolve_device,
 )
 from npd.pack import pack
-from npd.score.transformers import TransformersScorer
+from npd.score import build_scorer
 from npd.types import FinishReason, Rollout
 
 
@@ -110,9 +110,12 @@ def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, list[f
     config = ScoreConfig(
         top_k=args.top_k, row_tokens=args.row_tokens, head_chunk=args.head_chunk, dtype=args.dtype
     )
-    common = {"teacher": directory, "vocab_size": VOCAB, "device": device}
-    plain = TransformersScorer(config, needs_ifd=False, needs_student_pass=False, **common)
-    with_ifd = TransformersScorer(config, needs_ifd=True, needs_student_pass=False, **common)
+    common = {
+        "teacher": directory, "vocab_size": VOCAB, "needs_student_pass": False, "support": "topk",
+        "device": device, "trust_remote_code": False, "seed": 0,
+    }  # fmt: skip
+    plain = build_scorer(config, needs_ifd=False, **common)
+    with_ifd = build_scorer(config, needs_ifd=True, **common)
     with_ifd.load_student(directory, 0)
     model = load_model(directory, dtype=args.dtype, device=device)
     rollouts = make_rollouts(args.samples, args.prompt, args.response)

@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": GROUND | {"prepare"},
     "show": GROUND,
     "versions": set(),
-    "cli": GROUND | {"control", "stages", "prepare", "export", "show", "versions"},
+    "doctor": GROUND | {"control"},
+    "cli": GROUND | {"control", "doctor", "stages", "prepare", "export", "show", "versions"},
     "__main__": {"errors", "cli"},
     "npd": GROUND | {"control", "train"},
 }

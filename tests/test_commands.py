@@ -21,7 +21,18 @@ from npd.settings import load_config
 from npd.store.ledger import Ledger
 from tiny_run import tiny_settings
 
-VERBS = ("run", "show", "config", "generate", "score", "train", "prepare", "export", "version")
+VERBS = (
+    "run",
+    "show",
+    "config",
+    "doctor",
+    "generate",
+    "score",
+    "train",
+    "prepare",
+    "export",
+    "version",
+)
 
 
 @pytest.fixture

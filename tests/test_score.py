@@ -17,7 +17,8 @@ from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
 from npd.modeling import load_model
 from npd.score import build_scorer
-from npd.score.prefill import Document, Reader, _draw, top_k
+from npd.score.base import Document
+from npd.score.prefill import PrefillReader, _draw, top_k
 from npd.types import FinishReason, Rollout
 
 VOCAB = 300  # of the tiny tokenizer; the tiny models have 304 ids
@@ -232,7 +233,7 @@ class Lookup(nn.Module):
 
 def test_each_position_predicts_the_next_token():
     table = np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.25, 0.125, 0.625]])
-    reader = Reader(Lookup(table), "lookup", 3, ScoreConfig(row_tokens=16))
+    reader = PrefillReader(Lookup(table), "lookup", 3, ScoreConfig(row_tokens=16))
     context, response = np.array([1, 0], np.int32), np.array([2, 1, 1], np.int32)
     reading = reader.read({"x": Document(context, response, k=2)})["x"]
     np.testing.assert_allclose(np.exp(reading.logprobs), [0.1, 0.125, 0.4], rtol=1e-5)
@@ -268,7 +269,7 @@ def test_only_a_chunk_of_positions_ever_has_logits(make_scorer, chunk, support):
 
 def test_non_finite_scores_are_an_error():
     table = np.full((3, 3), np.nan)
-    reader = Reader(Lookup(table), "broken", 3, ScoreConfig(row_tokens=16))
+    reader = PrefillReader(Lookup(table), "broken", 3, ScoreConfig(row_tokens=16))
     with pytest.raises(RunError, match=r"broken.*not finite"):
         reader.read({0: Document(np.array([1], np.int32), np.array([2], np.int32))})
 

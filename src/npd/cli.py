@@ -93,6 +93,30 @@ def show_config(config: Config, sets: Sets = None) -> None:
 
 
 @app.command()
+def doctor(
+    config: Config,
+    sets: Sets = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Look over a run before it starts: models, data, memory, servers."""
+    from npd.doctor import examine
+    from npd.doctor.checks import as_json as to_json
+    from npd.doctor.checks import lines
+
+    if as_json:
+        found = to_json(examine(config, sets or ()))
+        typer.echo(json.dumps(found, indent=2))
+        failed = bool(found["failed"])
+    else:
+        failed = False
+        for line in lines(examine(config, sets or ())):
+            failed = failed or line.startswith("FAIL ")
+            typer.echo(line)
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
 def generate(
     config: Config,
     out: OutFile,

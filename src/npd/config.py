@@ -130,6 +130,12 @@ class RunConfig(Section):
         """The longest a sample can get, prompt and response together."""
         return self.data.max_prompt_tokens + self.generate.max_new_tokens
 
+    @property
+    def max_read_tokens(self) -> int:
+        """The longest text a teacher reads: a sample, or a held-out response with its prompt."""
+        heldout = 0 if self.eval.source == "none" else self.eval.max_new_tokens
+        return self.data.max_prompt_tokens + max(self.generate.max_new_tokens, heldout)
+
     def num_asks(self, num_prompts: int) -> int | None:
         """Samples asked for over the whole run; None when `steps` bounds it instead."""
         if self.schedule.epochs is None:

@@ -21,7 +21,8 @@ from npd.types import FloatArray, IntArray
 FILE = "probe.json"
 _FORMAT = 1
 # Enough positions that rounding averages out (a bf16 log-prob is off by some 0.02 nats).
-_MAX_TOKENS = 128
+MAX_TOKENS = 128
+"""The longest sequence of a probe; a server that is to read it needs room for one more."""
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. By evening "
     "both have walked to the river, where an old man sells apples, bread and today's newspaper.",
@@ -52,7 +53,7 @@ class Probe:
 def probe_sequences(tokenizer: Any, longest: int) -> list[IntArray]:
     """The fixed texts as token ids of this tokenizer, none longer than `longest`."""
     encoded = tokenizer(list(_TEXTS), add_special_tokens=False)["input_ids"]
-    limit = min(_MAX_TOKENS, longest)
+    limit = min(MAX_TOKENS, longest)
     return [np.array(ids[:limit], np.int32) for ids in encoded if len(ids) > 1]
 
 
@@ -95,7 +96,7 @@ def of_directory(directory: Path, trust_remote_code: bool = False) -> Probe:
 def _longest(model: Any) -> int:
     """Tokens a server can read of this model, which draws one more each time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return _MAX_TOKENS if limit is None else int(limit) - 1
+    return MAX_TOKENS if limit is None else int(limit) - 1
 
 
 def of_model(model: Any, tokenizer: Any) -> Probe:

@@ -61,7 +61,7 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
 
 def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None = None) -> int:
     """Score the rollouts of a file that pass the pre-filters; returns how many."""
-    from npd.score import build_scorer
+    from npd.score import build_scorer, open_teacher
 
     _check_new(out)
     if config.teacher is None:
@@ -72,20 +72,26 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None 
     check_model("teacher", config.teacher, config)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
-    scorer = build_scorer(
-        config.score,
-        teacher=config.teacher,
-        vocab_size=chat.vocab_size,
-        needs_ifd=config.needs_ifd,
-        needs_student_pass=config.needs_student_pass,
-        support="sampled" if config.loss.target == "sampled" else "topk",
-        device=resolve_device(config.runtime.device),
-        trust_remote_code=config.trust_remote_code,
-        seed=config.seed,
-    )
-    if config.needs_ifd or config.needs_student_pass:
-        scorer.load_student(Path(student), 0)
-    write_scored(out, scorer.score(kept))
+    served = open_teacher(config, chat.vocab_size, out.with_suffix(".server.log"))
+    try:
+        scorer = build_scorer(
+            config.score,
+            teacher=config.teacher,
+            vocab_size=chat.vocab_size,
+            needs_ifd=config.needs_ifd,
+            needs_student_pass=config.needs_student_pass,
+            support="sampled" if config.loss.target == "sampled" else "topk",
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+            served=served,
+        )
+        if config.needs_ifd or config.needs_student_pass:
+            scorer.load_student(Path(student), 0)
+        write_scored(out, scorer.score(kept))
+    finally:
+        if served is not None:
+            served.close()
     return len(kept)
 
 

@@ -72,12 +72,20 @@ def prepare(config: RunConfig) -> Prepared:
             "no training prompt is left after dropping: see data.on_long_prompt and "
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
         )
-    for model in filter(None, (config.student, config.teacher)):
+    for model in models_read_here(config):
         check_weights(model)
     counts = [found.dropped, dropped, dropped_heldout]
     reasons = sorted({reason for count in counts for reason in count})
     total = {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
     return Prepared(_numbered(prompts, 0), _numbered(heldout, len(prompts)), total)
+
+
+def models_read_here(config: RunConfig) -> list[str]:
+    """Models whose weights this machine reads; those of a teacher on running servers are theirs."""
+    does_not_write = config.generate.source != "teacher" or bool(config.generate.urls)
+    is_elsewhere = bool(config.score.urls) and does_not_write
+    models = (config.student, None if is_elsewhere else config.teacher)
+    return [model for model in models if model is not None]
 
 
 def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPrompt]:

@@ -11,25 +11,22 @@ How a snapshot reaches a server: as the model it is started with (ours, the firs
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from npd import probe
 from npd.config import GenerateConfig
-from npd.errors import ConfigError, RunError, WorkerLostError
+from npd.errors import RunError, WorkerLostError
 from npd.probe import Probe
 from npd.servers import EngineServer, Refused, Unavailable
 from npd.servers.checksums import Checksums
 from npd.servers.launch import ServerSpec
+from npd.servers.models import ADAPTER, model_settings, read_settings
 from npd.servers.pool import ServerPool
 from npd.servers.proof import Evidence, StaleWeights, judge, read_probe
 from npd.store.snapshots import MANIFEST
-
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +108,13 @@ class Holding:
 
     async def _open(self, pool: ServerPool, snapshot: Path) -> None:
         settings = model_settings(snapshot)
+        context = max(self._context, probe.MAX_TOKENS + 1)  # it must read the probe too
         self._checksums.clear()
         await pool.open(
             ServerSpec(
                 model=str(settings.base),
                 dtype=self._config.dtype,
-                context=min(self._context, settings.context or self._context),
+                context=min(context, settings.context or context),
                 lora_rank=settings.lora_rank,
                 trust_remote_code=self._trust_remote_code,
             ),
@@ -127,7 +125,7 @@ class Holding:
 
     def _describe(self, snapshot: Path, version: int, *, is_policy: bool) -> Held:
         tag = f"npd-v{version}-{_checksum(snapshot)}"
-        adapter = tag if (snapshot / _ADAPTER).exists() else None
+        adapter = tag if (snapshot / ADAPTER).exists() else None
         found = probe.of_directory(snapshot, self._trust_remote_code) if is_policy else None
         return Held(snapshot, version, tag, adapter, found)
 
@@ -208,40 +206,6 @@ class Holding:
         return Evidence(evidence.difference, evidence.staleness, evidence.error, same)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """What a server must know of a model directory before it loads it (0: not told)."""
-
-    base: str
-    context: int
-    vocabulary: int
-    lora_rank: int = 0
-
-
-def model_settings(directory: Path) -> ModelSettings:
-    """Settings of a model directory, of an adapter's base, or of a hub's name.
-
-    Raises:
-        ConfigError: an adapter that does not say what it adapts.
-    """
-    base, rank = str(directory), 0
-    if (directory / _ADAPTER).exists():
-        adapter = _json(directory / _ADAPTER)
-        base, rank = str(adapter.get("base_model_name_or_path") or ""), int(adapter.get("r") or 0)
-        if not base or not rank:
-            raise ConfigError(f"{directory / _ADAPTER} names no base model, or no rank")
-    config = _json(Path(base) / "config.json")
-    config = config.get("text_config") or config
-    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
-    return ModelSettings(base, int(context or 0), int(vocabulary or 0), rank)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    assert isinstance(found, dict)
-    return found
-
-
 def _checksum(snapshot: Path) -> str:
     """The published checksum, short; of a plain model directory there is none."""
-    return str(_json(snapshot / MANIFEST).get("checksum", "plain"))[:12]
+    return str(read_settings(snapshot / MANIFEST).get("checksum", "plain"))[:12]

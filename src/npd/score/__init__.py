@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from npd.config import ScoreConfig
-from npd.score.base import Scorer, Support
+from npd.config import RunConfig, ScoreConfig
+from npd.score.base import Reader, Scorer, Support
 
-__all__ = ["Scorer", "Support", "build_scorer"]
+if TYPE_CHECKING:
+    from npd.score.served import ServedTeacher
+
+__all__ = ["Reader", "Scorer", "Support", "build_scorer", "open_teacher"]
 
 
 def build_scorer(
@@ -21,24 +25,56 @@ def build_scorer(
     device: str,
     trust_remote_code: bool,
     seed: int,
+    served: ServedTeacher | None = None,
 ) -> Scorer:
-    """The scorer that `config.engine` names, its teacher loaded.
+    """A scorer, its teacher loaded, unless that is on servers (`served`): they stay the caller's.
 
     `vocab_size` is the number of token ids that teacher and student share (`len(tokenizer)`).
 
     Raises:
         ModelError: the teacher cannot be loaded.
     """
-    from npd.score.transformers import TransformersScorer
+    from npd.score.pair import PairScorer
+    from npd.score.prefill import load_reader
 
-    return TransformersScorer(
-        config,
-        teacher=teacher,
-        vocab_size=vocab_size,
+    def load(model: Path | str) -> Reader:
+        return load_reader(
+            config, model, vocab_size, device=device, trust_remote_code=trust_remote_code
+        )
+
+    return PairScorer(
+        load(teacher) if served is None else served,
+        load,
+        top_k=config.top_k,
         needs_ifd=needs_ifd,
         needs_student_pass=needs_student_pass,
         support=support,
-        device=device,
-        trust_remote_code=trust_remote_code,
         seed=seed,
+    )
+
+
+def open_teacher(
+    config: RunConfig, vocab_size: int, log: Path, *, widest: int = 0
+) -> ServedTeacher | None:
+    """The teacher on the servers of `config.score`, to be closed by the caller; None in process.
+
+    Our own server writes to `log`. `widest` is the widest support asked for besides `score.top_k`.
+
+    Raises:
+        ConfigError, ModelError, RunError: see `ServedTeacher`.
+    """
+    if config.score.engine == "transformers":
+        return None
+    from npd.score.served import ServedTeacher
+    from npd.servers.pool import ServerPool
+
+    assert config.teacher is not None, "checked by the config"
+    return ServedTeacher(
+        config.score,
+        ServerPool(config.score.engine, config.score, log=log),
+        teacher=config.teacher,
+        vocab_size=vocab_size,
+        context=config.max_read_tokens,
+        widest=widest,
+        trust_remote_code=config.trust_remote_code,
     )

@@ -1,18 +1,63 @@
-"""What a scorer is.
+"""What a scorer is, and what reads for it.
 
 A scorer reads rollouts and returns what the teacher says of them, one frozen record each, in order.
-It keeps no sample and decides nothing. Import-light: torch comes with the implementation.
+It keeps no sample and decides nothing. A reader is one model, wherever it runs: given documents it
+returns that model's word on them. Import-light: torch comes with the implementations.
+
+Dimensions: L tokens of a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
-from npd.types import Rollout, Scored
+import numpy as np
+from numpy.typing import NDArray
 
+from npd.types import FloatArray, IntArray, Rollout, Scored
+
+Key = TypeVar("Key", bound=Hashable)
 Support: TypeAlias = Literal["topk", "sampled"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A response after some context. `k` ids of the model's top are asked for at each of its
+    positions, and one drawn id for each of `uniforms` [L, draws] in [0, 1)."""
+
+    context: IntArray
+    response: IntArray
+    k: int = 0
+    uniforms: NDArray[np.float64] | None = None
+
+    @property
+    def wants(self) -> tuple[int, bool]:
+        """Documents that want the same of each position go through the head together."""
+        return self.k, self.uniforms is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A model's word on a document: log p(y_t) [L]; `ids` [L, k + draws], top first, then drawn."""
+
+    logprobs: FloatArray
+    ids: IntArray
+    id_logprobs: FloatArray
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the response, nats per token."""
+        return float(-self.logprobs.mean(dtype=np.float64))
+
+
+class Reader(Protocol):
+    """One model, asked about given text. Readings do not depend on what is read beside them."""
+
+    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
+        """A reading of each document, under its key; a key's text names it in an error."""
 
 
 class Scorer(Protocol):

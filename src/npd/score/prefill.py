@@ -9,10 +9,10 @@ Dimensions: N response positions of a group, C of a chunk, L of a response; V vo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,47 +21,15 @@ from torch import Tensor
 
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
-from npd.modeling import Head, head_of, response_hidden
-from npd.types import FloatArray, IntArray
-
-Key = TypeVar("Key", bound=Hashable)
+from npd.modeling import Head, head_of, load_model, resolve_device, response_hidden
+from npd.score.base import Document, Key, Reading
 
 # Block of the two-stage top-k: 64 is 3.4 times torch.topk's speed at V = 49,152, k = 10.
 _BLOCK = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Document:
-    """A response after some context. `k` ids of the model's top are asked for at each of its
-    positions, and one drawn id for each of `uniforms` [L, draws] in [0, 1)."""
-
-    context: IntArray
-    response: IntArray
-    k: int = 0
-    uniforms: NDArray[np.float64] | None = None
-
-    @property
-    def wants(self) -> tuple[int, bool]:
-        """Documents that want the same of each position go through the head together."""
-        return self.k, self.uniforms is not None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """A model's word on a document: log p(y_t) [L]; `ids` [L, k + draws], top first, then drawn."""
-
-    logprobs: FloatArray
-    ids: IntArray
-    id_logprobs: FloatArray
-
-    @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood of the response, nats per token."""
-        return float(-self.logprobs.mean(dtype=np.float64))
-
-
-class Reader:
-    """One model, read through packed rows and its head in chunks."""
+class PrefillReader:
+    """One model of this process, read through packed rows and its head in chunks."""
 
     def __init__(self, model: Any, name: str, vocab_size: int, config: ScoreConfig) -> None:
         self._model, self._name = model, name
@@ -128,6 +96,24 @@ class Reader:
                     f"a sample holds token id {highest}, but {self._name} has only "
                     f"{self._num_ids}: teacher and student must share one tokenizer"
                 )
+
+
+def load_reader(
+    config: ScoreConfig,
+    model: Path | str,
+    vocab_size: int,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> PrefillReader:
+    """The reader of a model directory or name; raises ModelError where it cannot be loaded."""
+    loaded = load_model(
+        model,
+        dtype=config.dtype,
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    return PrefillReader(loaded, str(model), vocab_size, config)
 
 
 def _read_logits(

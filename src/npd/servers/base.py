@@ -68,6 +68,7 @@ class ServerFacts:
     models: tuple[str, ...]
     max_context: int | None
     can_refresh: bool
+    is_paused: bool | None = None
 
 
 class EngineServer(Protocol):

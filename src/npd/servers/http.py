@@ -26,6 +26,8 @@ _UNKNOWN = (400, 403, 404, 405, _NOT_IMPLEMENTED)
 _MAX_CAUSE = 400
 _CAUSES = ("error", "message", "detail", "error_message")
 _NO_KEY = "is the right key in the environment variable that api_key_env names?"
+# What a server answers that wants another key.
+KEY_STATUS = (401, 403)
 
 
 class Refused(RunError):

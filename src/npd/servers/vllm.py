@@ -44,14 +44,15 @@ class VllmServer:
         """Version, models and limits, and whether it can be given other weights."""
         listed = (await self._connection.get("/v1/models"))["data"]
         version = await self._connection.optional("GET", "/version")
-        can_refresh = await self._connection.optional("GET", "/is_paused") is not None
+        paused = await self._connection.optional("GET", "/is_paused")
         limits = [card.get("max_model_len") for card in listed if card.get("max_model_len")]
         return ServerFacts(
             engine="vLLM",
             version=None if version is None else str(version.get("version")),
             models=tuple(str(card["id"]) for card in listed),
             max_context=min(limits, default=None),
-            can_refresh=can_refresh,
+            can_refresh=paused is not None,
+            is_paused=None if paused is None else bool(paused.get("is_paused")),
         )
 
     async def is_healthy(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npd.chat import Chat
 from npd.config import RunConfig
@@ -11,9 +11,12 @@ from npd.modeling import resolve_device
 from npd.score.base import Scorer, Support
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
-from npd.types import Ask, EncodedPrompt, Rollout, SampleStats, Scored
-from npd.workers.generator import stop_ids
+from npd.types import EncodedPrompt, Rollout, SampleStats, Scored
+from npd.workers.heldout import heldout_rollouts
 from npd.workers.tasks import ScoreTask, scored_stats
+
+if TYPE_CHECKING:
+    from npd.score.served import ServedTeacher
 
 # A wider support than the run's own makes the tail-bucket KL a tighter bound; it is scored once.
 HELDOUT_TOP_K = 64
@@ -27,6 +30,7 @@ class ScorerWorker:
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._scorer: Scorer | None = None
+        self._teacher: ServedTeacher | None = None
         self._loaded: int | None = None
 
     def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
@@ -55,38 +59,13 @@ class ScorerWorker:
         """Write `heldout.arrow`: held-out responses with the teacher's support; returns tokens."""
         path = self._layout.heldout
         if not path.exists():
-            rollouts = self._heldout_rollouts(prompts)
-            scorer = self._build(HELDOUT_TOP_K, "topk", is_for_filter=False)
+            served = self._served()
+            rollouts = heldout_rollouts(self._config, self._chat, prompts, self._device, served)
+            widest = HELDOUT_TOP_K if served is None else served.max_k
+            scorer = self._build(widest, "topk", is_for_filter=False)
             write_scored(path, scorer.score(rollouts))
             scorer.close()
         return sum(len(s.rollout.response_ids) for s in read_scored(path))
-
-    def _heldout_rollouts(self, prompts: Sequence[EncodedPrompt]) -> list[Rollout]:
-        from npd.generate import build_generator
-
-        evaluation = self._config.eval
-        source = "teacher" if evaluation.source == "teacher" else "dataset"
-        generator = build_generator(
-            self._config.generate.model_copy(
-                update={
-                    "source": source,
-                    "engine": "transformers",
-                    "temperature": 0.0,
-                    "max_new_tokens": evaluation.max_new_tokens,
-                    "batch_size": evaluation.batch_size,
-                }
-            ),
-            stop_ids=stop_ids(self._config, self._chat, is_teacher=source == "teacher"),
-            pad_id=self._chat.pad_id,
-            vocab_size=self._chat.vocab_size,
-            device=self._device,
-            trust_remote_code=self._config.trust_remote_code,
-        )
-        assert self._config.teacher is not None, "checked by the config"
-        generator.load(Path(self._config.teacher), 0)
-        found = generator.generate([Ask(p.index, p.index, p) for p in prompts])
-        generator.close()
-        return [rollout for rollout in found if isinstance(rollout, Rollout)]
 
     def _scorer_for(self, version: int) -> Scorer:
         config = self._config
@@ -113,15 +92,29 @@ class ScorerWorker:
             device=self._device,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
+            served=self._served(),
         )
+
+    def _served(self) -> ServedTeacher | None:
+        """The teacher on its servers, one connection for all that is read and written; or None."""
+        if self._teacher is None:
+            from npd.score import open_teacher
+
+            log = self._layout.logs / f"server-{self._config.score.engine}-teacher.log"
+            vocab_size = self._chat.vocab_size
+            self._teacher = open_teacher(self._config, vocab_size, log, widest=HELDOUT_TOP_K)
+        return self._teacher
 
     def ready(self) -> None:
         """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
 
     def close(self) -> None:
-        """Let go of the models."""
+        """Let go of the models, and of the teacher's server."""
         if self._scorer is not None:
             self._scorer.close()
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None
 
 
 def _ids(scored: Sequence[Scored]) -> tuple[int, ...]:

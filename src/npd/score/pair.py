@@ -1,57 +1,58 @@
-"""The in-process scorer: teacher and snapshot read many samples at once, in packed rows.
+"""The scorer: a teacher and the snapshot that wrote, each read through a reader of its own.
 
-Promises: a record depends on its own rollout alone (to float noise). Does not sample, filter, or
-write files.
+Promises: a record depends on its own rollout alone (to float noise), wherever its teacher runs.
+Does not sample, filter, or write files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npd.config import ScoreConfig
-from npd.modeling import load_model, resolve_device
-from npd.score.base import Support
-from npd.score.prefill import Document, Reader, Reading
+from npd.score.base import Document, Reader, Reading, Support
 from npd.types import IntArray, Rollout, Scored
 
-# A rollout's index in the call, and whether its response is read alone (without the prompt).
-_Key: TypeAlias = tuple[int, bool]
+
+class _Key(NamedTuple):
+    """A rollout, by its id; `is_alone`: its response read without the prompt."""
+
+    sample_id: int
+    is_alone: bool
+
+    def __str__(self) -> str:
+        return f"sample {self.sample_id}{', its response alone' if self.is_alone else ''}"
 
 
-class TransformersScorer:
-    """A Scorer over two Hugging Face models; see `npd.score.base.build_scorer` for the arguments.
+class PairScorer:
+    """A Scorer over two readers: the teacher's, and the one `load_student` makes of a snapshot.
 
-    With `support="sampled"` the k ids of a position are drawn from p_T (within the shared ids), by
-    a generator seeded with (seed, sample id).
+    With `support="sampled"` the `top_k` ids of a position are drawn from p_T (within the shared
+    ids), by a generator seeded with (seed, sample id). `close` lets go of the readers; a teacher
+    behind a server is closed by whoever opened it.
     """
 
     def __init__(
         self,
-        config: ScoreConfig,
+        teacher: Reader,
+        load: Callable[[Path], Reader],
         *,
-        teacher: Path | str,
-        vocab_size: int,
+        top_k: int,
         needs_ifd: bool,
         needs_student_pass: bool,
         support: Support = "topk",
-        device: str = "auto",
-        trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        self._config = config
-        self._vocab_size = vocab_size
+        self._teacher: Reader | None = teacher
+        self._load = load
+        self._top_k = top_k
         self._needs_ifd = needs_ifd
         self._needs_student_pass = needs_student_pass
         self._support = support
-        self._device = resolve_device(device)
-        self._trust_remote_code = trust_remote_code
         self._seed = seed
-        self._teacher: Reader | None = self._load(teacher)
         self._student: Reader | None = None
         self._snapshot: tuple[Path, int] | None = None
 
@@ -67,68 +68,59 @@ class TransformersScorer:
 
         Raises:
             ModelError: a rollout holds a token id that a model does not know.
-            RunError: a model's log-probabilities are not finite.
+            RunError: a model's log-probabilities are not finite, or a server has none for a sample.
+            WorkerLostError: our own server ended or hangs.
         """
         assert self._teacher is not None, "score after close"
         teacher = self._teacher.read(self._teacher_documents(rollouts))
         documents = self._student_documents(rollouts)
         assert self._student or not documents, "score before load_student"
         student = self._student.read(documents) if self._student else {}
-        return [
-            self._record(rollout, teacher[i, False], teacher.get((i, True)), student, i)
-            for i, rollout in enumerate(rollouts)
-        ]
+        return [self._record(rollout, teacher, student) for rollout in rollouts]
 
     def close(self) -> None:
         """Let go of both models."""
         self._teacher = self._student = self._snapshot = None
-
-    def _load(self, path: Path | str) -> Reader:
-        model = load_model(
-            path,
-            dtype=self._config.dtype,
-            device=self._device,
-            trust_remote_code=self._trust_remote_code,
-        )
-        return Reader(model, str(path), self._vocab_size, self._config)
 
     def _is_measured(self, rollout: Rollout) -> bool:
         return self._needs_student_pass or (self._needs_ifd and rollout.logprobs is None)
 
     def _teacher_documents(self, rollouts: Sequence[Rollout]) -> dict[_Key, Document]:
         documents: dict[_Key, Document] = {}
-        for i, rollout in enumerate(rollouts):
+        for rollout in rollouts:
             draws = self._uniforms(rollout) if self._support == "sampled" else None
-            k = self._config.top_k if draws is None or self._is_measured(rollout) else 0
-            documents[i, False] = Document(rollout.prompt_ids, rollout.response_ids, k, draws)
+            k = self._top_k if draws is None or self._is_measured(rollout) else 0
+            documents[_whole(rollout)] = Document(
+                rollout.prompt_ids, rollout.response_ids, k, draws
+            )
             if self._needs_ifd:
-                documents[i, True] = Document(rollout.header_ids, rollout.response_ids)
+                documents[_alone(rollout)] = Document(rollout.header_ids, rollout.response_ids)
         return documents
 
     def _student_documents(self, rollouts: Sequence[Rollout]) -> dict[_Key, Document]:
         documents: dict[_Key, Document] = {}
-        for i, rollout in enumerate(rollouts):
+        for rollout in rollouts:
             if self._is_measured(rollout):
                 prompt, response = rollout.prompt_ids, rollout.response_ids
-                documents[i, False] = Document(prompt, response, self._config.top_k)
+                documents[_whole(rollout)] = Document(prompt, response, self._top_k)
             if self._needs_ifd:
-                documents[i, True] = Document(rollout.header_ids, rollout.response_ids)
+                documents[_alone(rollout)] = Document(rollout.header_ids, rollout.response_ids)
         return documents
 
     def _uniforms(self, rollout: Rollout) -> NDArray[np.float64]:
         rng = np.random.default_rng([self._seed, rollout.sample_id])
-        return rng.random((len(rollout.response_ids), self._config.top_k))
+        return rng.random((len(rollout.response_ids), self._top_k))
 
     def _record(
         self,
         rollout: Rollout,
-        teacher: Reading,
-        teacher_alone: Reading | None,
-        student: Mapping[_Key, Reading],
-        index: int,
+        by_teacher: Mapping[_Key, Reading],
+        by_student: Mapping[_Key, Reading],
     ) -> Scored:
-        conditional, alone = student.get((index, False)), student.get((index, True))
-        k, recorded = self._config.top_k, rollout.logprobs
+        whole, response = _whole(rollout), _alone(rollout)
+        teacher, teacher_alone = by_teacher[whole], by_teacher.get(response)
+        conditional, alone = by_student.get(whole), by_student.get(response)
+        k, recorded = self._top_k, rollout.logprobs
         nll_recorded = None if recorded is None else float(-recorded.mean(dtype=np.float64))
         return Scored(
             rollout=rollout,
@@ -141,6 +133,14 @@ class TransformersScorer:
             nll_student_alone=None if alone is None else alone.nll,
             overlap=None if conditional is None else _overlap(teacher.ids, conditional.ids),
         )
+
+
+def _whole(rollout: Rollout) -> _Key:
+    return _Key(rollout.sample_id, is_alone=False)
+
+
+def _alone(rollout: Rollout) -> _Key:
+    return _Key(rollout.sample_id, is_alone=True)
 
 
 def _overlap(teacher_ids: IntArray, student_ids: IntArray) -> float:

