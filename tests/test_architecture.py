@@ -255,7 +255,17 @@ def _names(node: ast.AST) -> set[str]:
 
 def _tree_files() -> Iterator[Path]:
     """What git has or would take in, read without git: an sdist must pass too."""
-    skipped = {".git", ".venv", "shared", "runs", "models", "build", "dist", "__pycache__"}
+    skipped = {
+        ".git",
+        ".venv",
+        ".venv-vllm",
+        "shared",
+        "runs",
+        "models",
+        "build",
+        "dist",
+        "__pycache__",
+    }
     kinds = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".html", ""}
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
