@@ -197,7 +197,14 @@ class FakeRuntime:
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch
 
-    def spawn(self, name: str, factory: Factory, *, threads: int) -> FakeWorker:
+    def spawn(
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: dict[str, str] | None = None,
+    ) -> FakeWorker:
         """A fake worker; of its factory only the run directory is used."""
         return FakeWorker(name, self._watch, RunLayout(factory.root))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -66,8 +66,18 @@ class Worker(Protocol):
 class Runtime(Protocol):
     """A place to start workers in."""
 
-    def spawn(self, name: str, factory: Factory, *, threads: int) -> Worker:
-        """Start a worker. `factory` is picklable and runs inside it; `threads` are CPU threads."""
+    def spawn(
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> Worker:
+        """Start a worker. `factory` is picklable and runs inside it; `threads` are CPU threads.
+
+        `environment` is set before anything is imported; a thread has none of its own.
+        """
         ...
 
     async def close(self) -> None:

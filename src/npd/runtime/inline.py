@@ -8,6 +8,7 @@ are those of the whole process.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,16 @@ class InlineRuntime:
         self._call_timeout = call_timeout
         self._workers: dict[str, InlineWorker] = {}
 
-    def spawn(self, name: str, factory: Factory, *, threads: int) -> InlineWorker:
+    def spawn(
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> InlineWorker:
         """Start a worker; see `Runtime.spawn`."""
+        assert not environment, "threads share the environment of their process"
         assert name not in self._workers, f"worker {name} exists"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{name}.log"

@@ -1,9 +1,9 @@
 """Workers as processes of this machine: one fresh interpreter each.
 
-Promises: CPU threads are set in the environment before anything is imported; everything a worker
-prints is appended to its log file; it is in a session of its own, so Ctrl-C reaches the controller
-only; it ends when this process ends, however that happens. A worker that dies or overruns its
-timeout is reported with its signal and its log, never replaced here.
+Promises: CPU threads, and a GPU, are set in the environment before anything is imported; everything
+a worker prints is appended to its log file; it is in a session of its own, so Ctrl-C reaches the
+controller only; it ends when this process ends, however that happens. A worker that dies or
+overruns its timeout is reported with its signal and its log, never replaced here.
 
 A plain child program rather than `multiprocessing`: nothing re-imports the user's main script, no
 resource tracker stays behind, and the log holds the first byte on. Factories must be importable.
@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ _POLL_SECONDS = 0.01
 class _Process:
     """One life of a worker: the child process and the socket to it."""
 
-    def __init__(self, name: str, factory: Factory, log_file: Path, threads: int) -> None:
+    def __init__(
+        self, name: str, factory: Factory, log_file: Path, environment: Mapping[str, str]
+    ) -> None:
         self._greeting = pickle.dumps(factory)
         self._socket, theirs = socket.socketpair()
         with theirs, log_file.open("ab") as log:
-            self.popen = _launch(theirs.fileno(), name, log_file, log, threads)
+            self.popen = _launch(theirs.fileno(), name, log_file, log, environment)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> Any:
@@ -94,12 +97,17 @@ class LocalWorker(SerialWorker):
     """One object in one process, started at once."""
 
     def __init__(
-        self, name: str, factory: Factory, log_file: Path, threads: int, call_timeout: float
+        self,
+        name: str,
+        factory: Factory,
+        log_file: Path,
+        environment: Mapping[str, str],
+        call_timeout: float,
     ) -> None:
         super().__init__(name, call_timeout)
         self._factory = factory
         self._log_file = log_file
-        self._threads = threads
+        self._environment = environment
         self._process = self._start()
 
     @property
@@ -137,7 +145,7 @@ class LocalWorker(SerialWorker):
         return answer
 
     def _start(self) -> _Process:
-        return _Process(self.name, self._factory, self._log_file, self._threads)
+        return _Process(self.name, self._factory, self._log_file, self._environment)
 
     async def _overran(self, method: str, limit: float) -> Exception:
         pid = self._process.popen.pid
@@ -164,12 +172,20 @@ class LocalRuntime:
         self._call_timeout = call_timeout
         self._workers: dict[str, LocalWorker] = {}
 
-    def spawn(self, name: str, factory: Factory, *, threads: int) -> LocalWorker:
+    def spawn(
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> LocalWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert name not in self._workers, f"worker {name} exists"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{name}.log"
-        worker = LocalWorker(name, factory, log_file, threads, self._call_timeout)
+        set_first = {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), **(environment or {})}
+        worker = LocalWorker(name, factory, log_file, set_first, self._call_timeout)
         self._workers[name] = worker
         return worker
 
@@ -179,7 +195,9 @@ class LocalRuntime:
         await asyncio.gather(*(worker.close() for worker in workers.values()))
 
 
-def _launch(fd: int, name: str, log_file: Path, log: Any, threads: int) -> subprocess.Popen[bytes]:
+def _launch(
+    fd: int, name: str, log_file: Path, log: Any, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     arguments = (json.dumps(sys.path), str(fd), str(os.getpid()), name, str(log_file))
     return subprocess.Popen(
         [sys.executable, "-u", "-X", "faulthandler", "-c", _PROGRAM, *arguments],
@@ -187,7 +205,7 @@ def _launch(fd: int, name: str, log_file: Path, log: Any, threads: int) -> subpr
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=(fd,),
-        env={**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads))},
+        env={**os.environ, **environment},
         start_new_session=True,
     )
 
