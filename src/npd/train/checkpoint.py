@@ -5,7 +5,8 @@ A checkpoint is a directory written as a whole or not at all (`npd.store.snapsho
 `optimizer.safetensors` (AdamW's `exp_avg`, `exp_avg_sq` and `step`, each as
 `<kind>/<parameter name>`) and `state.json`. Loading checks everything before it changes anything,
 so a failed load leaves model and optimiser as they were. No pickle. Does not decide when to
-save or which checkpoint counts.
+save or which checkpoint counts. The files hold whole tensors whatever the number of ranks, so that
+any number may go on; the first rank gathers and writes them, which takes it the memory of all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from npd.errors import StoreError
 from npd.modeling import quiet
 from npd.store import files
 from npd.store.snapshots import publish, verify
+from npd.train.parallel import spread
 
 _FORMAT = 1
 _WEIGHTS, _MOMENTS, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -45,8 +47,20 @@ _TOKENIZER_FILES = (
 )
 
 
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters that are trained and their moments, by name, as they lie on this rank."""
+    weights = {name: p.detach() for name, p in _trained(model).items()}
+    return weights, _moments(model, optimizer)
+
+
 def save(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, last_step: int | None
+    directory: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    *,
+    last_step: int | None,
 ) -> None:
     """Write a checkpoint at `directory`, replacing one that is there once the new one is whole.
 
@@ -55,9 +69,8 @@ def save(
     """
 
     def write(into: Path) -> None:
-        weights = {name: p.detach().contiguous() for name, p in _trained(model).items()}
-        save_file(weights, into / _WEIGHTS)
-        save_file(_moments(model, optimizer), into / _MOMENTS)
+        for file, tensors in ((_WEIGHTS, weights), (_MOMENTS, moments)):
+            save_file({name: t.contiguous() for name, t in tensors.items()}, into / file)
         state = {"format": _FORMAT, "last_step": last_step, "torch": str(torch.__version__)}
         (into / _STATE).write_text(json.dumps(state, indent=2) + "\n")
 
@@ -167,7 +180,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         state = optimizer.state.get(parameter, {})
         for kind in _KINDS:
             empty = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
-            out[f"{kind}/{name}"] = state.get(kind, empty).detach().contiguous()
+            out[f"{kind}/{name}"] = state.get(kind, empty).detach()
     return out
 
 
@@ -204,11 +217,17 @@ def _restore(
     names = {id(parameter): name for name, parameter in trained.items()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
-        index: {kind: moments.get_tensor(f"{kind}/{names[id(p)]}") for kind in _KINDS}
+        index: {kind: _stored(moments, kind, names[id(p)], p) for kind in _KINDS}
         for index, p in enumerate(ordered)
     }
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights.get_tensor(name))
+            parameter.copy_(spread(weights.get_tensor(name), parameter))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _stored(moments: Any, kind: str, name: str, parameter: nn.Parameter) -> Tensor:
+    """A moment of `parameter`, this rank's part of it; the count of steps is everybody's."""
+    whole: Tensor = moments.get_tensor(f"{kind}/{name}")
+    return whole if kind == "step" else spread(whole, parameter)

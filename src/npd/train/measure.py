@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from npd.errors import RunError
-from npd.train.batch import Sample, rollout_of
 from npd.types import Step, StepReport
 
 # Ids listed in an error message; a step may hold thousands.
@@ -40,16 +39,27 @@ class Measured:
             name: values[i * len(rows) : (i + 1) * len(rows)] for i, name in enumerate(names)
         }
         sums = {name: sum(column) for name, column in columns.items()}
-        return cls(tuple(columns["loss"]), sums, values[-1])
+        return cls(tuple(columns.get("loss", ())), sums, values[-1])
+
+    @classmethod
+    def together(cls, ranks: Sequence[Measured]) -> Measured:
+        """The whole step's, from what each rank measured of its rows; the norm is everybody's."""
+        names = sorted({name for part in ranks for name in part.sums})
+        return cls(
+            tuple(loss for part in ranks for loss in part.row_losses),
+            {name: sum(part.sums.get(name, 0.0) for part in ranks) for name in names},
+            ranks[0].grad_norm,
+        )
 
 
-def check_finite(step: Step, samples: Sequence[Sequence[Sample]], measured: Measured) -> None:
+def check_finite(step: Step, measured: Measured) -> None:
     """Raise RunError, naming the samples of the rows to blame, unless all numbers are finite."""
     if np.isfinite([*measured.row_losses, measured.grad_norm]).all():
         return
     blamed = [not np.isfinite(loss) for loss in measured.row_losses]
-    rows = [row for row, bad in zip(samples, blamed, strict=True) if bad] or samples
-    ids = [str(rollout_of(sample).sample_id) for row in rows for sample in row]
+    dealt = [row for rank in step.ranks for row in rank]
+    rows = [row for row, bad in zip(dealt, blamed, strict=True) if bad] or dealt
+    ids = [str(ref.sample_id) for row in rows for ref in row.samples]
     more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
     raise RunError(
         f"step {step.index}: the loss is {sum(measured.row_losses)} and the gradient norm "
@@ -60,18 +70,13 @@ def check_finite(step: Step, samples: Sequence[Sequence[Sample]], measured: Meas
 
 
 def report(
-    step: Step,
-    samples: Sequence[Sequence[Sample]],
-    measured: Measured,
-    version: int,
-    row_tokens: int,
-    seconds: float,
+    step: Step, measured: Measured, response: int, version: int, row_tokens: int, seconds: float
 ) -> StepReport:
-    """What the controller hears of a step."""
-    rollouts = [rollout_of(sample) for row in samples for sample in row]
-    response = sum(len(rollout.response_ids) for rollout in rollouts)
-    total = sum(rollout.num_tokens for rollout in rollouts)
-    lags = [version - rollout.version for rollout in rollouts]
+    """What the controller hears of a step of `response` response tokens, all ranks together."""
+    rows = [row for rank in step.ranks for row in rank]
+    refs = [ref for row in rows for ref in row.samples]
+    total = sum(ref.num_tokens for ref in refs)
+    lags = [version - ref.version for ref in refs]
     sums, ratios = measured.sums, measured.sums.get("n_behavior", 0.0)
 
     def mean(name: str, count: float) -> float | None:
@@ -84,11 +89,11 @@ def report(
         kd=mean("kd", response),
         grad_norm=measured.grad_norm,
         lr=step.lr,
-        num_samples=len(rollouts),
+        num_samples=len(refs),
         response_tokens=response,
         total_tokens=total,
-        num_rows=len(samples),
-        fill=total / (len(samples) * row_tokens),
+        num_rows=len(rows),
+        fill=total / (len(rows) * row_tokens),
         seconds=seconds,
         teacher_mass=mean("teacher_mass", response),
         student_mass=mean("student_mass", response),

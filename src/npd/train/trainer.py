@@ -4,8 +4,9 @@ Promises: a step's loss is a mean over its response tokens, so neither packing, 
 how samples are spread over rows changes it (to float noise); only response positions reach the LM
 head; a step whose loss or gradient is not finite changes nothing; a step's random numbers follow
 from the seed and its index, so a resumed run repeats an uninterrupted one.
-Does not choose samples, order or learning rate: those arrive in `Step`. This build trains on one
-rank.
+With several ranks (`parallel`) each holds a part of the student and trains its rows of a step; the
+sums are everybody's, and so is the report. Every rank must make the same calls in the same order.
+Does not choose samples, order or learning rate: those arrive in `Step`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npd import lora
 from npd.config import LossConfig, TrainConfig
 from npd.errors import RunError
-from npd.modeling import decoding, head_of, hidden_states, load_model, resolve_device
+from npd.modeling import decoding, load_model, resolve_device
 from npd.train import checkpoint
-from npd.train.batch import Read, Sample, TrainRow, build_row, rollout_of
-from npd.train.loss import near_policy_loss
+from npd.train.batch import Read, Sample, build_row, rollout_of
+from npd.train.device import peak_memory_mib, step_randomness
 from npd.train.measure import Measured, check_finite, report
+from npd.train.objective import Objective
+from npd.train.optimizer import build_optimizer, clip
+from npd.train.parallel import World, filled, gathered, hollow, shard
 from npd.types import Segment, SegmentReport, Step, StepReport
+
+__all__ = ["Trainer", "build_optimizer"]
 
 
 class Trainer:
@@ -52,26 +57,34 @@ class Trainer:
         device: str = "auto",
         trust_remote_code: bool = False,
         seed: int = 0,
-        rank: int = 0,
+        world: World | None = None,
     ) -> None:
         self.config = config
         self.loss = loss
         self.student = str(student)
         self.device = resolve_device(device)
+        self.world = World() if world is None else world
+        # What is to be sharded need not fit the device; sharding moves it there.
+        first_device = self.device if self.world.size == 1 else "cpu"
         self.model = load_model(
-            student, device=self.device, packed=True, trust_remote_code=trust_remote_code
+            student, device=first_device, packed=True, trust_remote_code=trust_remote_code
         )
         if config.lora is not None:
             lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
         self.model.train()
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        is_sharded = self.world.size > 1
+        self._hollow = hollow(self.model) if is_sharded and self.world.is_first else None
+        self._objective = Objective(self.model, config, loss, is_sharded=is_sharded)
+        if is_sharded:
+            assert config.lora is None, "checked by the config"
+            shard(self._objective, self.model, self.world, self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.last_step: int | None = None
-        self._head = head_of(self.model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._trust_remote_code = trust_remote_code
-        self._read, self._seed, self._rank = read, seed, rank
+        self._read, self._seed = read, seed
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None
@@ -87,38 +100,58 @@ class Trainer:
             reports.append(self._step(step, segment.version))
             if on_step is not None:
                 on_step(reports[-1])
-        return SegmentReport(segment.index, tuple(reports), _peak_memory_mib(self.device))
+        peak = max(self.world.gather(peak_memory_mib(self.device)))
+        return SegmentReport(segment.index, tuple(reports), peak)
 
     def decoding(self) -> AbstractContextManager[Any]:
         """The live model, able to decode with a cache, for the time of the `with` block."""
         return decoding(self.model)
 
     @contextmanager
-    def evaluating(self) -> Iterator[Any]:
-        """The live model in eval mode, packed, for the time of the `with` block."""
-        self.model.eval()
-        try:
+    def whole(self, device: str | None = None) -> Iterator[Any | None]:
+        """The student as one plain model for the time of the `with` block, or None.
+
+        Alone it is the live model. Of several ranks, all of which must enter, the first gets a copy
+        on `device` (None: its own) and the others None.
+        """
+        if self.world.size == 1:
             yield self.model
-        finally:
-            self.model.train()
+            return
+        tensors = gathered(dict(self.model.named_parameters()), self.world, device or self.device)
+        if self._hollow is None:
+            yield None
+        else:
+            yield filled(self._hollow, tensors).to(device or self.device)
 
     def save_snapshot(
-        self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
+        self,
+        directory: str | Path,
+        dtype: str = "bfloat16",
+        *,
+        untie: bool = False,
+        whole: Any = None,
     ) -> None:
         """Write what `load_model` makes the student of: with LoRA its adapter, which is small.
 
-        `untie` writes a tied LM head out as a matrix of its own.
+        `untie` writes a tied LM head out as a matrix of its own. `whole` is what `whole()` gave; it
+        may be left out where there is one rank.
         """
         if self.config.lora is None:
-            self.save_pretrained(directory, dtype, untie=untie)
+            self.save_pretrained(directory, dtype, untie=untie, whole=whole)
         else:
             lora.save(self.model, Path(directory), dtype)
 
     def save_pretrained(
-        self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
+        self,
+        directory: str | Path,
+        dtype: str = "bfloat16",
+        *,
+        untie: bool = False,
+        whole: Any = None,
     ) -> None:
         """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`."""
-        model = self.model
+        assert whole is not None or self.world.size == 1, "of several ranks the first one writes"
+        model = self.model if whole is None else whole
         if self.config.lora is not None:
             adapter = Path(directory) / "adapter"
             self.save_snapshot(adapter, dtype)
@@ -133,8 +166,16 @@ class Trainer:
         )
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write all that training needs to go on, as a whole or not at all."""
-        checkpoint.save(Path(directory), self.model, self.optimizer, last_step=self.last_step)
+        """Write all that training needs to go on, as a whole or not at all.
+
+        Whatever the number of ranks, whole tensors are written, by the first: any number goes on.
+        """
+        weights, moments = checkpoint.state_of(self.model, self.optimizer)
+        if self.world.size > 1:
+            weights = gathered(weights, self.world, "cpu")
+            moments = gathered(moments, self.world, "cpu")
+        if self.world.is_first:
+            checkpoint.save(Path(directory), weights, moments, last_step=self.last_step)
 
     def load_checkpoint(self, directory: str | Path) -> int | None:
         """Go back to a checkpoint; gives its `last_step`.
@@ -147,14 +188,18 @@ class Trainer:
 
     def _step(self, step: Step, version: int) -> StepReport:
         started = time.perf_counter()
-        samples = [[self._read(ref) for ref in row.samples] for row in step.ranks[self._rank]]
-        tokens = sum(len(rollout_of(s).response_ids) for row in samples for s in row)
+        mine = step.ranks[self.world.rank]
+        samples = [[self._read(ref) for ref in row.samples] for row in mine]
+        own_tokens = sum(len(rollout_of(s).response_ids) for row in samples for s in row)
+        tokens = sum(self.world.gather(own_tokens))
         try:
-            with _step_randomness(self.device, self._seed, step.index, self._rank):
+            with step_randomness(self.device, self._seed, step.index, self.world.rank):
                 rows = [self._backward(row, version, tokens) for row in samples]
-            norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
-            measured = Measured.of(rows, norm)
-            check_finite(step, samples, measured)
+                for _ in range(max(map(len, step.ranks)) - len(rows)):
+                    self._take_part(step, version)
+            norm = clip(self._parameters, self.config.clip)
+            measured = Measured.together(self.world.gather(Measured.of(rows, norm)))
+            check_finite(step, measured)
             for group in self.optimizer.param_groups:
                 group["lr"] = step.lr
             self.optimizer.step()
@@ -168,68 +213,20 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.last_step = step.index
         seconds = time.perf_counter() - started
-        return report(step, samples, measured, version, self.config.row_tokens, seconds)
+        return report(step, measured, tokens, version, self.config.row_tokens, seconds)
 
-    def _backward(self, samples: Sequence[Sample], version: int, tokens: int) -> dict[str, Tensor]:
+    def _backward(
+        self, samples: Sequence[Sample], version: int, tokens: int, weight: float = 1.0
+    ) -> dict[str, Tensor]:
         """Add one row's gradient; gives its share of the step's loss and its metric sums."""
         row = build_row(samples, version=version, device=self.device)
-        is_bf16, kind = self.config.dtype == "bfloat16", torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=is_bf16):
-            hidden_ND = hidden_states(self.model, row.packed)[row.positions_N]
-            out = self._loss(hidden_ND, row, tokens)
-        out.loss.backward()
-        return {"loss": out.loss.detach(), **out.metrics}
+        loss, metrics = self._objective(row, tokens)
+        # Sharded gradients are averaged over the ranks, and a step's is a sum.
+        loss.backward(torch.full_like(loss, weight * self.world.size))
+        return {"loss": loss.detach(), **metrics}
 
-    def _loss(self, hidden_ND: Tensor, row: TrainRow, tokens: int) -> Any:
-        return near_policy_loss(
-            hidden_ND,
-            self._head,
-            row.labels_N,
-            row.topk_ids_NK,
-            row.topk_logprobs_NK,
-            behavior_N=row.behavior_N,
-            normalizer=float(tokens),
-            **self.loss.model_dump(),
-        )
-
-
-def build_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, not on norms, biases, embeddings or LM head."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    embeddings = {id(table.weight) for table in tables if table is not None}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p.dim() >= 2 and id(p) not in embeddings for p in parameters]
-    groups = [
-        {
-            "params": [p for p, is_decayed in zip(parameters, decayed, strict=True) if is_decayed],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [
-                p for p, is_decayed in zip(parameters, decayed, strict=True) if not is_decayed
-            ],
-            "weight_decay": 0.0,
-        },
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-
-
-@contextmanager
-def _step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[None]:
-    """Dropout's random numbers from (seed, step, rank); the caller's generator is left alone."""
-    state = np.random.SeedSequence([seed % 2**63, step, rank]).generate_state(1, np.uint64)
-    devices = [torch.cuda.current_device()] if device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(state[0]) % 2**63)
-        yield
-
-
-def _peak_memory_mib(device: str) -> float:
-    """Peak memory in MiB: of the device on CUDA, of the whole process elsewhere."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    def _take_part(self, step: Step, version: int) -> None:
+        """A row that adds nothing: for a rank that has fewer rows than another, which needs it."""
+        refs = [ref for rank in step.ranks for row in rank for ref in row.samples]
+        shortest = min(refs, key=lambda ref: (ref.num_tokens, ref.sample_id))
+        self._backward([self._read(shortest)], version, 1, weight=0.0)

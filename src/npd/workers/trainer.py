@@ -3,43 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from npd import probe
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
 from npd.evaluate import exact_match, heldout_kl
-from npd.modeling import resolve_device
+from npd.modeling import decoding, resolve_device
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import publish, verify
 from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
 
+if TYPE_CHECKING:
+    from npd.train.parallel import World
+
 
 class TrainerWorker:
     """Trains segments, publishes snapshots, saves checkpoints, evaluates."""
 
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        from npd.train.trainer import Trainer
-
         self._config, self._layout = config, layout
         if config.needs_scores:
             self._reader = ShardReader(layout.scored, "scored")
         else:
             self._reader = ShardReader(layout.rollouts, "rollouts")
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        self._device = resolve_device(config.runtime.device)
+        self._world: World | None = None
+        if config.train.ranks == 1:
+            self._load()
+
+    def join(self, rank: int, meeting: Path) -> None:
+        """Become rank `rank` of the trainer; the ranks meet at the file `meeting`, new each time.
+
+        Raises:
+            ConfigError: a rank has no GPU of its own.
+        """
+        from npd.train.parallel import connect
+
+        # Longer than the controller waits, which is the one to say what has become of a rank.
+        timeout = 2 * self._config.runtime.call_timeout
+        size = self._config.train.ranks
+        self._world = connect(meeting, rank=rank, size=size, device=self._device, timeout=timeout)
+        self._load()
+
+    def _load(self) -> None:
+        from npd.train.trainer import Trainer
+
         self._trainer = Trainer(
-            config.train,
-            config.loss,
-            student=config.student,
+            self._config.train,
+            self._config.loss,
+            student=self._config.student,
             read=self._reader.read,
-            device=resolve_device(config.runtime.device),
-            trust_remote_code=config.trust_remote_code,
-            seed=config.seed,
+            device=self._device,
+            trust_remote_code=self._config.trust_remote_code,
+            seed=self._config.seed,
+            world=self._world,
         )
 
     def restore(self, step: int) -> None:
@@ -53,36 +78,53 @@ class TrainerWorker:
 
     def publish(self, version: int) -> str:
         """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
-        return publish(self._layout.snapshot(version), self._write_snapshot)
+        with self._trainer.whole(None if self._is_served else "cpu") as model:
+            if model is None:
+                return ""
+            return publish(
+                self._layout.snapshot(version), lambda into: self._write_snapshot(into, model)
+            )
 
-    def _write_snapshot(self, directory: Path) -> None:
-        """The student as the generator takes it; for servers, with what proves that they did."""
+    @property
+    def _is_served(self) -> bool:
         generate = self._config.generate
-        is_served = generate.engine != "transformers" and generate.source == "student"
+        return generate.engine != "transformers" and generate.source == "student"
+
+    def _write_snapshot(self, directory: Path, model: Any) -> None:
+        """The student as the generator takes it; for servers, with what proves that they did."""
         # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
-        self._trainer.save_snapshot(directory, untie=is_served)
-        if is_served:
-            with self._autocast(generate.dtype), self._trainer.evaluating() as model:
+        self._trainer.save_snapshot(directory, untie=self._is_served, whole=model)
+        if self._is_served:
+            with self._autocast(self._config.generate.dtype), evaluating(model):
                 probe.write(probe.of_model(model, self._chat.tokenizer), directory)
 
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
         directory = self._layout.checkpoint(step)
-        if not _is_whole(directory):
+        if not self._trainer.world.decided(lambda: _is_whole(directory)):
             self._trainer.save_checkpoint(directory)
 
     def export(self) -> str:
         """Write the final student as a Hugging Face model directory, in place of an older one."""
         student = self._layout.student
-        new = student.with_name(f"{student.name}-new")
-        remove(new)
-        publish(new, self._trainer.save_pretrained)
-        remove(student)
-        new.rename(student)
+        with self._trainer.whole("cpu") as model:
+            if model is not None:
+                new = student.with_name(f"{student.name}-new")
+                remove(new)
+                publish(new, lambda into: self._trainer.save_pretrained(into, whole=model))
+                remove(student)
+                new.rename(student)
         return str(student)
 
-    def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport:
-        """Held-out KL and agreement on `heldout.arrow`, exact match and samples by greedy text."""
+    def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport | None:
+        """Held-out KL and agreement on `heldout.arrow`, exact match and samples by greedy text.
+
+        Of several ranks the first one does it, with the others' parts; they have nothing to say.
+        """
+        with self._trainer.whole() as model:
+            return None if model is None else self._evaluate(step, prompts, model)
+
+    def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
         started = time.monotonic()
         kl = agreement = None
         tokens = 0
@@ -90,9 +132,9 @@ class TrainerWorker:
             heldout = read_scored(self._layout.heldout)
             with self._autocast(self._config.train.dtype):
                 kl, agreement, _, tokens = heldout_kl(
-                    self._trainer.model, heldout, self._config.train.row_tokens, 512
+                    model, heldout, self._config.train.row_tokens, 512
                 )
-        texts = self._greedy(prompts)
+        texts = self._greedy(prompts, model)
         pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
         shown = texts[: self._config.eval.num_samples]
         return EvalReport(
@@ -112,7 +154,9 @@ class TrainerWorker:
         is_bf16 = dtype == "bfloat16"
         return torch.autocast(self._trainer.device, torch.bfloat16, enabled=is_bf16)
 
-    def _greedy(self, prompts: Sequence[EncodedPrompt]) -> list[tuple[EncodedPrompt, str]]:
+    def _greedy(
+        self, prompts: Sequence[EncodedPrompt], model: Any
+    ) -> list[tuple[EncodedPrompt, str]]:
         """The student's greedy responses to the prompts with answers, and to a few to show."""
         from npd.generate.sampling import Sampling
         from npd.generate.transformers import generate_with
@@ -132,7 +176,7 @@ class TrainerWorker:
             vocab_size=self._chat.vocab_size,
         )
         asks = [Ask(p.index, p.index, p) for p in chosen]
-        with self._autocast(self._config.train.dtype), self._trainer.decoding() as model:
+        with self._autocast(self._config.train.dtype), decoding(model):
             rollouts = generate_with(model, asks, sampling, with_logprobs=False)
         return [
             (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)
@@ -142,8 +186,21 @@ class TrainerWorker:
         """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
 
     def close(self) -> None:
-        """Close the shard files."""
+        """Close the shard files and leave the other ranks."""
         self._reader.close()
+        if self._world is not None:
+            self._world.close()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode for the time of the `with` block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _is_whole(directory: Path) -> bool:
