@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, model_validator
 
 from npd.fields import Section
-from npd.rules import served_problems
+from npd.rules import rank_problems, served_problems
 from npd.sections import (
     CheckpointConfig,
     DataConfig,
@@ -148,6 +148,7 @@ class RunConfig(Section):
         rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
         found = [problem for rule in rules for problem in rule(self)]
         found += served_problems(self.generate, self.score, self.schedule.refresh, self.loss)
+        found += rank_problems(self.train, self.runtime)
         problems = [message for is_broken, message in found if is_broken]
         if problems:
             raise ValueError("; ".join(problems))

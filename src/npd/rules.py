@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import re
 
-from npd.sections import GenerateConfig, LossConfig, Refresh, ScoreConfig
+from npd.sections import (
+    GenerateConfig,
+    LossConfig,
+    Refresh,
+    RuntimeConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from npd.served import ServedConfig
 
 
@@ -37,6 +44,27 @@ def served_problems(
             score.engine != "transformers" and loss.target == "sampled",
             "loss.target sampled draws from the teacher's whole distribution, which a server does "
             "not tell: set score.engine: transformers, or another target",
+        ),
+    ]
+
+
+def rank_problems(train: TrainConfig, runtime: RuntimeConfig) -> list[tuple[bool, str]]:
+    """What cannot be about a trainer of several processes: (is it so, what to do)."""
+    several, ranks = train.ranks > 1, f"train.ranks {train.ranks}"
+    return [
+        (
+            several and runtime.kind == "inline",
+            f"{ranks} needs a process for each rank: set runtime.kind: local, or train.ranks: 1",
+        ),
+        (
+            several and train.lora is not None,
+            f"{ranks} with train.lora, whose adapters are small enough for one: set train.ranks: "
+            "1, or leave train.lora out",
+        ),
+        (
+            several and runtime.device.startswith("cuda:"),
+            f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
+            "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
         ),
     ]
 

@@ -192,6 +192,8 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
+    ranks: Positive = 1
+    """Processes (on GPUs: one each) that share the student and the rows of each step."""
 
 
 class Refresh(Section):

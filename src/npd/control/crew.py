@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npd.config import RunConfig
+from npd.control.group import TrainerGroup
 from npd.runtime import Runtime, Worker
 from npd.workers import Factory
 
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Generators, scorers (none when nothing is scored) and the trainer."""
+    """Generators, scorers (none when nothing is scored) and the trainer, of one rank or several."""
 
     generators: tuple[Worker, ...]
     scorers: tuple[Worker, ...]
@@ -57,6 +58,32 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     return config.model_copy(update={name: section.model_copy(update=own)})
 
 
+def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
+    """The environment that leaves a trainer rank one GPU: the `rank`-th that this process sees."""
+    if config.runtime.device == "cpu":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(rank)] * (rank + 1) if visible is None else visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else ""}
+
+
+def spawn_trainer(
+    config: RunConfig, runtime: Runtime, factory: Callable[[], object], threads: int, root: Path
+) -> Worker:
+    """The trainer: a worker, or a group of as many as `train.ranks` that share its threads."""
+    ranks = config.train.ranks
+    if ranks == 1:
+        return runtime.spawn("trainer", factory, threads=threads)
+    each = threads if config.runtime.threads is not None else max(1, threads // ranks)
+    workers = [
+        runtime.spawn(
+            f"trainer-{rank}", factory, threads=each, environment=gpu_of_rank(config, rank)
+        )
+        for rank in range(ranks)
+    ]
+    return TrainerGroup("trainer", workers, root / "meeting")
+
+
 def spawn_crew(
     config: RunConfig,
     runtime: Runtime,
@@ -75,5 +102,5 @@ def spawn_crew(
             spawn(f"generator-{i}", "generator", i) for i in range(config.generate.workers)
         ),
         scorers=tuple(spawn(f"scorer-{i}", "scorer", i) for i in range(num_scorers(config))),
-        trainer=spawn("trainer", "trainer"),
+        trainer=spawn_trainer(config, runtime, factory("trainer", config, root), threads, root),
     )

@@ -90,7 +90,7 @@ async def _drive(
             on_message=monitor.message,
         )
         controller = Controller(
-            Plan(config),
+            Plan(config, num_ranks=config.train.ranks),
             dispatcher,
             ledger,
             layout,

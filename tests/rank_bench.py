@@ -1,0 +1,98 @@
+"""A trainer of several real processes, without the rest of a run: for tests of what ranks compute.
+
+`Bench` is what lives in each process; warnings are errors there too, while it works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npd.config import LossConfig, TrainConfig
+from npd.control.group import TrainerGroup
+from npd.runtime.local import LocalRuntime
+from npd.types import Segment, SegmentReport
+
+
+class Bench:
+    """One rank: a Trainer over samples that are all in memory."""
+
+    def __init__(self, factory: BenchFactory) -> None:
+        self.factory = factory
+
+    def join(self, rank: int, meeting: Path) -> None:
+        from npd.train.parallel import connect
+        from npd.train.trainer import Trainer
+
+        warnings.simplefilter("error")
+        made = self.factory
+        by_id = dict(made.samples)
+        world = connect(meeting, rank=rank, size=made.size, device="cpu", timeout=60.0)
+        self.trainer = Trainer(
+            made.config,
+            made.loss,
+            student=made.student,
+            read=lambda ref: by_id[ref.sample_id],
+            device="cpu",
+            world=world,
+        )
+
+    def train(self, segment: Segment) -> list[SegmentReport]:
+        """Every rank's report, as the first one knows them."""
+        return self.trainer.world.gather(self.trainer.train(segment))
+
+    def weights(self) -> dict[str, Any] | None:
+        with self.trainer.whole("cpu") as model:
+            if model is None:
+                return None
+            embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+            assert (embeddings.weight is head.weight) == model.config.tie_word_embeddings
+            return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+    def held(self) -> list[int]:
+        """Numbers each rank holds of the weights."""
+        parameters = list(self.trainer.model.parameters())
+        return self.trainer.world.gather(sum(p.to_local().numel() for p in parameters))
+
+    def save(self, directory: Path) -> None:
+        self.trainer.save_checkpoint(directory)
+
+    def load(self, directory: Path) -> int | None:
+        return self.trainer.load_checkpoint(directory)
+
+    def close(self) -> None:
+        self.trainer.world.close()
+
+
+@dataclass(frozen=True)
+class BenchFactory:
+    """Makes a rank's object in its process."""
+
+    size: int
+    student: str
+    config: TrainConfig
+    loss: LossConfig
+    samples: tuple[tuple[int, Any], ...]
+
+    def __call__(self) -> Bench:
+        return Bench(self)
+
+
+def on_ranks(folder: Path, factory: BenchFactory, story: Callable[[TrainerGroup], Any]) -> Any:
+    """Run `story(group)` on a trainer of `factory.size` processes, which are gone after it."""
+
+    async def whole() -> Any:
+        runtime = LocalRuntime(folder / "logs", call_timeout=120.0)
+        try:
+            ranks = [
+                runtime.spawn(f"trainer-{rank}", factory, threads=1) for rank in range(factory.size)
+            ]
+            return await story(TrainerGroup("trainer", ranks, folder / "meeting"))
+        finally:
+            await runtime.close()
+
+    return asyncio.run(whole())
