@@ -42,8 +42,18 @@ class Bench:
         )
 
     def train(self, segment: Segment) -> list[SegmentReport]:
-        """Every rank's report, as the first one knows them."""
-        return self.trainer.world.gather(self.trainer.train(segment))
+        """Every rank's report, as the first one knows them; keeps the last step's gradients."""
+        hook = self.trainer.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())
+        report = self.trainer.train(segment)
+        hook.remove()
+        return self.trainer.world.gather(report)
+
+    def _keep_gradients(self) -> None:
+        self.gradients = gradients_of(self.trainer)
+
+    def last_gradients(self) -> dict[str, Any]:
+        """Clipped gradients of the last step, whole."""
+        return self.gradients
 
     def weights(self) -> dict[str, Any] | None:
         with self.trainer.whole("cpu") as model:
@@ -66,6 +76,13 @@ class Bench:
 
     def close(self) -> None:
         self.trainer.world.close()
+
+
+def gradients_of(trainer: Any) -> dict[str, Any]:
+    """The gradients a trainer has at this moment, whole (all ranks must ask)."""
+    from npd.train.parallel import full
+
+    return {name: full(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
 
 
 @dataclass(frozen=True)

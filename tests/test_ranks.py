@@ -9,8 +9,9 @@ import pytest
 
 from conftest import save_model
 from npd.config import LossConfig
+from npd.errors import RunError
 from npd.types import Row, Segment, Step
-from rank_bench import BenchFactory, on_ranks
+from rank_bench import BenchFactory, gradients_of, on_ranks
 from test_trainer import (
     FP32,
     make_rollouts,
@@ -23,6 +24,7 @@ from test_trainer import (
     weights_of,
 )
 
+LOSS = LossConfig(target="tail")
 LENGTHS = ((3, 5), (1, 1), (7, 12), (2, 9), (4, 3), (1, 6), (5, 5))
 # Rows of each step, as indices of samples: more than ranks, fewer, one, unequal costs.
 STEPS = (
@@ -50,9 +52,9 @@ def segment_on(size, samples, steps=STEPS, first=1):
     )
 
 
-def factory_of(size, directory, samples, config=FP32, loss=LossConfig(target="tail")):
+def factory_of(size, directory, samples, config=FP32):
     by_id = tuple(zip([ref.sample_id for ref in refs_of(samples)], samples, strict=True))
-    return BenchFactory(size, str(directory), config, loss, by_id)
+    return BenchFactory(size, str(directory), config, LOSS, by_id)
 
 
 @pytest.fixture(scope="module")
@@ -64,46 +66,100 @@ def samples(teacher):  # noqa: F811
             for i, s in enumerate(scored)]  # fmt: skip
 
 
-def trained(size, directory, samples, folder, **kwargs):
-    """Reports (of every rank) and weights after the segment, on `size` ranks."""
-    segment = segment_on(size, samples)
-    if size == 1:
-        alone = make_trainer(directory, samples, loss=LossConfig(target="tail"), **kwargs)
-        report = alone.train(segment)
-        return [report], {name: w.numpy() for name, w in weights_of(alone).items()}
-
-    async def story(group):
-        reports = (await group.call("train", segment)).value
-        return reports, (await group.call("weights")).value
-
-    return on_ranks(folder, factory_of(size, directory, samples, **kwargs), story)
+def spoilt(samples):
+    """The samples under other ids, the fourth with a target that makes the loss infinite."""
+    out = [
+        replace(s, rollout=replace(s.rollout, sample_id=100 + s.rollout.sample_id)) for s in samples
+    ]
+    broken = out[3].topk_logprobs.copy()
+    broken[1, 1] = 200.0
+    return [*out[:3], replace(out[3], topk_logprobs=broken), *out[4:]]
 
 
 def numbers(step):
     return {name: getattr(step, name) for name in step.__slots__ if name != "seconds"}
 
 
-def check_alike(one, other):
-    for a, b in zip(one.steps, other.steps, strict=True):
+def check_alike(one, other, rel=2e-5):
+    """Two lists of step reports agree to float noise."""
+    assert [step.step for step in one] == [step.step for step in other]
+    for a, b in zip(one, other, strict=True):
         for name, value in numbers(a).items():
-            assert numbers(b)[name] == pytest.approx(value, rel=2e-5, abs=1e-6), (a.step, name)
+            assert numbers(b)[name] == pytest.approx(value, rel=rel, abs=1e-6), (a.step, name)
 
 
-def check_same_weights(one, other):
+def check_same(one, other, atol=3e-6, rtol=1e-5):
+    """Two sets of arrays by name agree to float noise."""
     assert set(one) == set(other)
     for name in one:
-        np.testing.assert_allclose(other[name], one[name], atol=3e-6, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(other[name], one[name], atol=atol, rtol=rtol, err_msg=name)
+
+
+def arrays(trainer):
+    return {name: w.numpy() for name, w in weights_of(trainer).items()}
+
+
+BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": True})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_take_the_steps_of_one(size, tied, samples, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "tied", "config"),
+    [(2, True, BF16), (4, False, FP32)],
+    ids=["2-tied-bf16-recomputed", "4-untied"],
+)
+def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
     directory = save_model(tmp_path / "student", seed=0, tied=tied)
-    (alone,), expected = trained(1, directory, samples, tmp_path)
-    reports, weights = trained(size, directory, samples, tmp_path)
-    check_alike(alone, reports[0])
-    check_same_weights(expected, weights)
+    alone = make_trainer(directory, samples, config, LOSS)
+    kept = {}
+    alone.optimizer.register_step_pre_hook(lambda *_: kept.update(gradients_of(alone)))
+    expected = alone.train(segment_on(1, samples))
+
+    async def story(group):
+        calls = [("train", segment_on(size, samples)), ("last_gradients",), ("weights",), ("held",)]
+        return [(await group.call(*call)).value for call in calls]
+
+    made = factory_of(size, directory, samples, config)
+    reports, gradients, weights, held = on_ranks(tmp_path, made, story)
+    check_alike(expected.steps, reports[0].steps)
+    check_same(kept, gradients, atol=1e-7, rtol=1e-3)
+    check_same(arrays(alone), weights)
     for report in reports[1:]:
         assert [numbers(s) for s in report.steps] == [numbers(s) for s in reports[0].steps]
         assert report.peak_memory_mib == reports[0].peak_memory_mib
+    assert sum(held) == sum(w.size for w in weights.values()), "each number is held once"
+    assert max(held) < 1.2 * sum(held) / size
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_two_ranks_to_one_and_back_and_a_bad_step_changes_nothing(
+    samples, tmp_path, tiny_model_dir
+):
+    bad = spoilt(samples)
+    straight = make_trainer(tiny_model_dir, samples, FP32, LOSS)
+    parts = [segment_on(1, samples, first=first) for first in (1, 5, 9)]
+    expected = [straight.train(part) for part in parts]
+    middle = make_trainer(tiny_model_dir, samples, FP32, LOSS)
+
+    async def story(group):
+        first = await group.call("train", segment_on(2, samples, first=1))
+        await group.call("save", tmp_path / "of-two")
+        assert middle.load_checkpoint(tmp_path / "of-two") == 4
+        second = middle.train(parts[1])
+        middle.save_checkpoint(tmp_path / "of-one")
+        assert (await group.call("load", tmp_path / "of-one")).value == 8
+        third = await group.call("train", segment_on(2, samples, first=9))
+        before = (await group.call("weights")).value
+        with pytest.raises(RunError, match=r"step 13: .*samples 103;.*train\.lr"):
+            await group.call("train", segment_on(2, bad, steps=(((0, 1), (3,)),), first=13))
+        # Every rank said the same, so the group is as it was: nobody waits for anybody.
+        check_same(before, (await group.call("weights")).value, atol=0, rtol=0)
+        return first.value[0], second, third.value[0], before
+
+    made = factory_of(2, tiny_model_dir, [*samples, *bad])
+    *reports, weights = on_ranks(tmp_path, made, story)
+    for one, other in zip(expected, reports, strict=True):
+        check_alike(one.steps, other.steps)
+    check_same(arrays(straight), weights)
+    layouts = [sorted(path.name for path in (tmp_path / d).iterdir()) for d in ("of-one", "of-two")]
+    assert layouts[0] == layouts[1]

@@ -25,8 +25,15 @@ _GRACE_SECONDS = 10.0
 class TrainerGroup:
     """`ranks` as one `Worker`; `meeting` is the path beside which they meet."""
 
-    def __init__(self, name: str, ranks: Sequence[Worker], meeting: Path) -> None:
-        self._name, self._ranks, self._beside = name, tuple(ranks), meeting
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[Worker],
+        meeting: Path,
+        *,
+        grace: float = _GRACE_SECONDS,
+    ) -> None:
+        self._name, self._ranks, self._beside, self._grace = name, tuple(ranks), meeting, grace
         self._meeting: Path | None = None
         self._gone: str | None = None
 
@@ -74,7 +81,7 @@ class TrainerGroup:
         ]
         for call in calls:
             call.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await _until_told(calls)
+        await _until_told(calls, self._grace)
         errors = [error for call in calls if call.done() and (error := call.exception())]
         lost = next((error for error in errors if isinstance(error, WorkerLostError)), None)
         if lost is not None or not all(call.done() for call in calls):
@@ -84,9 +91,10 @@ class TrainerGroup:
         return [call.result() for call in calls]
 
 
-async def _until_told(calls: Sequence[asyncio.Future[Reply]]) -> None:
+async def _until_told(calls: Sequence[asyncio.Future[Reply]], grace: float) -> None:
     """Wait for all calls; less long where one has failed, and no longer where one was lost."""
-    pending, patience = set(calls), None
+    patience: float | None = None
+    pending = set(calls)
     while pending:
         done, pending = await asyncio.wait(
             pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
@@ -94,4 +102,4 @@ async def _until_told(calls: Sequence[asyncio.Future[Reply]]) -> None:
         errors = [error for call in done if (error := call.exception())]
         if not done or any(isinstance(error, WorkerLostError) for error in errors):
             return
-        patience = _GRACE_SECONDS if errors else patience
+        patience = grace if errors else patience

@@ -73,6 +73,8 @@ def _configure_logging() -> None:
 def _listen(channel: socket.socket, parent: int, inbox: SimpleQueue[bytes]) -> None:
     """Produces requests; unblocked by the parent, by its death, and every second."""
     while os.getppid() == parent:
+        if channel.fileno() < 0:
+            return  # the program is ending by itself, and takes longer than a second for it
         if not select.select([channel], [], [], _PARENT_CHECK_SECONDS)[0]:
             continue
         header = _receive(channel, HEADER.size)

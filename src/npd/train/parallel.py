@@ -61,11 +61,11 @@ def connect(meeting: Path, *, rank: int, size: int, device: str, timeout: float)
     Raises:
         ConfigError: some rank has no GPU although it should, or others have one.
     """
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(variable, _loopback())
     store = torch.distributed.FileStore(str(meeting), size)  # type: ignore[attr-defined]
     kind = torch.device(device).type
     _check_devices(store, kind, rank, size)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, _loopback())
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=store,

@@ -36,6 +36,7 @@ class TrainerWorker:
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._world: World | None = None
+        self._meeting: Path | None = None
         if config.train.ranks == 1:
             self._load()
 
@@ -49,7 +50,7 @@ class TrainerWorker:
 
         # Longer than the controller waits, which is the one to say what has become of a rank.
         timeout = 2 * self._config.runtime.call_timeout
-        size = self._config.train.ranks
+        size, self._meeting = self._config.train.ranks, meeting
         self._world = connect(meeting, rank=rank, size=size, device=self._device, timeout=timeout)
         self._load()
 
@@ -190,6 +191,8 @@ class TrainerWorker:
         self._reader.close()
         if self._world is not None:
             self._world.close()
+        if self._meeting is not None:
+            remove(self._meeting)
 
 
 @contextmanager
