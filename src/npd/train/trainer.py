@@ -93,15 +93,6 @@ class Trainer:
         """The live model, able to decode with a cache, for the time of the `with` block."""
         return decoding(self.model)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[Any]:
-        """The live model in eval mode, packed, for the time of the `with` block."""
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.model.train()
-
     def save_snapshot(
         self, directory: str | Path, dtype: str = "bfloat16", *, untie: bool = False
     ) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from npd import probe
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
@@ -56,14 +55,11 @@ class TrainerWorker:
         return publish(self._layout.snapshot(version), self._write_snapshot)
 
     def _write_snapshot(self, directory: Path) -> None:
-        """The student as the generator takes it; for servers, with what proves that they did."""
+        """The student as its generator takes it."""
         generate = self._config.generate
         is_served = generate.engine != "transformers" and generate.source == "student"
         # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
         self._trainer.save_snapshot(directory, untie=is_served)
-        if is_served:
-            with self._autocast(generate.dtype), self._trainer.evaluating() as model:
-                probe.write(probe.of_model(model, self._chat.tokenizer), directory)
 
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
