@@ -9,8 +9,8 @@ server's, on the same tokens: s = n + noise where the load worked, s = o + noise
 loaded, something between where part was. So `staleness` = <s - n, o - n> / |o - n|^2 is 0, 1, or
 between, and its standard error follows from what is left of s - n. A mean over some 250 tokens sees
 a change a third the size of the noise on one token. n and o are exact (float32): noise of theirs
-would pass for staleness. Where the change is smaller still, a load that did nothing is seen by answers
-that are those of before to the last digit.
+would pass for staleness. Where the change is smaller still, a load that did nothing is seen by
+answers that are those of before to the last digit.
 """
 
 from __future__ import annotations
