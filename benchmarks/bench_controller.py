@@ -46,6 +46,7 @@ from npd.types import (
     StepReport,
 )
 from npd.workers import GenerateTask, ScoreTask
+from npd.workers.tasks import GeneratedShard
 
 PARTS = ("plan", "ledger", "monitor", "messages", "loop", "fakes")
 LEDGER_WRITES = (
@@ -159,9 +160,12 @@ class FakeWorker:
     def ready(self) -> None:
         """Nothing to load."""
 
-    def generate(self, task: GenerateTask) -> tuple[SampleStats, ...]:
+    def generate(self, task: GenerateTask) -> GeneratedShard:
         """One in twenty is truncated, so that the pre-filter has something to do."""
-        return tuple(fake_stats(a.sample_id, a.prompt.index, task.version) for a in task.asks)
+        asks = task.asks
+        return GeneratedShard(
+            tuple(fake_stats(a.sample_id, a.prompt.index, task.version) for a in asks)
+        )
 
     def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
         """Δ-IFD about 0.1, above 0.8 or below 0 for a few."""

@@ -244,7 +244,6 @@ def make_adapter(base: Path, out: Path, seed: int) -> Path:
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     lora.save(model, out, "bfloat16")
-    probe.write(probe.of_model(model.eval(), Chat.load(base).tokenizer), out)
     return out
 
 

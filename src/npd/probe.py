@@ -1,8 +1,9 @@
 """A model's fingerprint in log-probs: what it says of a few fixed texts, kept beside its weights.
 
 Promises: two models that differ enough to write differently differ here; the same weights agree to
-rounding, whatever engine reads them. Written into each snapshot by the trainer, from the weights it
-holds; compared by whoever must be sure which weights a server really has. Does not judge.
+rounding, whatever engine reads them. Measured from the files of a snapshot, in float32, so that
+nothing but the other engine's own rounding is left between two readings: were it measured in
+bfloat16, its rounding would look like weights that went half of the way. Does not judge.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import numpy as np
 
 from npd.errors import StoreError
 from npd.store import files
+from npd.store.snapshots import MANIFEST
 from npd.types import FloatArray, IntArray
 
 FILE = "probe.json"
 _FORMAT = 1
-# Enough positions that rounding averages out (a bf16 log-prob is off by some 0.02 nats).
+# Enough positions that rounding averages out (a bf16 log-prob is off by some 0.05 nats).
 MAX_TOKENS = 128
 """The longest sequence of a probe; a server that is to read it needs room for one more."""
 _TEXTS = (
@@ -78,6 +80,9 @@ def measure(model: Any, sequences: Sequence[IntArray]) -> Probe:
 def of_directory(directory: Path, trust_remote_code: bool = False) -> Probe:
     """The probe kept in a model directory; where there is none, its model is loaded for one.
 
+    That takes the model's parameters as float32 in this machine's memory, for a few seconds. Of a
+    published snapshot the probe is kept, for the other workers and for a resumed run.
+
     Raises:
         ModelError: the directory holds no model that can be loaded.
     """
@@ -89,19 +94,17 @@ def of_directory(directory: Path, trust_remote_code: bool = False) -> Probe:
 
     tokenizer = Chat.load(directory, trust_remote_code=trust_remote_code).tokenizer
     # On the CPU: the devices may be the servers' own.
-    model = load_model(directory, dtype="bfloat16", trust_remote_code=trust_remote_code)
-    return of_model(model, tokenizer)
+    model = load_model(directory, dtype="float32", trust_remote_code=trust_remote_code)
+    found = measure(model, probe_sequences(tokenizer, _longest(model)))
+    if (directory / MANIFEST).exists():
+        write(found, directory)
+    return found
 
 
 def _longest(model: Any) -> int:
     """Tokens a server can read of this model, which draws one more each time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return MAX_TOKENS if limit is None else int(limit) - 1
-
-
-def of_model(model: Any, tokenizer: Any) -> Probe:
-    """The probe of a loaded model."""
-    return measure(model, probe_sequences(tokenizer, _longest(model)))
 
 
 def write(probe: Probe, directory: Path) -> None:

@@ -193,7 +193,8 @@ class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
     ranks: Positive = 1
-    """Processes (on GPUs: one each) that share the student and the rows of each step."""
+    """Processes (on GPUs: one each) that share the student and the rows of a step; `npd train` is
+    one always."""
 
 
 class Refresh(Section):

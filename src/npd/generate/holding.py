@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from npd import probe
@@ -31,13 +32,17 @@ from npd.store.snapshots import MANIFEST
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A snapshot on the servers: the tag they report for it, the name its adapter goes by."""
+    """A snapshot on the servers: the tag they report for it, the name its adapter goes by.
+
+    `readings` is what each server said of the probe's texts when it was proven.
+    """
 
     snapshot: Path
     version: int
     tag: str
     adapter: str | None
     probe: Probe | None
+    readings: dict[str, Probe] = field(default_factory=dict)
 
 
 class Holding:
@@ -57,22 +62,31 @@ class Holding:
         self.model_vocabulary = 0
         """Ids the model's embedding has, padding included; 0 where its config does not tell."""
 
-    async def load(
-        self, pool: ServerPool, snapshot: Path, version: int, *, is_policy: bool
-    ) -> dict[str, Evidence | None]:
-        """Have all servers hold `snapshot`; what proves it, by server.
+    async def describe(self, snapshot: Path, version: int, *, is_policy: bool) -> Held:
+        """What `load` takes: the snapshot with its probe, measured where it has none yet.
 
         `is_policy`: the student, whose weights change; a teacher is served as it is, unproven.
+        """
+        tag = f"npd-v{version}-{_checksum(snapshot)}"
+        adapter = tag if (snapshot / ADAPTER).exists() else None
+        found = None
+        if is_policy:
+            # In a thread: it takes seconds, and responses are being read meanwhile.
+            measure = partial(probe.of_directory, snapshot, self._trust_remote_code)
+            found = await asyncio.to_thread(measure)
+        return Held(snapshot, version, tag, adapter, found)
+
+    async def load(self, pool: ServerPool, new: Held) -> dict[str, Evidence | None]:
+        """Have all servers hold the snapshot of `new`; what proves it, by server.
 
         Raises:
             StaleWeights: a server does not hold it.
             ConfigError, RunError: a server cannot be started, reached, or given weights.
         """
-        new = self._describe(snapshot, version, is_policy=is_policy)
         old, self.held = self.held, None  # a load that fails half way leaves nothing to use
         is_fresh = not pool.is_open
         if is_fresh:
-            await self._open(pool, snapshot)
+            await self._open(pool, new.snapshot)
         try:
             evidence = await self._hand_over(pool, new, old, is_fresh=is_fresh)
         except (StaleWeights, Unavailable) as error:
@@ -83,7 +97,7 @@ class Holding:
             # Ours can be begun again from nothing, which no forgetful reload survives.
             self._tell(f"refresh failed, the server is started anew: {error}")
             await pool.close()
-            await self._open(pool, snapshot)
+            await self._open(pool, new.snapshot)
             evidence = await self._hand_over(pool, new, None, is_fresh=True)
         self.held = new
         return evidence
@@ -122,12 +136,6 @@ class Holding:
             admin_urls=self._config.admin_urls,
         )
         self.model_vocabulary = settings.vocabulary
-
-    def _describe(self, snapshot: Path, version: int, *, is_policy: bool) -> Held:
-        tag = f"npd-v{version}-{_checksum(snapshot)}"
-        adapter = tag if (snapshot / ADAPTER).exists() else None
-        found = probe.of_directory(snapshot, self._trust_remote_code) if is_policy else None
-        return Held(snapshot, version, tag, adapter, found)
 
     async def _hand_over(
         self, pool: ServerPool, new: Held, old: Held | None, *, is_fresh: bool
@@ -198,7 +206,9 @@ class Holding:
             new.probe,
             old.probe if old is not None else None,
             self._config.probe_tolerance,
+            old.readings.get(admin.name) if old is not None else None,
         )
+        new.readings[admin.name] = found
         if new.adapter is not None:
             return evidence
         sums = self._checksums.setdefault(admin.name, Checksums())

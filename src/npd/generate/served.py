@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.config import GenerateConfig
-from npd.generate.holding import Holding
+from npd.generate.holding import Held, Holding
 from npd.generate.writing import InFlight, Writing
 from npd.servers.base import SamplingSettings
 from npd.servers.pool import ServerPool
@@ -107,12 +107,15 @@ class ServedGenerator:
         held = self._holding.held
         if held is not None and (held.snapshot, held.version) == (snapshot, version):
             return
-        evidence = await self._holding.load(
-            self._pool, snapshot, version, is_policy=self._is_student
-        )
-        for name, found in evidence.items():
+        await self._hand_over(await self._describe(snapshot, version))
+
+    async def _describe(self, snapshot: Path, version: int) -> Held:
+        return await self._holding.describe(snapshot, version, is_policy=self._is_student)
+
+    async def _hand_over(self, new: Held) -> None:
+        for name, found in (await self._holding.load(self._pool, new)).items():
             if found is not None:
-                self._around.tell(f"{name} holds snapshot v{version}: {found}")
+                self._around.tell(f"{name} holds snapshot v{new.version}: {found}")
 
     async def _generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
         await self._holding.check_tags(self._pool)
@@ -132,9 +135,10 @@ class ServedGenerator:
         while not await _is_set(end, _LOOK_SECONDS):
             newest = self._around.newest()
             if newest is not None and newest[1] > (self.version or 0):
+                new = await self._describe(*newest)  # before anybody has to wait
                 try:
                     await writing.closed(self._pool.admins)
-                    await self._load(*newest)
+                    await self._hand_over(new)
                 finally:
                     await self._pool.release()  # where only a part of them came to be paused
                 writing.open()

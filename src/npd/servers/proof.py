@@ -8,7 +8,9 @@ The probe's reasoning. With n the log-probs of the snapshot, o those of the one 
 server's, on the same tokens: s = n + noise where the load worked, s = o + noise where nothing was
 loaded, something between where part was. So `staleness` = <s - n, o - n> / |o - n|^2 is 0, 1, or
 between, and its standard error follows from what is left of s - n. A mean over some 250 tokens sees
-a change a third the size of the noise on one token.
+a change a third the size of the noise on one token. n and o are exact (float32): noise of theirs
+would pass for staleness. Where the change is smaller still, a load that did nothing is seen by
+answers that are those of before to the last digit.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from npd.servers.base import EngineServer
 
 # Staleness that counts, and how sure it must be: one false alarm in 30,000 refreshes by chance.
 _STALE, _SIGMAS = 0.2, 4.0
+# A change of weights that moves log-probs by less than this (nats) may be lost in bfloat16.
+_LEAST_CHANGE = 1e-3
 
 
 class StaleWeights(RunError):
@@ -49,6 +53,8 @@ class Evidence:
         parts = [f"log-probs within {self.difference:.4f} nats/token of the snapshot's"]
         if self.staleness is not None:
             parts.append(f"staleness {self.staleness:.2f} ± {self.error:.2f}")
+            if not self.can_tell:
+                parts[-1] += " (too like the snapshot before to tell a part of it from rounding)"
         if self.num_tensors:
             parts.append(f"{self.num_tensors} tensors equal by checksum")
         return ", ".join(parts)
@@ -62,9 +68,17 @@ async def read_probe(server: EngineServer, probe: Probe, *, model: str | None = 
 
 
 def judge(
-    name: str, what: str, found: Probe, new: Probe, old: Probe | None, tolerance: float
+    name: str,
+    what: str,
+    found: Probe,
+    new: Probe,
+    old: Probe | None,
+    tolerance: float,
+    before: Probe | None = None,
 ) -> Evidence:
     """The evidence of a server's probe; `name` and `what` (it should hold) are for the message.
+
+    `before` is what the server itself said while it held the snapshot of `old`.
 
     Raises:
         StaleWeights: these are not the weights of `new`.
@@ -83,6 +97,13 @@ def judge(
     size = float(change @ change)
     if size == 0.0:
         return Evidence(difference)
+    is_changed = math.sqrt(size / len(change)) > _LEAST_CHANGE
+    if is_changed and before is not None and np.array_equal(found.flat, before.flat):
+        raise StaleWeights(
+            f"{name} does not hold {what} but still holds the snapshot before it: on fixed texts "
+            "its log-probs are the same as then to the last digit. Its reload did not take: update "
+            "the server, or restart it with the snapshot as its model"
+        )
     staleness = float(off @ change) / size
     left = off - staleness * change
     error = math.sqrt(float(left @ left) / max(1, len(left) - 1) / size)

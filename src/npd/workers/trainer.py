@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npd import probe
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
@@ -79,25 +78,18 @@ class TrainerWorker:
 
     def publish(self, version: int) -> str:
         """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
-        with self._trainer.whole(None if self._is_served else "cpu") as model:
+        with self._trainer.whole("cpu") as model:
             if model is None:
                 return ""
-            return publish(
-                self._layout.snapshot(version), lambda into: self._write_snapshot(into, model)
-            )
-
-    @property
-    def _is_served(self) -> bool:
-        generate = self._config.generate
-        return generate.engine != "transformers" and generate.source == "student"
+            directory = self._layout.snapshot(version)
+            return publish(directory, lambda into: self._write_snapshot(into, model))
 
     def _write_snapshot(self, directory: Path, model: Any) -> None:
-        """The student as the generator takes it; for servers, with what proves that they did."""
+        """The student as its generator takes it."""
+        generate = self._config.generate
+        is_served = generate.engine != "transformers" and generate.source == "student"
         # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
-        self._trainer.save_snapshot(directory, untie=self._is_served, whole=model)
-        if self._is_served:
-            with self._autocast(self._config.generate.dtype), evaluating(model):
-                probe.write(probe.of_model(model, self._chat.tokenizer), directory)
+        self._trainer.save_snapshot(directory, untie=is_served, whole=model)
 
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
@@ -193,17 +185,6 @@ class TrainerWorker:
             self._world.close()
         if self._meeting is not None:
             remove(self._meeting)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode for the time of the `with` block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _is_whole(directory: Path) -> bool:
