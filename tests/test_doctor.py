@@ -14,7 +14,7 @@ from conftest import make_model, make_tokenizer
 from desk import Desk
 from npd.config import LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
-from npd.doctor.memory import trainer_bytes
+from npd.doctor.memory import over_ranks, trainer_bytes
 from npd.doctor.sizes import size_of
 
 KEY = "the-key"
@@ -223,6 +223,15 @@ def test_memory_counts_state_and_rows(tmp_path):
     assert trainer_bytes(adapters, size)[0] < state / 2
     assert trainer_bytes(thrifty, size)[1] < row
     assert trainer_bytes(shorter, size)[1] < row
+
+
+def test_memory_is_shared_out_over_ranks(tmp_path):
+    make_model(0, tied=False).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+    whole = 4 * size.parameters
+    assert over_ranks(1, "cuda", size, 1000, 10) == (1000, 10)
+    assert over_ranks(4, "cuda", size, 1000, 10) == (250 + whole, 10)
+    assert over_ranks(4, "cpu", size, 1000, 10) == (1000 + whole, 40)
 
 
 def test_a_row_that_cannot_fit_is_a_warning(desk):
