@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +75,12 @@ class Bench:
 
     def load(self, directory: Path) -> int | None:
         return self.trainer.load_checkpoint(directory)
+
+    def die(self, victim: int) -> None:
+        """The victim is killed while the others wait for it in a collective."""
+        if self.trainer.world.rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.trainer.world.gather(None)
 
     def close(self) -> None:
         self.trainer.world.close()

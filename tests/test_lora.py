@@ -20,7 +20,7 @@ from npd.config import GenerateConfig, LoraConfig, TrainConfig
 from npd.errors import ConfigError, ModelError, StoreError
 from npd.export import export_model
 from npd.generate.transformers import TransformersGenerator
-from npd.modeling import load_model
+from npd.modeling import decoding, load_model
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -165,7 +165,7 @@ def test_activation_checkpointing_changes_no_number(tiny_model_dir):
 def test_the_live_model_decodes_with_its_adapter(tiny_model_dir, tmp_path):
     trainer = trained(tiny_model_dir)
     trainer.save_snapshot(tmp_path / "s", dtype="float32")
-    with trainer.decoding() as model:
+    with decoding(trainer.model) as model:
         torch.testing.assert_close(logits(model), logits(load_model(tmp_path / "s", packed=False)))
     assert trainer.model.training
 

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import save_model
 from npd.config import LossConfig
-from npd.errors import RunError
+from npd.errors import RunError, WorkerLostError
 from npd.types import Row, Segment, Step
 from rank_bench import BenchFactory, gradients_of, on_ranks
 from test_trainer import (
@@ -163,3 +163,24 @@ def test_a_checkpoint_goes_from_two_ranks_to_one_and_back_and_a_bad_step_changes
     check_same(arrays(straight), weights)
     layouts = [sorted(path.name for path in (tmp_path / d).iterdir()) for d in ("of-one", "of-two")]
     assert layouts[0] == layouts[1]
+
+
+@pytest.mark.slow
+def test_ranks_go_on_after_one_was_killed_while_the_other_waited(samples, tmp_path, tiny_model_dir):
+    straight = make_trainer(tiny_model_dir, samples, FP32, LOSS)
+    straight.train(segment_on(1, samples))
+    expected = straight.train(segment_on(1, samples, first=5))
+
+    async def story(group):
+        await group.call("train", segment_on(2, samples))
+        await group.call("save", tmp_path / "saved")
+        with pytest.raises(WorkerLostError, match=r"trainer-1 .*SIGKILL"):
+            await group.call("die", 1)
+        with pytest.raises(WorkerLostError, match="the trainer's ranks ended with one of them"):
+            await group.call("weights")
+        await group.restart()
+        await group.call("load", tmp_path / "saved")
+        return (await group.call("train", segment_on(2, samples, first=5))).value
+
+    reports = on_ranks(tmp_path, factory_of(2, tiny_model_dir, samples), story)
+    check_alike(expected.steps, reports[0].steps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from npd import lora
 from npd.config import LossConfig, TrainConfig
 from npd.errors import RunError
-from npd.modeling import decoding, load_model, resolve_device
+from npd.modeling import load_model, resolve_device
 from npd.train import checkpoint
 from npd.train.batch import Read, Sample, build_row, rollout_of
 from npd.train.device import peak_memory_mib, step_randomness
@@ -102,10 +102,6 @@ class Trainer:
                 on_step(reports[-1])
         peak = max(self.world.gather(peak_memory_mib(self.device)))
         return SegmentReport(segment.index, tuple(reports), peak)
-
-    def decoding(self) -> AbstractContextManager[Any]:
-        """The live model, able to decode with a cache, for the time of the `with` block."""
-        return decoding(self.model)
 
     @contextmanager
     def whole(self, device: str | None = None) -> Iterator[Any | None]:
