@@ -158,24 +158,19 @@ class Holding:
             await self._give_adapter(admin, new)
         elif has_it or new.probe is None:
             await admin.set_tag(new.tag)
-        elif await self._must_be_given(admin, new):
+        elif new.version != 0 or (await admin.facts()).can_refresh:
+            # One that cannot be refreshed may still hold the student as it came.
             before = await self._read_before(admin, new, old)
             await _give_weights(admin, new)
         return None if new.probe is None else await self._proving.show(admin, new, before)
-
-    async def _must_be_given(self, admin: EngineServer, new: Held) -> bool:
-        """Unless it says that it has it; or cannot be refreshed, and may hold the student as it
-        came."""
-        if await admin.tag() == new.tag:
-            return False
-        return new.version != 0 or (await admin.facts()).can_refresh
 
     async def _read_before(self, admin: EngineServer, new: Held, old: Held | None) -> Probe | None:
         """What a server says of the probe while it holds another snapshot of this run, for sure."""
         if old is not None and old.adapter is None:
             return old.readings.get(admin.name)
         tag = await admin.tag()
-        if new.probe is None or tag is None or not tag.startswith(self._prefix):
+        is_other = tag is not None and tag.startswith(self._prefix) and tag != new.tag
+        if new.probe is None or not is_other:
             return None
         return await read_probe(admin, new.probe)
 
