@@ -144,15 +144,15 @@ def held(snapshot, **other):
 
 def test_checksums_count_what_agrees(snapshots):
     sums = Checksums()
-    for snapshot in snapshots:
-        assert sums.check("s", "it", held(snapshot), snapshot) == 2
-    assert sums.check("s", "it", {}, snapshots[0]) == 0
+    found = [sums.check("s", "it", held(snapshot), snapshot) for snapshot in snapshots]
+    assert found == [(2, 0), (2, 1), (2, 1)], "both agree; one of them is new each time"
+    assert sums.check("s", "it", {}, snapshots[0]) == (0, 0)
 
 
 def test_checksums_of_another_layout_say_nothing(snapshots):
     sums = Checksums()
     for i, snapshot in enumerate(snapshots):
-        assert sums.check("s", "it", held(snapshot, body=f"own{i}"), snapshot) == 1
+        assert sums.check("s", "it", held(snapshot, body=f"own{i}"), snapshot)[0] == 1
 
 
 def test_a_checksum_of_the_old_snapshot_is_stale(snapshots):
@@ -167,3 +167,18 @@ def test_a_checksum_that_no_longer_agrees_is_stale(snapshots):
     sums.check("s", "v0", held(snapshots[0]), snapshots[0])
     with pytest.raises(StaleWeights, match="body is not the one of the snapshot"):
         sums.check("s", "v1", held(snapshots[1], body="neither"), snapshots[1])
+
+
+def test_answers_that_are_the_old_ones_to_the_last_digit_are_stale_however_small_the_change():
+    found, new, old = make_case(7, change=2e-3, noise=0.05)
+    assert not proof(found, new, old).can_tell
+    with pytest.raises(StaleWeights, match="to the last digit"):
+        judge("http://server", "snapshot v3", found, new, old, 0.15, before=found)
+    judge("http://server", "snapshot v3", found, new, new, 0.15, before=found)  # nothing changed
+
+
+def test_what_cannot_be_told_is_said():
+    found, new, old = make_case(7, change=2e-3, noise=0.05)
+    assert "too like the snapshot before" in str(proof(found, new, old))
+    found, new, old = make_case(7, change=0.5, noise=0.05)
+    assert "too like" not in str(proof(found, new, old))

@@ -265,11 +265,17 @@ def test_another_tag_before_or_behind_loses_the_worker(bench, engine):
         generator.generate(ASKS)
 
 
-def test_a_server_without_tags_is_taken_at_its_word(bench):
+def test_a_server_that_reports_no_tag_reads_the_texts_again(bench):
+    """One that comes back with the first snapshot between two shards is found all the same."""
     lacks = ("/weight_info", "/update_weight_version", "/weight_checker")
-    generator = bench.generator(bench.server(lacks=lacks))
-    generator.load(bench.snapshots[0], 0)
-    assert all(isinstance(item, Rollout) for item in generator.generate(ASKS))
+    server = bench.server(lacks=lacks)
+    generator = bench.generator(server)
+    for version, snapshot in enumerate((bench.snapshots[0], bench.publish(1, step=0.9))):
+        generator.load(snapshot, version)
+        assert all(isinstance(item, Rollout) for item in generator.generate(ASKS))
+    server.restart(bench.snapshots[0])
+    with pytest.raises(WorkerLostError, match=r"does not hold snapshot v1.*asked again"):
+        generator.generate(ASKS)
 
 
 def test_a_server_that_cannot_be_refreshed_may_hold_the_first_snapshot(bench):
@@ -497,3 +503,15 @@ def test_loading_what_is_held_asks_nothing(bench):
     assert len(server.engine.bodies) == before
     assert generator.generate([]) == []
     assert isinstance(server, FakeVllm)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_restarted_worker_still_sees_old_weights(bench, engine, tmp_path):
+    """Probes of earlier snapshots are kept in the run directory, so nothing must be remembered."""
+    server = bench.server(engine)
+    around = {"probes": tmp_path / "probes"}
+    bench.generator(server, engine=engine, around=around).load(bench.snapshots[0], 0)
+    server.faults.forgets_reload = True
+    near = bench.publish(1, step=0.96)
+    with pytest.raises(StaleWeights, match=f"{server.url} does not hold snapshot v1"):
+        bench.generator(server, engine=engine, around=around).load(near, 1)

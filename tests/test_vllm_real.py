@@ -7,7 +7,10 @@ import shutil
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +133,10 @@ def models(smol_dir, tmp_path_factory):
     """The 135M model and two that training might have made of it, LM heads written out."""
     folder = tmp_path_factory.mktemp("models")
     moved = [shifted(smol_dir, folder / f"tied-{i}", i) for i in (1, 2)]
-    return [_untied(path, folder / f"v{i}") for i, path in enumerate([smol_dir, *moved])]
+    paths = [_untied(path, folder / f"v{i}") for i, path in enumerate([smol_dir, *moved])]
+    for path in paths:
+        probe.write(probe.of_directory(path), path)  # measured once for all tests
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +152,67 @@ def server(vllm_venv, smol_dir, tmp_path_factory):
     process.stop()
 
 
-def reaching(server: ServerProcess, chat: Chat, around: dict | None = None, **kwargs):
+class Proxy:
+    """A server before another that answers every reload, but passes on only the first `swallows`
+    of them: one that says it loaded, and did not."""
+
+    def __init__(self, server: ServerProcess, *, swallows: int) -> None:
+        self._target, self._left, self.log = server.url, swallows, server.log
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                proxy.forward(self, None)
+
+            def do_POST(self):
+                proxy.forward(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+            def log_message(self, *_):
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.block_on_close = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def forward(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
+        if handler.path == "/collective_rpc":
+            self._left -= 1
+            if self._left < 0:
+                self._answer(handler, 200, b'{"results": [null]}')
+                return
+        request = urllib.request.Request(self._target + handler.path, body, method=handler.command)
+        for name in ("Authorization", "Content-Type"):
+            if handler.headers.get(name):
+                request.add_header(name, handler.headers[name])
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                self._answer(handler, answer.status, answer.read())
+        except urllib.error.HTTPError as error:
+            self._answer(handler, error.code, error.read())
+
+    def _answer(self, handler, status: int, body: bytes) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Connection", "close")
+        handler.close_connection = True
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def __enter__(self) -> Proxy:
+        self._thread = threading.Thread(target=self._http.serve_forever)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+
+def reaching(server: ServerProcess | Proxy, chat: Chat, around: dict | None = None, **kwargs):
     """A generator by the server that runs."""
     settings = {"max_new_tokens": 24, "temperature": 0.0, "batch_size": 16, **kwargs}
     config = GenerateConfig(engine="vllm", urls=(server.url,), **settings)
@@ -174,6 +240,28 @@ def test_a_head_that_a_reload_forgot_is_found(server, models, chat, smol_dir):
     generator.load(models[1], 1)
     with pytest.raises(StaleWeights, match=f"{server.url} does not hold snapshot v2"):
         generator.load(smol_dir, 2)
+    generator.close()
+
+
+def test_a_small_step_of_training_is_no_false_alarm_and_a_load_that_did_nothing_is_seen(
+    server, models, chat, smol_dir, tmp_path
+):
+    """Two snapshots that differ by about what bfloat16 rounds off: where bounds say nothing."""
+    near = _untied(shifted(smol_dir, tmp_path / "near", 5, size=1e-3), tmp_path / "near-untied")
+    notes: list[str] = []
+    generator = reaching(server, chat, {"tell": notes.append})
+    generator.load(models[0], 0)
+    generator.load(near, 1)
+    assert "holds snapshot v1" in notes[-1]
+    with Proxy(server, swallows=1) as proxy:
+        forgetful = reaching(proxy, chat, {"probes": tmp_path / "probes"})
+        forgetful.load(models[0], 0)
+        with pytest.raises(StaleWeights, match="still holds the snapshot before it"):
+            forgetful.load(near, 1)
+        forgetful.close()
+        again = reaching(proxy, chat, {"probes": tmp_path / "probes"})
+        again.load(models[0], 0)  # whatever it held, it is given this one now
+        again.close()
     generator.close()
 
 
@@ -424,3 +512,66 @@ def test_a_whole_run_with_two_refreshes_and_a_server_killed_by_the_way(
     assert sum("holds snapshot" in line for line in view.messages) >= 3
     assert set(check_who_wrote(layout, tmp_path / "kept")) == {0, 1, 2}
     assert_gone(layout.logs)
+
+
+def test_a_run_whose_server_did_not_load_says_so_and_goes_on_with_another(
+    server, smol_dir, tmp_path
+):
+    """The run ends with one line that names the server; nothing stale was trained on."""
+    with Proxy(server, swallows=1) as proxy:
+        generate = {"urls": [proxy.url], "launch": None}
+        config = make_run(Path(), smol_dir, tmp_path, generate=generate)
+        with pytest.raises(RunError, match=f"{proxy.url} does not hold snapshot v1"):
+            npd.run(config, view=QuietView())
+    layout = RunLayout(config.directory)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        assert ledger.conservation().holds
+    versions = {
+        rollout.version
+        for path in layout.rollouts(0).parent.glob("*.arrow")
+        for rollout in read_rollouts(path)
+    }
+    assert versions == {0}, "nothing is kept of a server that was not proven"
+    config = make_run(Path(), smol_dir, tmp_path, generate={"urls": [server.url], "launch": None})
+    assert npd.run(config, resume=True, view=QuietView()).is_done
+    outcomes = check_books(layout, reuse=1)
+    assert outcomes[Outcome.FAILED] == 0
+
+
+@pytest.mark.parametrize("in_flight", ["mix", "abort"])
+def test_a_whole_run_refreshed_while_responses_are_written(in_flight, server, smol_dir, tmp_path):
+    """Stages overlap; every token's log-prob is that of the version it carries."""
+    config = make_run(
+        Path(),
+        smol_dir,
+        tmp_path,
+        generate={"urls": [server.url], "launch": None, "max_new_tokens": 120, "shard_size": 4},
+        score={"row_tokens": 512},
+        train={"row_tokens": 512, "batch_size": 4, "lr": 2e-4, "min_lr": 1e-4},
+        schedule={
+            "epochs": None, "steps": 4, "window": 12, "reuse": 1, "max_lag": 2, "overlap": True,
+            "refresh": {"every_steps": 2, "in_flight": in_flight}, "segment_steps": 2,
+        },
+    )  # fmt: skip
+    layout = RunLayout(config.directory)
+    view = KeepingView(layout, tmp_path / "kept")
+    assert npd.run(config, view=view).is_done
+    outcomes = check_books(layout, reuse=1)
+    assert outcomes[Outcome.FAILED] == 0
+    kept = tmp_path / "kept"
+    models = {
+        int(p.name[1:]): load_model(p, dtype="bfloat16", packed=False) for p in kept.iterdir()
+    }
+    written = [r for p in layout.rollouts(0).parent.glob("*.arrow") for r in read_rollouts(p)]
+    assert {version for r in written for version in _versions(r).tolist()} >= {0, 1}
+    for rollout in written:
+        assert in_flight == "mix" or rollout.versions is None
+        for version in set(_versions(rollout).tolist()):
+            off = np.abs(rollout.logprobs - own_logprobs(models[version], rollout))
+            assert off[_versions(rollout) == version].mean() < 2 * NOISE
+
+
+def _versions(rollout: Rollout) -> np.ndarray:
+    if rollout.versions is not None:
+        return rollout.versions
+    return np.full(len(rollout.response_ids), rollout.version)

@@ -147,7 +147,7 @@ class RunConfig(Section):
     def _check_combination(self) -> RunConfig:
         rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
         found = [problem for rule in rules for problem in rule(self)]
-        found += served_problems(self.generate, self.score, self.schedule.refresh, self.loss)
+        found += served_problems(self.generate, self.score, self.loss, self.schedule, self.runtime)
         found += rank_problems(self.train, self.runtime)
         problems = [message for is_broken, message in found if is_broken]
         if problems:

@@ -90,9 +90,11 @@ def of_directory(directory: Path, trust_remote_code: bool = False) -> Probe:
     if kept is not None:
         return kept
     from npd.chat import Chat
+    from npd.lora import base_of
     from npd.modeling import load_model
 
-    tokenizer = Chat.load(directory, trust_remote_code=trust_remote_code).tokenizer
+    source = base_of(directory) or directory  # an adapter has no tokenizer of its own
+    tokenizer = Chat.load(source, trust_remote_code=trust_remote_code).tokenizer
     # On the CPU: the devices may be the servers' own.
     model = load_model(directory, dtype="float32", trust_remote_code=trust_remote_code)
     found = measure(model, probe_sequences(tokenizer, _longest(model)))

@@ -10,22 +10,52 @@ import re
 from npd.sections import (
     GenerateConfig,
     LossConfig,
-    Refresh,
     RuntimeConfig,
+    ScheduleConfig,
     ScoreConfig,
     TrainConfig,
 )
-from npd.served import ServedConfig
+from npd.served import LaunchConfig, ServedConfig
+
+# What npd itself tells a server that it starts.
+_OURS = ("--host", "--port", "--api-key", "--model", "--model-path", "--served-model-name", "--uds")
+_OUR_VARIABLES = ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE")
 
 
 def served_problems(
-    generate: GenerateConfig, score: ScoreConfig, refresh: Refresh, loss: LossConfig
+    generate: GenerateConfig,
+    score: ScoreConfig,
+    loss: LossConfig,
+    schedule: ScheduleConfig,
+    runtime: RuntimeConfig,
 ) -> list[tuple[bool, str]]:
     """What cannot be about engines behind HTTP: (is it so, what to do)."""
-    in_flight = refresh.in_flight
+    in_flight = schedule.refresh.in_flight
+    both = set(generate.urls) & set(score.urls)
     return [
         *_server_problems("generate", generate, generate.engine, generate.workers),
         *_server_problems("score", score, score.engine, score.workers),
+        *_time_problems("generate", generate, runtime),
+        *_time_problems("score", score, runtime),
+        (
+            bool(generate.admin_urls) and (not generate.urls or generate.workers > 1),
+            "generate.admin_urls are the servers behind the load balancer in generate.urls: set "
+            "that, and generate.workers: 1",
+        ),
+        (
+            not all(map(_is_url, generate.admin_urls)),
+            "generate.admin_urls must be like http://host:8000",
+        ),
+        (
+            bool(both) and generate.source == "student",
+            f"{min(both, default='')} is in generate.urls and in score.urls: it cannot hold the "
+            "student and the teacher",
+        ),
+        (
+            in_flight == "mix" and schedule.max_lag == 0,
+            "schedule.refresh.in_flight mix with schedule.max_lag 0 throws every mixed sample "
+            "away: set max_lag: 1, or in_flight: abort",
+        ),
         (
             generate.source == "dataset" and generate.engine != "transformers",
             "generate.source dataset decodes nothing: leave generate.engine out",
@@ -93,8 +123,12 @@ def _server_problems(
             "each worker has servers of its own",
         ),
         (
-            any(re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url) is None for url in urls),
+            not all(map(_is_url, urls)),
             f"{where}.urls must be like http://host:8000",
+        ),
+        (
+            len(set(urls)) < len(urls),
+            f"{where}.urls names a server twice: list each once",
         ),
         (
             bool(gpus) and len(gpus) < workers,
@@ -105,4 +139,44 @@ def _server_problems(
             launch is not None and launch.venv is not None and bool(launch.command),
             f"{where}.launch takes one of venv and command",
         ),
+        *_launch_problems(where, launch or LaunchConfig()),
     ]
+
+
+def _launch_problems(where: str, launch: LaunchConfig) -> list[tuple[bool, str]]:
+    flags = {word.partition("=")[0] for word in launch.args} & set(_OURS)
+    names = set(launch.env) & set(_OUR_VARIABLES)
+    return [
+        (
+            bool(flags),
+            f"{where}.launch.args sets {', '.join(sorted(flags))}, which npd sets itself "
+            "(loopback, a free port, a key, the snapshot): leave it out",
+        ),
+        (
+            bool(names),
+            f"{where}.launch.env sets {', '.join(sorted(names))}, which npd sets itself: leave it "
+            "out",
+        ),
+    ]
+
+
+def _time_problems(
+    where: str, section: ServedConfig, runtime: RuntimeConfig
+) -> list[tuple[bool, str]]:
+    """A worker must not count as lost while it still waits for its server."""
+    limits = {f"{where}.request_timeout": section.request_timeout}
+    if section.launch is not None:
+        limits[f"{where}.launch.start_timeout"] = section.launch.start_timeout
+    is_served = bool(section.urls) or section.launch is not None
+    return [
+        (
+            is_served and limit >= runtime.call_timeout,
+            f"runtime.call_timeout ({runtime.call_timeout:g} s) must be more than {name} "
+            f"({limit:g} s)",
+        )
+        for name, limit in limits.items()
+    ]
+
+
+def _is_url(text: str) -> bool:
+    return re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", text) is not None

@@ -1,8 +1,8 @@
 """What the servers of a generator hold, and how that is changed: load, prove, and look again.
 
 Promises: after `load` every server has shown that it holds the snapshot, or an error names the one
-that does not; `check_tags` finds servers that were restarted or given other weights since. A server
-is never left paused.
+that does not; `check` finds servers that were restarted or given other weights since. A server is
+never left paused.
 
 How a snapshot reaches a server: as the model it is started with (ours, the first time), in place
 (`load_weights`), or, where the snapshot is an adapter, as another adapter beside the base model.
@@ -11,53 +11,42 @@ How a snapshot reaches a server: as the model it is started with (ours, the firs
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from npd import probe
 from npd.config import GenerateConfig
-from npd.errors import RunError, WorkerLostError
-from npd.probe import Probe
+from npd.errors import ConfigError, RunError, WorkerLostError
+from npd.generate.proving import Held, Proving
+from npd.probe import MAX_TOKENS, Probe
 from npd.servers import EngineServer, Refused, Unavailable
-from npd.servers.checksums import Checksums
 from npd.servers.launch import ServerSpec
 from npd.servers.models import ADAPTER, model_settings, read_settings
 from npd.servers.pool import ServerPool
-from npd.servers.proof import Evidence, StaleWeights, judge, read_probe
+from npd.servers.proof import Evidence, StaleWeights, read_probe
 from npd.store.snapshots import MANIFEST
 
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A snapshot on the servers: the tag they report for it, the name its adapter goes by.
-
-    `readings` is what each server said of the probe's texts when it was proven.
-    """
-
-    snapshot: Path
-    version: int
-    tag: str
-    adapter: str | None
-    probe: Probe | None
-    readings: dict[str, Probe] = field(default_factory=dict)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 
 
 class Holding:
-    """The snapshot the servers of a pool hold."""
+    """The snapshot the servers of a pool hold; `run` marks what is loaded as this run's."""
 
     def __init__(
         self,
         config: GenerateConfig,
+        *,
         context: int,
         trust_remote_code: bool,
+        run: str,
+        past: Path | None,
         tell: Callable[[str], None],
     ) -> None:
         self._config, self._context, self._tell = config, context, tell
         self._trust_remote_code = trust_remote_code
-        self._checksums: dict[str, Checksums] = {}
+        self._prefix = f"npd-{run}-v" if run else "npd-v"
+        self._proving = Proving(config.probe_tolerance, past)
         self.held: Held | None = None
         self.model_vocabulary = 0
         """Ids the model's embedding has, padding included; 0 where its config does not tell."""
@@ -67,13 +56,11 @@ class Holding:
 
         `is_policy`: the student, whose weights change; a teacher is served as it is, unproven.
         """
-        tag = f"npd-v{version}-{_checksum(snapshot)}"
+        tag = f"{self._prefix}{version}-{_checksum(snapshot)}"
         adapter = tag if (snapshot / ADAPTER).exists() else None
         found = None
         if is_policy:
-            # In a thread: it takes seconds, and responses are being read meanwhile.
-            measure = partial(probe.of_directory, snapshot, self._trust_remote_code)
-            found = await asyncio.to_thread(measure)
+            found = await self._proving.measure(snapshot, version, self._trust_remote_code)
         return Held(snapshot, version, tag, adapter, found)
 
     async def load(self, pool: ServerPool, new: Held) -> dict[str, Evidence | None]:
@@ -86,7 +73,11 @@ class Holding:
         old, self.held = self.held, None  # a load that fails half way leaves nothing to use
         is_fresh = not pool.is_open
         if is_fresh:
-            await self._open(pool, new.snapshot)
+            await pool.open(
+                self._spec(new.snapshot),
+                connections=self._config.batch_size,
+                admin_urls=self._config.admin_urls,
+            )
         try:
             evidence = await self._hand_over(pool, new, old, is_fresh=is_fresh)
         except (StaleWeights, Unavailable) as error:
@@ -96,52 +87,56 @@ class Holding:
                 raise
             # Ours can be begun again from nothing, which no forgetful reload survives.
             self._tell(f"refresh failed, the server is started anew: {error}")
-            await pool.close()
-            await self._open(pool, new.snapshot)
+            self._proving.forget_servers()
+            await pool.reopen(self._spec(new.snapshot), connections=self._config.batch_size)
             evidence = await self._hand_over(pool, new, None, is_fresh=True)
         self.held = new
         return evidence
 
-    async def check_tags(self, pool: ServerPool) -> None:
-        """Raise WorkerLostError where a server no longer reports what it was last given."""
+    async def check(self, pool: ServerPool) -> None:
+        """Raise WorkerLostError where a server no longer holds what it was given."""
         assert self.held is not None
-        tags = await asyncio.gather(*(self._tag(pool, admin) for admin in pool.admins))
-        for admin, tag in zip(pool.admins, tags, strict=True):
-            if tag is not None and tag != self.held.tag:
-                raise WorkerLostError(
-                    f"{admin.name} reports weights {tag!r} where it was given {self.held.tag!r}: "
-                    "it was restarted, or another run uses it; what it wrote since is asked again"
-                )
+        await asyncio.gather(*(self._check(pool, admin, self.held) for admin in pool.admins))
 
-    async def _tag(self, pool: ServerPool, admin: EngineServer) -> str | None:
+    async def _check(self, pool: ServerPool, admin: EngineServer, held: Held) -> None:
+        """By the tag it reports; one that reports none reads the probe's texts again."""
         try:
-            return await admin.tag()
+            tag = await admin.tag()
+            if tag is None:
+                await self._proving.look_again(admin, held)
+            elif tag != held.tag:
+                raise WorkerLostError(
+                    f"{admin.name} reports weights {tag!r} where it was given {held.tag!r}: it was "
+                    "restarted, or another run uses it; what it wrote since is asked again"
+                )
         except Unavailable as error:
-            pool.check(error)
-            return None  # whether it can be waited for is for the requests to find out
+            pool.check(error)  # whether it can be waited for is for the requests to find out
+        except (Refused, StaleWeights) as error:
+            raise WorkerLostError(
+                f"{error}; it was restarted, or another run uses it, and what it wrote since is "
+                "asked again"
+            ) from error
 
-    async def _open(self, pool: ServerPool, snapshot: Path) -> None:
+    def _spec(self, snapshot: Path) -> ServerSpec:
         settings = model_settings(snapshot)
-        context = max(self._context, probe.MAX_TOKENS + 1)  # it must read the probe too
-        self._checksums.clear()
-        await pool.open(
-            ServerSpec(
-                model=str(settings.base),
-                dtype=self._config.dtype,
-                context=min(context, settings.context or context),
-                lora_rank=settings.lora_rank,
-                trust_remote_code=self._trust_remote_code,
-            ),
-            connections=self._config.batch_size,
-            admin_urls=self._config.admin_urls,
-        )
         self.model_vocabulary = settings.vocabulary
+        context = max(self._context, MAX_TOKENS + 1)  # it must read the probe too
+        return ServerSpec(
+            model=str(settings.base),
+            dtype=self._config.dtype,
+            context=min(context, settings.context or context),
+            lora_rank=settings.lora_rank,
+            trust_remote_code=self._trust_remote_code,
+        )
 
     async def _hand_over(
         self, pool: ServerPool, new: Held, old: Held | None, *, is_fresh: bool
     ) -> dict[str, Evidence | None]:
         has_it = is_fresh and pool.is_ours and new.adapter is None
-        giving = [self._give(admin, new, old, has_it=has_it) for admin in pool.admins]
+        patience = 0.0 if pool.is_ours else self._config.patience
+        giving = [
+            self._give(admin, new, old, has_it=has_it, patience=patience) for admin in pool.admins
+        ]
         # All to their end before one error is raised: none may be left paused.
         found = dict(
             zip(pool.admins, await asyncio.gather(*giving, return_exceptions=True), strict=True)
@@ -154,66 +149,78 @@ class Holding:
         }
 
     async def _give(
-        self, admin: EngineServer, new: Held, old: Held | None, *, has_it: bool
+        self, admin: EngineServer, new: Held, old: Held | None, *, has_it: bool, patience: float
     ) -> Evidence | None:
         """Give one server the snapshot `new`, unless it has it, and prove it."""
+        await _until_well(admin, patience)
+        before = None
         if new.adapter is not None:
-            await self._give_adapter(admin, new, old)
+            await self._give_adapter(admin, new)
         elif has_it or new.probe is None:
             await admin.set_tag(new.tag)
-        elif not (old is None and new.version == 0 and not (await admin.facts()).can_refresh):
-            # A server that cannot be refreshed may still hold the first snapshot: the student.
-            await self._give_weights(admin, new)
-        return None if new.probe is None else await self._prove(admin, new, old)
+        elif new.version != 0 or (await admin.facts()).can_refresh:
+            # One that cannot be refreshed may still hold the student as it came.
+            before = await self._read_before(admin, new, old)
+            await _give_weights(admin, new)
+        return None if new.probe is None else await self._proving.show(admin, new, before)
 
-    async def _give_weights(self, admin: EngineServer, new: Held) -> None:
-        try:
-            await admin.hold(drain=True)
-            await admin.load_weights(new.snapshot, new.tag)
-        except Refused as error:
-            raise RunError(
-                f"{admin.name} could not load {new.snapshot}: {error.cause}. The run directory "
-                "must be at the same path on its machine"
-            ) from error
-        except Unavailable as error:
-            raise Unavailable(
-                admin.name,
-                f"could not load {new.snapshot} ({error}): the run directory must be at the same "
-                "path on its machine, and the snapshot fit the served model",
-                timed_out=error.timed_out,
-            ) from error
-        finally:
-            with suppress(Refused, Unavailable):
-                await admin.release()
+    async def _read_before(self, admin: EngineServer, new: Held, old: Held | None) -> Probe | None:
+        """What a server says of the probe while it holds another snapshot of this run, for sure."""
+        if old is not None and old.adapter is None:
+            return old.readings.get(admin.name)
+        tag = await admin.tag()
+        is_other = tag is not None and tag.startswith(self._prefix) and tag != new.tag
+        if new.probe is None or not is_other:
+            return None
+        return await read_probe(admin, new.probe)
 
-    async def _give_adapter(self, admin: EngineServer, new: Held, old: Held | None) -> None:
+    async def _give_adapter(self, admin: EngineServer, new: Held) -> None:
         assert new.adapter is not None
         await admin.load_adapter(new.snapshot.resolve(), new.adapter)
         await admin.set_tag(new.tag)
-        with suppress(Unavailable):  # held back by an in-flight refresh, or not at all
-            await admin.release()
-        if old is not None and old.adapter is not None and old.adapter != new.adapter:
-            await admin.unload_adapter(old.adapter)
+        with suppress(Unavailable, Refused, ConfigError):
+            await admin.release()  # only an in-flight refresh has held it back, if it can at all
+        for name in (await admin.facts()).models:
+            if name.startswith(self._prefix) and name != new.adapter:
+                await admin.unload_adapter(name)
 
-    async def _prove(self, admin: EngineServer, new: Held, old: Held | None) -> Evidence:
-        assert new.probe is not None
-        what = f"snapshot v{new.version}"
-        found = await read_probe(admin, new.probe, model=new.adapter)
-        evidence = judge(
+
+async def _give_weights(admin: EngineServer, new: Held) -> None:
+    try:
+        await admin.hold(drain=True)
+        await admin.load_weights(new.snapshot.resolve(), new.tag)
+    except Refused as error:
+        raise RunError(
+            f"{admin.name} could not load {new.snapshot}: {error.cause}. The run directory must be "
+            "at the same path on its machine"
+        ) from error
+    except Unavailable as error:
+        raise Unavailable(
             admin.name,
-            what,
-            found,
-            new.probe,
-            old.probe if old is not None else None,
-            self._config.probe_tolerance,
-            old.readings.get(admin.name) if old is not None else None,
-        )
-        new.readings[admin.name] = found
-        if new.adapter is not None:
-            return evidence
-        sums = self._checksums.setdefault(admin.name, Checksums())
-        same = sums.check(admin.name, what, await admin.checksums(), new.snapshot)
-        return Evidence(evidence.difference, evidence.staleness, evidence.error, same)
+            f"could not load {new.snapshot} ({error}): the run directory must be at the same path "
+            "on its machine, and the snapshot fit the served model",
+            timed_out=error.timed_out,
+        ) from error
+    finally:
+        with suppress(Refused, Unavailable, ConfigError):
+            await admin.release()
+
+
+async def _until_well(admin: EngineServer, patience: float) -> None:
+    """Wait for a server that does not answer, with growing pauses, up to `patience` seconds.
+
+    Raises:
+        RunError: it does not come back.
+    """
+    pause, deadline = _FIRST_PAUSE, time.monotonic() + patience
+    while patience and not await admin.is_healthy():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{admin.name} does not answer within {patience:g} s: start it, or correct "
+                "generate.urls and generate.admin_urls"
+            )
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _checksum(snapshot: Path) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.config import GenerateConfig
-from npd.generate.holding import Held, Holding
+from npd.generate.holding import Holding
+from npd.generate.proving import Held
 from npd.generate.writing import InFlight, Writing
 from npd.servers.base import SamplingSettings
 from npd.servers.pool import ServerPool
@@ -39,7 +40,8 @@ class Surroundings:
 
     `log` is its server's log file, `context` the longest sample in tokens. `newest` gives the
     newest published snapshot; it is asked for unless `in_flight` is `finish`. `tell` takes what a
-    person should hear: each refresh with its proof, and what was done about a failed one.
+    person should hear: each refresh with its proof, and what was done about a failed one. `run`
+    marks what is loaded as this run's, `probes` is where the probes of its snapshots are kept.
     """
 
     log: Path
@@ -47,6 +49,8 @@ class Surroundings:
     in_flight: InFlight = "finish"
     newest: Callable[[], tuple[Path, int] | None] = lambda: None
     tell: Callable[[str], None] = _log.info
+    run: str = ""
+    probes: Path | None = None
 
 
 class ServedGenerator:
@@ -65,7 +69,14 @@ class ServedGenerator:
         self._pool = ServerPool(
             config.engine, config, log=surroundings.log, refresh_timeout=config.refresh_timeout
         )
-        self._holding = Holding(config, surroundings.context, trust_remote_code, surroundings.tell)
+        self._holding = Holding(
+            config,
+            context=surroundings.context,
+            trust_remote_code=trust_remote_code,
+            run=surroundings.run,
+            past=surroundings.probes,
+            tell=surroundings.tell,
+        )
         self._stop_ids, self._vocab_size = tuple(sorted(stop_ids)), vocab_size
         self._is_student = config.source == "student"
         self._runner = asyncio.Runner()
@@ -118,11 +129,11 @@ class ServedGenerator:
                 self._around.tell(f"{name} holds snapshot v{new.version}: {found}")
 
     async def _generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
-        await self._holding.check_tags(self._pool)
+        await self._holding.check(self._pool)
         writing = Writing(self._holding, self._sampling(), self._around.in_flight, self._is_student)
         asked = self._pool.ask(asks, writing.write, at_once=self._config.batch_size)
         found = await _while(asked, partial(self._refresh, writing))
-        await self._holding.check_tags(self._pool)
+        await self._holding.check(self._pool)
         return [
             result if isinstance(result, Rollout) else Failed(ask.sample_id, str(result))
             for ask, result in zip(asks, found, strict=True)

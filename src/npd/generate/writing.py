@@ -14,8 +14,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from npd.errors import WorkerLostError
 from npd.generate.holding import Holding
-from npd.servers import EngineServer, Unavailable
+from npd.servers import EngineServer, Refused, Unavailable
 from npd.servers.base import Completion, SamplingSettings
 from npd.types import Ask, FinishReason, Rollout
 
@@ -23,6 +24,7 @@ InFlight: TypeAlias = Literal["finish", "abort", "mix"]
 # A response cut off this often is not so by our refreshes: somebody else manages the server too.
 _MAX_CUTS = 64
 _POLL_SECONDS = 0.1
+_NOT_FOUND = 404
 
 
 @dataclass(slots=True)
@@ -93,6 +95,13 @@ class Writing:
         self._num_sent += 1
         try:
             piece = await server.complete(prompt, sampling, seed=seed, model=held.adapter)
+        except Refused as error:
+            if error.status == _NOT_FOUND and held.adapter is not None:
+                raise WorkerLostError(
+                    f"{server.name} no longer has the adapter {held.adapter}: it was restarted, "
+                    "and what it should have written is asked again"
+                ) from error
+            raise
         finally:
             self._num_sent -= 1
         if not len(piece.ids) and piece.ending != "abort":

@@ -24,14 +24,16 @@ class Checksums:
         self._comparable: set[str] = set()
         self._old: dict[str, str] = {}
 
-    def check(self, name: str, what: str, found: Mapping[str, str], directory: Path) -> int:
-        """How many tensors agree with the snapshot in `directory`.
+    def check(
+        self, name: str, what: str, found: Mapping[str, str], directory: Path
+    ) -> tuple[int, int]:
+        """How many tensors agree with the snapshot in `directory`, and how many of them are new.
 
         Raises:
             StaleWeights: a tensor is the old snapshot's, or no longer agrees.
         """
         if not found:
-            return 0
+            return 0, 0
         new = tensor_digests(directory, found)
         changed = {key for key, digest in new.items() if digest != self._old.get(key, digest)}
         stale = sorted(key for key in changed if found[key] == self._old[key])
@@ -46,7 +48,7 @@ class Checksums:
             )
         same = {key for key, digest in new.items() if found[key] == digest}
         self._comparable, self._old = same, new
-        return len(same)
+        return len(same), len(same & changed)
 
 
 def tensor_digests(directory: Path, names: Mapping[str, str]) -> dict[str, str]:

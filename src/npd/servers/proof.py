@@ -37,12 +37,13 @@ class StaleWeights(RunError):
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What a proof found: mean |s - n| in nats a token; staleness and its standard error (None: no
-    older snapshot to tell from); tensors whose checksums agree."""
+    older snapshot to tell from); tensors whose checksums agree, and those of them that changed."""
 
     difference: float
     staleness: float | None = None
     error: float | None = None
     num_tensors: int = 0
+    num_changed: int = 0
 
     @property
     def can_tell(self) -> bool:
@@ -56,7 +57,8 @@ class Evidence:
             if not self.can_tell:
                 parts[-1] += " (too like the snapshot before to tell a part of it from rounding)"
         if self.num_tensors:
-            parts.append(f"{self.num_tensors} tensors equal by checksum")
+            new = f", {self.num_changed} of them new" if self.num_changed else ""
+            parts.append(f"{self.num_tensors} tensors equal by checksum{new}")
         return ", ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Where everything of a run lies. Paths only: no file is opened here.
 
 runs/<name>/ config.json  ledger.db  metrics.jsonl  trace.jsonl  trace.json  report.html
-             heldout.arrow  logs/  rollouts/000012.arrow  scored/000012.arrow
+             heldout.arrow  logs/  probes/v000003/  rollouts/000012.arrow  scored/000012.arrow
              snapshots/v000003/  snapshots/LATEST  checkpoints/step-000200/  student/
 """
 
@@ -68,6 +68,11 @@ class RunLayout:
     def snapshots(self) -> Path:
         """Published students and the `LATEST` pointer."""
         return self.root / "snapshots"
+
+    @property
+    def probes(self) -> Path:
+        """What each snapshot says of a few fixed texts, kept for comparison by servers' users."""
+        return self.root / "probes"
 
     @property
     def checkpoints(self) -> Path:
