@@ -8,15 +8,16 @@ import shutil
 import numpy as np
 import pytest
 
-from fakes import make_rollouts
+from fakes import FakeGenerator, make_rollouts
 from npd.chat import Chat
 from npd.control.preparation import prepare
-from npd.errors import StoreError
+from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored
 from npd.types import Ask, Scored
 from npd.workers import Factory, GenerateTask, ScoreTask, scored_stats
 from npd.workers.generator import stop_ids
+from npd.workers.heldout import heldout_rollouts
 from tiny_run import tiny_config, write_prompts
 
 
@@ -98,6 +99,14 @@ def test_heldout_text_is_made_once_with_a_wide_support(config, layout):
     assert scorer.prepare_heldout(prompts) == tokens
     assert layout.heldout.stat().st_mtime_ns == written
     assert all(s.topk_ids.shape[1] == 64 for s in read_scored(layout.heldout))
+
+
+def test_what_writes_heldout_text_is_closed_also_when_it_fails(config, monkeypatch):
+    generator = FakeGenerator(fail_on={1}, error=RunError)
+    monkeypatch.setattr("npd.generate.build_generator", lambda *_, **__: generator)
+    with pytest.raises(RunError, match="fails on call 1"):
+        heldout_rollouts(config, Chat.load(config.student), prepare(config).heldout, "cpu", None)
+    assert generator.is_closed
 
 
 def test_teacher_mass_counts_a_repeated_draw_once():
