@@ -382,6 +382,16 @@ def test_a_launch_shows_what_it_would_run(desk):
     assert code == 2
 
 
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_a_writer_is_started_with_room_for_the_probe(desk, source):
+    launch = f"{{command: [{sys.executable}, -m, serve, '{{model}}']}}"
+    sets = [f"generate.launch={launch}", f"generate.source={source}", "schedule.refresh=never"]
+    _, checks = examined(desk, "generate.engine=vllm", *sets)
+    said = " ".join(check.says for check in checks["generate.launch"])
+    assert f"serve {desk.teacher if source == 'teacher' else desk.student}" in said
+    assert "--max-model-len 129" in said
+
+
 def test_a_launch_of_nothing(desk, tmp_path):
     for launch, says in (
         (f"{{venv: {tmp_path}/none}}", "is no virtual environment"),

@@ -25,7 +25,7 @@ from npd.config import ScoreConfig
 from npd.errors import ConfigError, RunError
 from npd.score.base import Document, Key, Reading
 from npd.servers import EngineServer, Refused, Unavailable
-from npd.servers.launch import ServerSpec
+from npd.servers.commands import ServerSpec, teacher_spec
 from npd.servers.limits import check_context, check_vocabulary, widest_support
 from npd.servers.models import model_settings
 from npd.servers.pool import ServerPool
@@ -69,10 +69,7 @@ class ServedTeacher:
                 f"teacher {teacher} is an adapter, which the server would not merge: give the "
                 "merged model"
             )
-        # It draws one token more than it reads, up to what the model can hold.
-        room = min(context + 1, settings.context or context + 1)
-        wanted = max(config.top_k, widest)
-        spec = ServerSpec(teacher, config.dtype, room, wanted, trust_remote_code=trust_remote_code)
+        spec = teacher_spec(config, Path(teacher), context, widest, trust_remote_code)
         self.num_padding_ids = max(0, settings.vocabulary - vocab_size)
         """Ids of the teacher's embedding from `vocab_size` on, where its config tells."""
         self._pool = pool

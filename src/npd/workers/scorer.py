@@ -9,6 +9,7 @@ from npd.chat import Chat
 from npd.config import RunConfig
 from npd.modeling import resolve_device
 from npd.score.base import Scorer, Support
+from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
 from npd.types import EncodedPrompt, Rollout, SampleStats, Scored
@@ -17,9 +18,6 @@ from npd.workers.tasks import ScoreTask, scored_stats
 
 if TYPE_CHECKING:
     from npd.score.served import ServedTeacher
-
-# A wider support than the run's own makes the tail-bucket KL a tighter bound; it is scored once.
-HELDOUT_TOP_K = 64
 
 
 class ScorerWorker:
