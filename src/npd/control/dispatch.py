@@ -56,6 +56,11 @@ class Dispatcher:
         """How often the same work is tried when its worker is lost."""
         return self._config.schedule.max_tries
 
+    @property
+    def rewrites_exactly(self) -> bool:
+        """Whether the same asks give the same samples again: servers do not promise it."""
+        return self._config.generate.engine == "transformers"
+
     async def load(self) -> None:
         """Have every worker load its models: at once, or in turn where they share a process."""
         crew = (*self._crew.generators, *self._crew.scorers, self._crew.trainer)

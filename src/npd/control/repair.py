@@ -1,7 +1,8 @@
 """On resuming: make again the shard files that are still needed and no longer there.
 
-A task is made from its seeds and its snapshot, so what comes back is what was lost (to the bit
-where the engine allows). Consumes the actions that once made the shards; decides nothing.
+A task is made from its seeds and its snapshot, so what comes back is what was lost. Text that a
+server wrote is not made again: it would be other text, under the lengths and versions that the
+ledger has of the old. Consumes the actions that once made the shards; decides nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ async def repair(
     """Carry out again those of `makers` whose file is needed and missing; returns how many.
 
     Raises:
-        StoreError: the snapshot that wrote a missing shard has been pruned.
+        StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
     """
     needed = _needed_shards(ledger)
     made = 0
@@ -34,6 +35,11 @@ async def repair(
         path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
         if action.shard not in needed or path.exists():
             continue
+        if not is_score and not dispatcher.rewrites_exactly:
+            raise StoreError(
+                f"{path} is missing, and what a server wrote is not written the same again: bring "
+                "the file back, or start a new run"
+            )
         has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
         if not is_score and not has_snapshot:
             raise StoreError(
