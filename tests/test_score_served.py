@@ -12,13 +12,14 @@ from fakes import FakeLM, make_rollouts
 from npd.config import LaunchConfig, ScoreConfig
 from npd.errors import ConfigError, ModelError, RunError, WorkerLostError
 from npd.score import build_scorer
-from npd.score.base import Document
+from npd.score.base import Document, Reading, Unread
 from npd.score.pair import PairScorer
 from npd.score.served import ServedTeacher
 from npd.servers import Refused, ServerFacts, Unavailable
 from npd.servers.base import PromptLogprobs
 from npd.servers.pool import ServerPool
 from npd.store.shards import read_scored, write_scored
+from npd.types import Failed, Scored
 from npd.workers import scored_stats
 
 VOCAB = 32
@@ -305,17 +306,44 @@ def test_a_teacher_that_cannot_be_opened_is_closed():
     assert pool.is_closed
 
 
-def test_a_refused_document_is_named_with_its_server(opened):
+def test_a_refused_document_is_unread_alone(opened):
     asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
-    with pytest.raises(RunError, match=r"cannot read sample 7: http://a refuses \(400\): no such"):
-        opened(FakeServer(FakeLM(VOCAB), refuses={17})).read(asked | documents(4, 2))
+    others = {key: d for key, d in documents(9, 2).items() if len(d.context) + len(d.response) < 17}
+    found = opened(FakeServer(FakeLM(VOCAB), refuses={17})).read(asked | others)
+    assert found.pop("sample 7") == Unread("http://a refuses (400): no such luck")
+    assert set(found) == set(others)
+    assert all(isinstance(reading, Reading) for reading in found.values())
 
 
-def test_a_document_that_keeps_failing_is_named(opened):
+def test_a_sample_of_a_refused_document_has_no_record(opened, tmp_path):
+    rollouts = make_rollouts(9)
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    alone = [len(r.header_ids) + len(r.response_ids) for r in rollouts]
+    for refuses in (lengths[3], alone[5]):  # with its prompt, or without
+        server = FakeServer(FakeLM(VOCAB), refuses={refuses})
+        scorer = PairScorer(
+            opened(server),
+            lambda _: opened(FakeServer(FakeLM(VOCAB))),
+            top_k=6,
+            needs_ifd=True,
+            needs_student_pass=True,
+        )
+        scorer.load_student(tmp_path, 0)
+        found = scorer.score(rollouts)
+        for rollout, whole, bare, item in zip(rollouts, lengths, alone, found, strict=True):
+            if refuses in (whole, bare):
+                reason = "http://a refuses (400): no such luck"
+                assert item == Failed(rollout.sample_id, reason)
+            else:
+                assert item.rollout is rollout
+        assert any(isinstance(item, Scored) for item in found)
+
+
+def test_a_document_that_keeps_failing_is_unread(opened):
     server = FakeServer(FakeLM(VOCAB), fails={17})
     asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
-    with pytest.raises(RunError, match=r"cannot read sample 7: http://a fails at"):
-        opened(server).read(asked)
+    found = opened(server).read(asked)["sample 7"]
+    assert found.reason.startswith("http://a fails at")
     assert sum(length == 17 for length, _ in server.asked) == 3, "tried again before it is given up"
 
 

@@ -88,11 +88,12 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None 
         )
         if config.needs_ifd or config.needs_student_pass:
             scorer.load_student(Path(student), 0)
-        write_scored(out, scorer.score(kept))
+        scored = [item for item in scorer.score(kept) if isinstance(item, Scored)]
+        write_scored(out, scored)
     finally:
         if served is not None:
             served.close()
-    return len(kept)
+    return len(scored)
 
 
 def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """The teacher on servers: it reads documents there, token ids in and log-probs out.
 
 Promises: a reading is that of the in-process reader (to the rounding of another engine): the
-response's positions only, no id the student does not have, log-probs of the whole distribution. The
-requests a server has at once hold `score.row_tokens` tokens in all, or are a single one. What a
-server cannot do is found when it is opened, not at the first sample. Draws no ids (`uniforms`):
-a server does not tell the whole distribution.
+response's positions only, no id the student does not have, log-probs of the whole distribution. One
+document of many that a server refuses is unread alone. The requests a server has at once hold
+`score.row_tokens` tokens in all, or are a single one. What a server cannot do is found when it is
+opened, not at the first sample. Draws no ids (`uniforms`): a server does not tell the whole
+distribution.
 
 Waits for: the servers. Unblocked by: answers, their time limits, the loss of our own server.
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from npd.config import ScoreConfig
 from npd.errors import ConfigError, RunError
-from npd.score.base import Document, Key, Reading
+from npd.score.base import Document, Key, Reading, Unread
 from npd.servers import EngineServer, Refused, Unavailable
 from npd.servers.commands import ServerSpec, teacher_spec
 from npd.servers.limits import check_context, check_vocabulary, widest_support
@@ -80,11 +81,11 @@ class ServedTeacher:
             self.close()
             raise
 
-    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
-        """A reading of each document, under its key.
+    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading | Unread]:
+        """A reading of each document, or why the servers have none, under its key.
 
         Raises:
-            RunError: no server answers, or none has a (finite) answer for a document.
+            RunError: no server answers, or log-probabilities are not finite.
             WorkerLostError: our own server ended or hangs.
         """
         assert all(document.uniforms is None for document in documents.values())
@@ -96,10 +97,11 @@ class ServedTeacher:
                 return await self._read(server, document)
 
         keys = sorted(documents, key=lambda key: -_length(documents[key]))
-        readings: dict[Key, Reading] = {}
+        readings: dict[Key, Reading | Unread] = {}
         for key, found in zip(keys, self.ask(keys, do), strict=True):
             if isinstance(found, RunError):
-                raise RunError(f"the teacher cannot read {key}: {found}") from found
+                readings[key] = Unread(str(found))
+                continue
             if not np.isfinite(found.logprobs).all():
                 raise RunError(
                     f"the teacher's server gives log-probabilities of {key} that are not finite: "
