@@ -15,7 +15,7 @@ from desk import Desk
 from npd.config import LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
 from npd.doctor.memory import trainer_bytes
-from npd.doctor.sizes import size_of
+from npd.servers.sizes import size_of
 
 KEY = "the-key"
 

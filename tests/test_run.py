@@ -352,4 +352,6 @@ def test_what_the_teachers_server_refuses_leaves_alone(make, tmp_path, tiny_teac
         rows = ledger.samples(Outcome.FAILED)
     assert {row.prompt_index for row in rows} == {3}
     assert all(row.reason.startswith(f"score: {server.url} refuses (400)") for row in rows)
+    told = f"scorer-0: {server.url} holds {teacher}: log-probs within"
+    assert sum(message.startswith(told) for message in view.messages) == 1
     assert any("score failed for 1 sample: " in message for message in view.messages)

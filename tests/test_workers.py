@@ -92,13 +92,14 @@ def test_a_sample_the_teacher_cannot_read_fails_alone_and_is_asked_again(config,
     with server, closing(Factory("scorer", config, layout.root)()) as scorer:
         made = scorer.score(task)
         assert [s.sample_id for s in made.stats] == [10, 12]
+        assert ["holds" in note for note in made.notes] == [True]
         (failed,) = made.failed
         assert failed.sample_id == 11
         assert failed.reason.startswith(f"{server.url} refuses (400)")
         written = layout.scored(0).read_bytes()
         asked = len(server.sent("/v1/completions"))
         again = scorer.score(task)
-        assert (again.stats, again.failed) == (made.stats, made.failed)
+        assert again == ShardResult(made.stats, made.failed), "told once"
         assert len(server.sent("/v1/completions")) == asked + 1, "what is scored is not read again"
         assert layout.scored(0).read_bytes() == written
         server.faults.refuses = lambda ids: False

@@ -22,14 +22,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from npd import probe
 from npd.config import ScoreConfig
 from npd.errors import ConfigError, RunError
+from npd.probe import Probe
 from npd.score.base import Document, Key, Reading, Unread
 from npd.servers import EngineServer, Refused, Unavailable
 from npd.servers.commands import ServerSpec, teacher_spec
 from npd.servers.limits import check_context, check_vocabulary, widest_support
 from npd.servers.models import model_settings
 from npd.servers.pool import ServerPool
+from npd.servers.proof import StaleWeights, judge, read_probe
 from npd.types import FloatArray, IntArray
 
 T = TypeVar("T")
@@ -44,10 +47,11 @@ class ServedTeacher:
     """A Reader over the servers of a pool, which it opens at the start and closes in `close`.
 
     `context` is the longest text it will be asked to read, in tokens; `widest` the widest support,
-    which servers at `urls` may bound lower (`max_k`), though not below `score.top_k`.
+    which servers at `urls` may bound lower (`max_k`), though not below `score.top_k`. Those must
+    agree with the teacher's own log-probs to `tolerance` (nats a token), where these are at hand.
 
     Raises:
-        ConfigError: a server's limits are too low, or it wants another key.
+        ConfigError: a server's limits are too low, it wants another key, or holds another model.
         ModelError: its model does not have the student's token ids.
         RunError: our server does not start, or one does not answer.
     """
@@ -60,10 +64,15 @@ class ServedTeacher:
         teacher: str,
         vocab_size: int,
         context: int,
+        tolerance: float,
         widest: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         self._config, self._vocab_size, self._context = config, vocab_size, context
+        self._teacher, self._tolerance = teacher, tolerance
+        self._trust_remote_code = trust_remote_code
+        self.notes: tuple[str, ...] = ()
+        """Of each server that was running already: what shows that it holds the teacher."""
         settings = model_settings(Path(teacher))
         if pool.is_ours and settings.lora_rank:
             raise ConfigError(
@@ -134,7 +143,10 @@ class ServedTeacher:
         await self._pool.open(spec, connections=_MAX_REQUESTS)
         try:
             checks = [self._check(server, spec.max_logprobs) for server in self._pool.servers]
-            return min(await asyncio.gather(*checks))
+            widest = min(await asyncio.gather(*checks))
+            if not self._pool.is_ours:
+                self.notes = await self._prove()
+            return widest
         except Unavailable as error:
             self._pool.check(error)
             raise
@@ -148,6 +160,27 @@ class ServedTeacher:
             return await widest_support(server, needed=needed, wanted=bound)
         except Refused as error:
             raise ConfigError(str(error)) from error
+
+    async def _prove(self) -> tuple[str, ...]:
+        """What shows of each server that it holds the teacher, or that nothing does."""
+        own = await asyncio.to_thread(probe.of_cheap, self._teacher, self._trust_remote_code)
+        shown = [self._proof(server, own) for server in self._pool.servers]
+        return tuple(await asyncio.gather(*shown))
+
+    async def _proof(self, server: EngineServer, own: Probe | None) -> str:
+        room = (await server.facts()).max_context or probe.MAX_TOKENS + 1
+        own = None if own is None else own.within(room)
+        if own is None or not own.sequences:
+            return (
+                f"{server.name}: that it holds {self._teacher} was not proven (its weights are not "
+                "here, too large to compare with, or the server's context too short)"
+            )
+        found = await read_probe(server, own)
+        try:
+            evidence = judge(server.name, self._teacher, found, own, None, self._tolerance)
+        except StaleWeights as error:
+            raise ConfigError(f"{error}; serve {self._teacher} there") from error
+        return f"{server.name} holds {self._teacher}: {evidence}"
 
     async def _read(self, server: EngineServer, document: Document) -> Reading:
         ids = np.concatenate([document.context, document.response]).tolist()

@@ -135,6 +135,7 @@ class ScorerWorker:
             log = self._layout.logs / f"server-{self._config.score.engine}-teacher.log"
             vocab_size = self._chat.vocab_size
             self._teacher = open_teacher(self._config, vocab_size, log, widest=HELDOUT_TOP_K)
+            self._notes.extend(() if self._teacher is None else self._teacher.notes)
         return self._teacher
 
     def ready(self) -> None:
