@@ -19,12 +19,13 @@ import pytest
 import fakes
 import npd
 from fake_servers import CONTEXT, make_snapshot, read_lm
-from npd.config import GenerateConfig
+from npd.config import GenerateConfig, ScoreConfig
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.generate.served import ServedGenerator, Surroundings
 from npd.served import LaunchConfig, ServedConfig
 from npd.servers import Unavailable
 from npd.servers.base import SamplingSettings
+from npd.servers.commands import generator_spec, teacher_spec
 from npd.servers.guard.npd_guard import RequireKey
 from npd.servers.http import Client
 from npd.servers.launch import ServerProcess, ServerSpec, last_complaint, program_of
@@ -90,6 +91,28 @@ def status(url, key=None):
 def flags_of(process):
     line = next(x for x in process.log.read_text().splitlines() if x.startswith("FLAGS"))
     return json.loads(line.removeprefix("FLAGS"))
+
+
+def test_a_server_has_room_for_what_it_is_asked(tmp_path, snapshot):
+    settings = (tmp_path / "v0" / "config.json", {"vocab_size": 32})
+    for limit, longest, written, read in (
+        (512, 200, 200, 201),
+        (512, 60, 129, 61),  # the probe is read by what writes
+        (512, 512, 512, 512),
+        (100, 60, 100, 61),
+    ):
+        settings[0].write_text(json.dumps(settings[1] | {"max_position_embeddings": limit}))
+        assert generator_spec(GenerateConfig(), snapshot, longest, False) == ServerSpec(
+            str(snapshot), "bfloat16", written
+        )
+        config = ScoreConfig(top_k=10, dtype="float32")
+        assert teacher_spec(config, snapshot, longest, 64, True) == ServerSpec(
+            str(snapshot), "float32", read, 64, trust_remote_code=True
+        )
+        assert teacher_spec(config, snapshot, longest, 0, True).max_logprobs == 10
+    adapter = make_snapshot(tmp_path / "v1", 2, base=snapshot)
+    found = generator_spec(GenerateConfig(), adapter, 60, False)
+    assert (found.model, found.lora_rank) == (str(snapshot), 8)
 
 
 def test_a_server_comes_up_behind_a_key_and_goes(started):
