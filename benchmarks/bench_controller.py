@@ -46,7 +46,7 @@ from npd.types import (
     StepReport,
 )
 from npd.workers import GenerateTask, ScoreTask
-from npd.workers.tasks import GeneratedShard
+from npd.workers.tasks import ShardResult
 
 PARTS = ("plan", "ledger", "monitor", "messages", "loop", "fakes")
 LEDGER_WRITES = (
@@ -160,16 +160,18 @@ class FakeWorker:
     def ready(self) -> None:
         """Nothing to load."""
 
-    def generate(self, task: GenerateTask) -> GeneratedShard:
+    def generate(self, task: GenerateTask) -> ShardResult:
         """One in twenty is truncated, so that the pre-filter has something to do."""
         asks = task.asks
-        return GeneratedShard(
+        return ShardResult(
             tuple(fake_stats(a.sample_id, a.prompt.index, task.version) for a in asks)
         )
 
-    def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
+    def score(self, task: ScoreTask) -> ShardResult:
         """Δ-IFD about 0.1, above 0.8 or below 0 for a few."""
-        return tuple(fake_stats(i, 0, task.version, is_scored=True) for i in task.sample_ids)
+        return ShardResult(
+            tuple(fake_stats(i, 0, task.version, is_scored=True) for i in task.sample_ids)
+        )
 
     def train(self, segment: Segment) -> SegmentReport:
         """A report a step."""

@@ -1,7 +1,8 @@
 """A fake server as a program of its own: `fake_engine.py --model DIR --port P ...`.
 
 Serves like the engine whose flags it is given (`--model` is vLLM's, `--model-path` SGLang's) and
-prints them. `--do exit|wait|spawn`: end at once, never serve, have a child; `--faults` is JSON.
+prints them. `--do exit|wait|spawn|stay`: end at once, never serve, have a child, ignore SIGTERM
+(with a child that does too); `--faults` is JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +33,9 @@ def main() -> None:
     print("FLAGS", json.dumps(sys.argv[1:]), flush=True)
     print("GUARD", importlib.util.find_spec("npd_guard") is not None, flush=True)
     pids = [os.getpid()]
-    if args.do == "spawn":
+    if args.do == "stay":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if args.do in ("spawn", "stay"):
         pids.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
     if args.pids:
         args.pids.write_text(json.dumps(pids))

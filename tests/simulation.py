@@ -29,8 +29,8 @@ def step_report(step: int, samples: int, drift: float | None = 0.01) -> StepRepo
 class Simulation:
     """One run, checked as it goes. `fail` is the probability that a try at a shard fails.
 
-    With it single samples fail too, and some are written by a newer snapshot than was asked, as
-    when a refresh falls into their middle.
+    With it single samples fail too, in writing and in scoring, and some are written by a newer
+    snapshot than was asked, as when a refresh falls into their middle.
     """
 
     config: RunConfig
@@ -43,6 +43,7 @@ class Simulation:
     uses: Counter = field(default_factory=Counter)
     asked: dict[int, int] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
+    unscored: set[int] = field(default_factory=set)
     lags: list[int] = field(default_factory=list)
     stop: ev.Stop | None = None
     steps: int = 0
@@ -87,7 +88,9 @@ class Simulation:
                 assert version >= self.plan.version - self.config.schedule.max_lag, "paid in vain"
                 self.open.append(action)
             case ev.Retire(samples):
-                for sample_id, outcome, _ in samples:
+                for sample_id, outcome, reason in samples:
+                    is_unscored = reason == "score: unreadable"
+                    assert is_unscored == (sample_id in self.unscored), reason
                     assert sample_id not in self.outcomes, "left twice"
                     self.outcomes[sample_id] = outcome
             case ev.Train(segment):
@@ -162,7 +165,10 @@ class Simulation:
                 if draw.random() < self.fail:
                     return ev.ShardFailed(shard, "score", "lost")
                 assert version == min(self.written[i] for i in ids), "its snapshot may be pruned"
-                return ev.ShardScored(shard, tuple(self._scored(i) for i in ids))
+                failed = [i for i in ids if self.fail and draw.random() < self.fail / 4]
+                self.unscored.update(failed)
+                stats = tuple(self._scored(i) for i in ids if i not in failed)
+                return ev.ShardScored(shard, stats, tuple((i, "unreadable") for i in failed))
             case ev.Train(segment):
                 reports = tuple(
                     step_report(step.index, self.config.train.batch_size, draw.uniform(0, 0.2))

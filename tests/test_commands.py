@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,14 @@ import pytest
 
 import npd
 from desk import NPD, Desk
+from fake_servers import FakeVllm, make_snapshot
+from npd import probe
 from npd.config import RunConfig
+from npd.control.preparation import prepare
+from npd.servers.models import model_settings
 from npd.settings import load_config
 from npd.store.ledger import Ledger
+from npd.store.shards import read_scored
 from tiny_run import tiny_settings
 
 VERBS = (
@@ -120,6 +126,56 @@ def test_stages_chain_from_file_to_file(desk):
     assert Path("trained/model.safetensors").exists()
     on = ["--set", "student=trained"]
     assert desk.npd("generate", "run.yaml", "--out", "again.arrow", *on).code == 0
+
+
+@pytest.fixture
+def served(desk):
+    """A server of a fake model, and a copy of the student and the teacher that passes for it."""
+    vocab = model_settings(desk.student).vocabulary
+    weights = make_snapshot(desk.folder / "weights", 1, vocab=vocab)
+    for name, model in (("student", desk.student), ("teacher", desk.teacher)):
+        copied = shutil.copytree(model, desk.folder / f"served-{name}")
+        shutil.copy(weights / probe.FILE, copied)
+    with FakeVllm(weights, is_locked=True) as server:
+        yield server
+
+
+def test_a_stage_tells_what_servers_hold_and_which_samples_failed(desk, served):
+    prompts = [p.prompt_ids.tolist() for p in prepare(load_config("run.yaml").config).prompts]
+    served.faults.refuses = lambda ids: any(ids[: len(p)] == p for p in prompts[3:5])
+    on = ["--set", f"generate.urls=[{served.url}]", "--set", "generate.engine=vllm",
+          "--set", "student=served-student"]  # fmt: skip
+    done = desk.npd("generate", "run.yaml", "--out", "rollouts.arrow", *on)
+    assert done.code == 0, done.err
+    proof, failed, made = done.out.splitlines()
+    assert proof.startswith(f"{served.url} holds snapshot v0: log-probs within")
+    assert failed.startswith(f"2 of 20 samples failed: {served.url} refuses (400): ")
+    assert made == "18 rollouts in rollouts.arrow"
+    served.faults.refuses = lambda ids: ids[: len(prompts[0])] == prompts[0]
+    on = ["--set", f"score.urls=[{served.url}]", "--set", "score.engine=vllm",
+          "--set", "teacher=served-teacher"]  # fmt: skip
+    scoring = ["score", "run.yaml", "--rollouts", "rollouts.arrow", *on]
+    done = desk.npd(*scoring, "--out", "scored.arrow")
+    assert done.code == 0, done.err
+    proof, failed, made = done.out.splitlines()
+    assert proof.startswith(f"{served.url} holds served-teacher: log-probs within")
+    assert failed.startswith(f"1 of 18 samples failed: {served.url} refuses (400): ")
+    assert made == "17 scored rollouts in scored.arrow"
+    assert len(read_scored(Path("scored.arrow"))) == 17
+    served.faults.refuses = lambda ids: any(ids[: len(p)] == p for p in prompts)
+    said = desk.npd(*scoring, "--out", "none.arrow").complaint(1)
+    assert said.startswith(f"error: no sample could be scored: {served.url} refuses (400): ")
+    assert not Path("none.arrow").exists()
+
+
+def test_a_stage_that_writes_nothing_says_why(desk, served):
+    prompts = [p.prompt_ids.tolist() for p in prepare(load_config("run.yaml").config).prompts]
+    served.faults.refuses = lambda ids: ids in prompts
+    on = ["--set", f"generate.urls=[{served.url}]", "--set", "generate.engine=vllm",
+          "--set", "student=served-student"]  # fmt: skip
+    said = desk.npd("generate", "run.yaml", "--out", "none.arrow", *on).complaint(1)
+    assert said.startswith(f"error: no sample could be written: {served.url} refuses (400): ")
+    assert not Path("none.arrow").exists()
 
 
 def test_prepare_prunes(desk):

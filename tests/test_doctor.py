@@ -15,7 +15,7 @@ from desk import Desk
 from npd.config import LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
 from npd.doctor.memory import over_ranks, trainer_bytes
-from npd.doctor.sizes import size_of
+from npd.servers.sizes import size_of
 
 KEY = "the-key"
 
@@ -391,6 +391,16 @@ def test_a_launch_shows_what_it_would_run(desk):
     assert code == 2
 
 
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_a_writer_is_started_with_room_for_the_probe(desk, source):
+    launch = f"{{command: [{sys.executable}, -m, serve, '{{model}}']}}"
+    sets = [f"generate.launch={launch}", f"generate.source={source}", "schedule.refresh=never"]
+    _, checks = examined(desk, "generate.engine=vllm", *sets)
+    said = " ".join(check.says for check in checks["generate.launch"])
+    assert f"serve {desk.teacher if source == 'teacher' else desk.student}" in said
+    assert "--max-model-len 129" in said
+
+
 def test_a_launch_of_nothing(desk, tmp_path):
     for launch, says in (
         (f"{{venv: {tmp_path}/none}}", "is no virtual environment"),
@@ -405,3 +415,34 @@ def test_gpus_must_be_there_and_enough(desk):
     launch = f"{{command: [{sys.executable}], gpus: ['99'], tensor_parallel: 2}}"
     _, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
     assert any("no GPU 99 here" in check.says for check in checks["generate.launch"])
+
+
+# Settings of servers.
+
+
+@pytest.mark.parametrize(
+    ("sets", "at_once"),
+    [
+        (["generate.urls=[http://a, http://b, http://c]", "generate.workers=2"], 80),
+        (["generate.urls=[http://a]"], 40),
+        (["generate.launch={command: [no-such-program]}", "generate.workers=2"], 40),
+    ],
+)
+def test_a_shard_too_small_for_its_servers_is_a_warning(desk, sets, at_once):
+    sets = [*sets, "generate.engine=vllm", "generate.batch_size=40", "runtime.kind=local"]
+    _, checks = examined(desk, *sets, f"generate.shard_size={at_once - 1}", "schedule.overlap=no")
+    (warned,) = checks["shard size"]
+    assert warned.status == "warn"
+    assert f"set generate.shard_size to {2 * at_once}" in warned.says
+    _, checks = examined(desk, *sets, f"generate.shard_size={at_once}", "schedule.overlap=no")
+    assert "shard size" not in checks
+
+
+def test_secrets_in_the_config_are_a_warning(desk):
+    names = ("HF_TOKEN", "my_api_key", "TOKENIZERS_PARALLELISM", "VLLM_CPU_KVCACHE_SPACE")
+    env = ", ".join(f"{name}: hush" for name in names)
+    launch = f"{{command: [no-such-program], env: {{{env}}}}}"
+    _, checks = examined(desk, "score.engine=vllm", f"score.launch={launch}")
+    (warned,) = (c.says for c in checks["score.launch"] if c.status == "warn")
+    assert warned.startswith("HF_TOKEN, my_api_key in score.launch.env")
+    assert "hush" not in warned

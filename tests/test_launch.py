@@ -13,17 +13,23 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fakes
 import npd
-from fake_servers import CONTEXT, make_snapshot
-from npd.config import GenerateConfig
+from fake_servers import CONTEXT, make_snapshot, read_lm
+from npd.config import GenerateConfig, ScoreConfig
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.generate.served import ServedGenerator, Surroundings
-from npd.served import LaunchConfig
+from npd.served import LaunchConfig, ServedConfig
+from npd.servers import Unavailable
+from npd.servers.base import SamplingSettings
+from npd.servers.commands import generator_spec, teacher_spec
 from npd.servers.guard.npd_guard import RequireKey
+from npd.servers.http import Client
 from npd.servers.launch import ServerProcess, ServerSpec, last_complaint, program_of
+from npd.servers.pool import ServerPool
 from npd.types import Rollout
 
 ENGINE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
@@ -85,6 +91,28 @@ def status(url, key=None):
 def flags_of(process):
     line = next(x for x in process.log.read_text().splitlines() if x.startswith("FLAGS"))
     return json.loads(line.removeprefix("FLAGS"))
+
+
+def test_a_server_has_room_for_what_it_is_asked(tmp_path, snapshot):
+    settings = (tmp_path / "v0" / "config.json", {"vocab_size": 32})
+    for limit, longest, written, read in (
+        (512, 200, 200, 201),
+        (512, 60, 129, 61),  # the probe is read by what writes
+        (512, 512, 512, 512),
+        (100, 60, 100, 61),
+    ):
+        settings[0].write_text(json.dumps(settings[1] | {"max_position_embeddings": limit}))
+        assert generator_spec(GenerateConfig(), snapshot, longest, False) == ServerSpec(
+            str(snapshot), "bfloat16", written
+        )
+        config = ScoreConfig(top_k=10, dtype="float32")
+        assert teacher_spec(config, snapshot, longest, 64, True) == ServerSpec(
+            str(snapshot), "float32", read, 64, trust_remote_code=True
+        )
+        assert teacher_spec(config, snapshot, longest, 0, True).max_logprobs == 10
+    adapter = make_snapshot(tmp_path / "v1", 2, base=snapshot)
+    found = generator_spec(GenerateConfig(), adapter, 60, False)
+    assert (found.model, found.lora_rank) == (str(snapshot), 8)
 
 
 def test_a_server_comes_up_behind_a_key_and_goes(started):
@@ -158,6 +186,22 @@ def test_a_killed_server_is_a_lost_worker_and_takes_its_children_along(started):
         time.sleep(0.02)
     with pytest.raises(WorkerLostError, match=r"ended by signal 9.*: see .*server-\d+\.log"):
         process.check()
+
+
+def test_a_server_may_end_by_itself_or_at_once(started):
+    for at_once, number in ((False, signal.SIGTERM), (True, signal.SIGKILL)):
+        process, _ = started()
+        process.stop(at_once=at_once)
+        with pytest.raises(WorkerLostError, match=f"ended by signal {number:d}"):
+            process.check()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nothing_is_left_of_a_server_once_it_has_stopped(started, at_once):
+    process, pids = started("--do", "stay")
+    process.stop(at_once=at_once)
+    assert len(pids) == 2
+    assert not any(map(is_there, pids))
 
 
 OWNER = """
@@ -301,6 +345,147 @@ def test_a_hanging_server_of_ours_is_a_lost_worker(tmp_path, snapshot):
         generator.close()
 
 
+# A pool with a server of its own.
+
+
+def make_pool(tmp_path, *args, **kwargs):
+    launch = LaunchConfig(
+        command=ENGINE, args=("--pids", str(tmp_path / "pids"), *args), start_timeout=60.0
+    )
+    return ServerPool("vllm", ServedConfig(launch=launch, **kwargs), log=tmp_path / "server.log")
+
+
+def pids_of(tmp_path):
+    return json.loads((tmp_path / "pids").read_text())
+
+
+def with_pool(pool, snapshot, use):
+    """What `use` finds with the pool open on a snapshot."""
+
+    async def run():
+        await pool.open(ServerSpec(str(snapshot), "float32", CONTEXT), connections=4)
+        try:
+            return await use(pool)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def test_a_pool_that_waits_for_its_server_can_be_cancelled(tmp_path, snapshot):
+    pool = make_pool(tmp_path, "--do", "wait")
+
+    async def cancel():
+        opening = asyncio.create_task(
+            pool.open(ServerSpec(str(snapshot), "float32", CONTEXT), connections=4)
+        )
+        while not ((tmp_path / "pids").exists() and (tmp_path / "pids").read_text()):
+            assert not opening.done()
+            await asyncio.sleep(0.02)
+        assert all(map(is_there, pids_of(tmp_path)))
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    asyncio.run(cancel())
+    assert not any(map(is_there, pids_of(tmp_path)))
+    assert not pool.is_open
+
+
+@pytest.mark.parametrize("is_hung", [True, False])
+def test_nothing_is_left_of_a_server_that_is_lost(tmp_path, snapshot, is_hung):
+    async def lose(pool):
+        pids, (server,) = pids_of(tmp_path), pool.servers
+        if not is_hung:
+            os.kill(pids[0], signal.SIGKILL)
+
+        async def do(server, job):
+            raise Unavailable(server.name, "does not answer", timed_out=is_hung)
+
+        with pytest.raises(WorkerLostError, match="hangs" if is_hung else "signal 9"):
+            await pool.ask([1], do, at_once=1)
+        assert not any(map(is_there, pids))
+        with pytest.raises(WorkerLostError, match="ended by signal 9"):  # without any grace
+            pool.check(Unavailable(server.name, "is gone"))
+
+    with_pool(make_pool(tmp_path, "--do", "stay"), snapshot, lose)
+
+
+def test_a_server_that_stays_silent_is_ended_too(tmp_path, snapshot):
+    async def lose(pool):
+        async def do(server, job):
+            os.kill(pids_of(tmp_path)[0], signal.SIGSTOP)
+            raise Unavailable(server.name, "fails")
+
+        with pytest.raises(WorkerLostError, match="fails: it is begun again"):
+            await pool.ask([1], do, at_once=1)
+        assert not any(map(is_there, pids_of(tmp_path)))
+
+    with_pool(make_pool(tmp_path, patience=0.0), snapshot, lose)
+
+
+def test_a_pool_ends_its_server_even_if_its_client_does_not_close(tmp_path, snapshot, monkeypatch):
+    close = Client.aclose
+
+    async def fail(client):
+        await close(client)
+        raise OSError("no")
+
+    async def nothing(pool):
+        monkeypatch.setattr(Client, "aclose", fail)
+
+    pool = make_pool(tmp_path)
+    with pytest.raises(OSError, match="no"):
+        with_pool(pool, snapshot, nothing)
+    assert not any(map(is_there, pids_of(tmp_path)))
+    assert not pool.is_open
+
+
+def test_a_server_is_started_anew_under_those_who_ask_it(tmp_path, snapshot):
+    """What is being asked meanwhile fails, waits for the new server and is asked of that."""
+    other = make_snapshot(tmp_path / "v1", 2)
+    sampling = SamplingSettings(10, ())
+    prompts = [[token, 7] for token in range(5)]
+
+    async def renew(pool):
+        (server,), asked, old = pool.servers, asyncio.Event(), pids_of(tmp_path)
+        url = server.name
+
+        async def do(server, prompt):
+            asked.set()
+            return await server.complete(prompt, sampling, seed=1, model=None)
+
+        asking = asyncio.create_task(pool.ask(prompts, do, at_once=2))
+        await asked.wait()
+        await pool.reopen(ServerSpec(str(other), "float32", CONTEXT), connections=4)
+        assert not any(map(is_there, old))
+        assert pool.servers == pool.admins == [server]
+        assert server.name != url
+        assert await server.is_healthy()
+        return await asking
+
+    faults = ("--faults", json.dumps({"token_seconds": 0.1}))
+    # No patience: waiting for a server of ours that is being started takes none.
+    found = with_pool(make_pool(tmp_path, *faults, patience=0.0), snapshot, renew)
+    for prompt, item in zip(prompts, found, strict=True):
+        expected = read_lm(other).token_logprobs(np.array(prompt, np.int32), item.ids)
+        assert np.allclose(item.logprobs, expected, atol=1e-6)
+
+
+def test_a_server_that_cannot_be_started_anew_leaves_nothing(tmp_path, snapshot):
+    async def renew(pool):
+        old, (server,) = pids_of(tmp_path), pool.servers
+        with pytest.raises(RunError, match=r"server for .*nowhere exited with code"):
+            await pool.reopen(
+                ServerSpec(str(tmp_path / "nowhere"), "float32", CONTEXT), connections=4
+            )
+        assert not any(map(is_there, old + pids_of(tmp_path)))
+        assert not pool.is_open
+        assert not await server.is_healthy()
+
+    with_pool(make_pool(tmp_path), snapshot, renew)
+
+
 # The key before every path.
 
 
@@ -337,6 +522,15 @@ def test_the_guard_asks_for_the_key_at_every_path(guard, path):
         start, body = ask(*headers)
         assert start["status"] == 401
         assert "passed" not in (start, body)
+
+
+def test_the_guard_asks_for_the_key_of_web_sockets(guard):
+    """Closed before they are accepted, so that the handshake itself is refused."""
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    (closed,) = through(guard, scope)
+    assert closed["type"] == "websocket.close"
+    scope["headers"] = [(b"authorization", b"Bearer sesame")]
+    assert through(guard, scope) == ["passed"]
 
 
 def test_the_guard_lets_the_servers_own_life_pass(guard):

@@ -15,12 +15,16 @@ from transformers import AutoModelForCausalLM
 
 import npd
 from conftest import save_model
+from fake_servers import FakeVllm, make_snapshot
+from npd import probe
 from npd.control.controller import Controller
 from npd.control.events import decode
+from npd.control.preparation import prepare
 from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.observe.live import LiveState
 from npd.observe.metrics import read_metrics
 from npd.observe.trace import overlap_seconds, read_trace
+from npd.servers.models import model_settings
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -328,3 +332,26 @@ def test_events_are_readable_by_later_code(make):
     assert kinds["SegmentTrained"] > 0
     assert Controller.__doc__
     assert logging.getLogger("npd").handlers == []
+
+
+def test_what_the_teachers_server_refuses_leaves_alone(make, tmp_path, tiny_teacher_dir):
+    vocab = model_settings(tiny_teacher_dir).vocabulary
+    weights = make_snapshot(tmp_path / "weights", 1, vocab=vocab)
+    teacher = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    shutil.copy(weights / probe.FILE, teacher / probe.FILE)
+    refused = prepare(make()).prompts[3].prompt_ids.tolist()
+    view = QuietView()
+    with FakeVllm(weights, refuses=lambda ids: ids[: len(refused)] == refused) as server:
+        score = {"engine": "vllm", "urls": [server.url], "top_k": 8}
+        config = make(score=score, filter={"name": "none"})
+        result = npd.run(config.model_copy(update={"teacher": str(teacher)}), view=view)
+    assert result.is_done
+    layout = RunLayout(result.directory)
+    assert check_books(layout, reuse=2) == {Outcome.TRAINED_OUT: 38, Outcome.FAILED: 2}
+    with Ledger.reader(layout.ledger_db) as ledger:
+        rows = ledger.samples(Outcome.FAILED)
+    assert {row.prompt_index for row in rows} == {3}
+    assert all(row.reason.startswith(f"score: {server.url} refuses (400)") for row in rows)
+    told = f"scorer-0: {server.url} holds {teacher}: log-probs within"
+    assert sum(message.startswith(told) for message in view.messages) == 1
+    assert any("score failed for 1 sample: " in message for message in view.messages)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fake_servers import make_snapshot, read_lm
 from fakes import FakeLM, make_rollouts
+from npd import probe
 from npd.config import LaunchConfig, ScoreConfig
 from npd.errors import ConfigError, ModelError, RunError, WorkerLostError
 from npd.score import build_scorer
-from npd.score.base import Document
+from npd.score.base import Document, Reading, Unread
 from npd.score.pair import PairScorer
 from npd.score.served import ServedTeacher
 from npd.servers import Refused, ServerFacts, Unavailable
 from npd.servers.base import PromptLogprobs
 from npd.servers.pool import ServerPool
+from npd.servers.sizes import size_of
 from npd.store.shards import read_scored, write_scored
+from npd.types import Failed, Scored
 from npd.workers import scored_stats
 
 VOCAB = 32
@@ -96,14 +102,22 @@ def opened():
     """Opens teachers over fake servers, and closes them."""
     made = []
 
-    def make(*servers, vocab_size=VOCAB, context=60, widest=0, is_lost=False, **section):
+    def make(
+        *servers, vocab_size=VOCAB, context=60, widest=0, is_lost=False, teacher="a/b", **section
+    ):
         config = ScoreConfig(**({"engine": "vllm", "top_k": 6, "patience": 0.0} | section))
         pool = FakePool(config, servers, is_lost=is_lost)
-        teacher = ServedTeacher(
-            config, pool, teacher="a/b", vocab_size=vocab_size, context=context, widest=widest
+        opening = ServedTeacher(
+            config,
+            pool,
+            teacher=str(teacher),
+            vocab_size=vocab_size,
+            context=context,
+            tolerance=0.15,
+            widest=widest,
         )
-        made.append(teacher)
-        return teacher
+        made.append(opening)
+        return opening
 
     yield make
     for teacher in made:
@@ -271,6 +285,46 @@ def test_limits_are_found_at_the_start(opened, server, error, says):
     assert "\n" not in str(caught.value)
 
 
+# Which model a server holds.
+
+
+def test_a_server_shows_that_it_holds_the_teacher(opened, tmp_path):
+    teacher = make_snapshot(tmp_path / "teacher", 3)
+    servers = [FakeServer(read_lm(teacher), name) for name in ("http://a", "http://b")]
+    notes = opened(*servers, teacher=teacher).notes
+    assert [note.partition(" ")[0] for note in notes] == ["http://a", "http://b"]
+    assert all(f"holds {teacher}: log-probs within 0.0000 nats" in note for note in notes)
+
+
+def test_a_server_of_another_model_is_refused(opened, tmp_path):
+    teacher = make_snapshot(tmp_path / "teacher", 3)
+    servers = [FakeServer(read_lm(teacher)), FakeServer(FakeLM(VOCAB), "http://b")]
+    with pytest.raises(ConfigError, match=rf"http://b does not hold {teacher}.*; serve {teacher}"):
+        opened(*servers, teacher=teacher)
+
+
+def test_what_cannot_be_compared_is_said_not_to_be_proven(opened, tmp_path):
+    teacher = make_snapshot(tmp_path / "teacher", 3)
+    (tmp_path / "bare").mkdir()
+    server = FakeServer(FakeLM(VOCAB), context=9)
+    for given in ({"teacher": "a/b"}, {"teacher": tmp_path / "bare"}, {"teacher": teacher}):
+        (note,) = opened(server, context=8, **given).notes
+        assert note.startswith(f"http://a: that it holds {given['teacher']} was not proven")
+
+
+def test_only_a_model_that_is_small_is_loaded_to_compare(tmp_path, tiny_model_dir, monkeypatch):
+    size = size_of(str(tiny_model_dir)).parameters
+    monkeypatch.setattr(probe, "CHEAP", size - 1)
+    assert probe.of_cheap(str(tiny_model_dir)) is None
+    monkeypatch.setattr(probe, "CHEAP", size)
+    found = probe.of_cheap(str(tiny_model_dir))
+    assert found.flat.shape == (sum(len(ids) - 1 for ids in found.sequences),)
+    unread = shutil.copytree(tiny_model_dir, tmp_path / "unread")
+    settings = json.loads((unread / "config.json").read_text()) | {"model_type": "nobody-knows"}
+    (unread / "config.json").write_text(json.dumps(settings))
+    assert probe.of_cheap(str(unread)) is None, "a server may know it"
+
+
 def test_our_server_is_started_with_what_it_must_hold(tmp_path):
     for limit, room in ((512, 61), (60, 60)):
         (tmp_path / "config.json").write_text(
@@ -279,7 +333,13 @@ def test_our_server_is_started_with_what_it_must_hold(tmp_path):
         config = ScoreConfig(engine="vllm", top_k=6)
         pool = FakePool(config, [FakeServer(FakeLM(VOCAB))])
         teacher = ServedTeacher(
-            config, pool, teacher=str(tmp_path), vocab_size=VOCAB, context=60, widest=64
+            config,
+            pool,
+            teacher=str(tmp_path),
+            vocab_size=VOCAB,
+            context=60,
+            tolerance=0.15,
+            widest=64,
         )
         assert (pool.spec.context, pool.spec.max_logprobs) == (room, 64)
         assert teacher.num_padding_ids == 8
@@ -293,7 +353,9 @@ def test_our_server_is_not_started_for_an_adapter(tmp_path):
     config = ScoreConfig(engine="vllm", launch=LaunchConfig())
     pool = FakePool(config, [FakeServer(FakeLM(VOCAB))])
     with pytest.raises(ConfigError, match="is an adapter"):
-        ServedTeacher(config, pool, teacher=str(tmp_path), vocab_size=VOCAB, context=60)
+        ServedTeacher(
+            config, pool, teacher=str(tmp_path), vocab_size=VOCAB, context=60, tolerance=1
+        )
     assert pool.spec is None
 
 
@@ -301,21 +363,48 @@ def test_a_teacher_that_cannot_be_opened_is_closed():
     config = ScoreConfig(engine="vllm", top_k=6)
     pool = FakePool(config, [FakeServer(FakeLM(VOCAB), limit=1)])
     with pytest.raises(ConfigError, match="max-logprobs"):
-        ServedTeacher(config, pool, teacher="a/b", vocab_size=VOCAB, context=60)
+        ServedTeacher(config, pool, teacher="a/b", vocab_size=VOCAB, context=60, tolerance=1)
     assert pool.is_closed
 
 
-def test_a_refused_document_is_named_with_its_server(opened):
+def test_a_refused_document_is_unread_alone(opened):
     asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
-    with pytest.raises(RunError, match=r"cannot read sample 7: http://a refuses \(400\): no such"):
-        opened(FakeServer(FakeLM(VOCAB), refuses={17})).read(asked | documents(4, 2))
+    others = {key: d for key, d in documents(9, 2).items() if len(d.context) + len(d.response) < 17}
+    found = opened(FakeServer(FakeLM(VOCAB), refuses={17})).read(asked | others)
+    assert found.pop("sample 7") == Unread("http://a refuses (400): no such luck")
+    assert set(found) == set(others)
+    assert all(isinstance(reading, Reading) for reading in found.values())
 
 
-def test_a_document_that_keeps_failing_is_named(opened):
+def test_a_sample_of_a_refused_document_has_no_record(opened, tmp_path):
+    rollouts = make_rollouts(9)
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    alone = [len(r.header_ids) + len(r.response_ids) for r in rollouts]
+    for refuses in (lengths[3], alone[5]):  # with its prompt, or without
+        server = FakeServer(FakeLM(VOCAB), refuses={refuses})
+        scorer = PairScorer(
+            opened(server),
+            lambda _: opened(FakeServer(FakeLM(VOCAB))),
+            top_k=6,
+            needs_ifd=True,
+            needs_student_pass=True,
+        )
+        scorer.load_student(tmp_path, 0)
+        found = scorer.score(rollouts)
+        for rollout, whole, bare, item in zip(rollouts, lengths, alone, found, strict=True):
+            if refuses in (whole, bare):
+                reason = "http://a refuses (400): no such luck"
+                assert item == Failed(rollout.sample_id, reason)
+            else:
+                assert item.rollout is rollout
+        assert any(isinstance(item, Scored) for item in found)
+
+
+def test_a_document_that_keeps_failing_is_unread(opened):
     server = FakeServer(FakeLM(VOCAB), fails={17})
     asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
-    with pytest.raises(RunError, match=r"cannot read sample 7: http://a fails at"):
-        opened(server).read(asked)
+    found = opened(server).read(asked)["sample 7"]
+    assert found.reason.startswith("http://a fails at")
     assert sum(length == 17 for length, _ in server.asked) == 3, "tried again before it is given up"
 
 

@@ -272,6 +272,65 @@ def test_contract_no_adapters_is_a_config_error(fake, snapshot):
         ask(fake, lambda server: server.load_adapter(snapshot, "npd-v1"))
 
 
+def spoilt(content, value):
+    """An answer with `value` for every number with a fraction: its log-probs."""
+    if isinstance(content, dict):
+        return {key: spoilt(item, value) for key, item in content.items()}
+    if isinstance(content, list):
+        return [spoilt(item, value) for item in content]
+    return value if isinstance(content, float) else content
+
+
+CALLS = {
+    "complete": complete,
+    "read": lambda server: server.read([4, 8, 2], 3),
+    "facts": lambda server: server.facts(),
+}
+
+
+@pytest.mark.parametrize("call", ["complete", "read"])
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), 1e300, "x", [], {"a": 1}])
+def test_contract_logprobs_that_are_none_are_no_answer(fake, call, value):
+    fake.faults.spoils = lambda content: spoilt(content, value)
+    with pytest.raises(Unavailable, match=rf"{fake.url} answers with something npd cannot read: "):
+        ask(fake, CALLS[call])
+
+
+@pytest.mark.parametrize("call", sorted(CALLS))
+@pytest.mark.parametrize("content", [{}, [], 7, "words", {"data": 1, "choices": []}])
+def test_contract_an_answer_of_another_shape_is_none(fake, call, content):
+    fake.faults.spoils = lambda _: json.dumps(content)
+    with pytest.raises(Unavailable, match=rf"{fake.url} answers with something npd cannot read: "):
+        ask(fake, CALLS[call])
+
+
+@pytest.mark.parametrize("ids", [[1.5], [None], ["x"], [[1]], [-1], [2**40], [1, 2], [], {}, 3])
+def test_vllm_token_ids_that_are_none_are_no_answer(snapshot, ids):
+    choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "length"}
+    with FakeVllm(snapshot) as fake:
+        fake.faults.spoils = lambda content: {**content, "choices": [choice]}
+        with pytest.raises(Unavailable, match="cannot read: "):
+            ask(fake, lambda server: server.complete(PROMPT, SAMPLING, seed=1, model="base"))
+
+
+@pytest.mark.parametrize("ending", [None, "tool_calls", ["stop"], 3])
+def test_vllm_an_ending_that_is_none_is_no_answer(snapshot, ending):
+    choice = {"token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": ending}
+    with FakeVllm(snapshot) as fake:
+        fake.faults.spoils = lambda content: {**content, "choices": [choice]}
+        with pytest.raises(Unavailable, match="cannot read: "):
+            ask(fake, lambda server: server.complete(PROMPT, SAMPLING, seed=1, model="base"))
+
+
+def test_vllm_without_weight_calls_may_be_locked_or_too_old(snapshot):
+    said = r"no /collective_rpc.*DEV_MODE=1.*too old.* 0\.32"
+    with (
+        FakeVllm(snapshot, lacks=("/collective_rpc",)) as fake,
+        pytest.raises(ConfigError, match=said),
+    ):
+        ask(fake, lambda server: server.load_weights(snapshot, "x"))
+
+
 def test_contract_weights_that_are_not_there(fake, tmp_path):
     with pytest.raises((Refused, Unavailable), match="nowhere"):
         ask(fake, lambda server: server.load_weights(tmp_path / "nowhere", "x"))
@@ -484,11 +543,103 @@ def test_pool_without_any_server_names_them_all(pair):
 
 
 def test_pool_gives_up_a_job_that_fails_on_a_healthy_server(snapshot):
-    with FakeVllm(snapshot, hangs=True) as fake:
-        found = ask_pool(pool_of(fake, timeout=0.2), [PROMPT])
-        assert isinstance(found[0], Unavailable)
-        assert found[0].timed_out
+    with FakeVllm(snapshot, unavailable=1000) as fake:
+        (found,) = ask_pool(pool_of(fake), [PROMPT])
+        assert isinstance(found, Unavailable)
         assert len(fake.sent("/v1/completions")) == 3
+
+
+def with_pool(pool, use, at_once=4):
+    """What `use` finds with the pool open."""
+
+    async def run():
+        await pool.open(ServerSpec("x", "float32", CONTEXT), connections=at_once)
+        try:
+            return await use(pool)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def test_pool_deals_the_first_jobs_out_evenly(pair):
+    async def use(pool):
+        asked, go = [], asyncio.Event()
+
+        async def do(server, job):
+            asked.append(server.name)
+            if len(asked) == 6:
+                go.set()
+            await go.wait()
+
+        await pool.ask(range(6), do, at_once=6)
+        return asked
+
+    asked = with_pool(pool_of(*pair), use)
+    assert [asked.count(fake.url) for fake in pair] == [3, 3]
+
+
+def test_pool_has_a_survivor_do_all_with_all_its_lanes(pair):
+    pair[0].close()
+
+    async def use(pool):
+        running, go = [], asyncio.Event()
+
+        async def do(server, job):
+            if server.name == pair[0].url:
+                raise Unavailable(server.name, "does not answer")
+            running.append(job)
+            if len(running) == 8:
+                go.set()
+            await go.wait()
+            return job
+
+        # Were there fewer lanes than jobs at once, none would end.
+        return await asyncio.wait_for(pool.ask(range(8), do, at_once=8), 20.0)
+
+    assert with_pool(pool_of(*pair, patience=1e6), use) == list(range(8))
+
+
+def test_pool_asks_a_server_that_let_the_time_pass_nothing_more(pair, caplog):
+    """For the rest of its life, though the server says that it is well."""
+
+    async def use(pool):
+        asked = []
+
+        async def do(server, job):
+            asked.append(server.name)
+            if server.name == pair[0].url:
+                raise Unavailable(server.name, "gave no answer", timed_out=True)
+            return job
+
+        for _ in range(2):
+            assert await pool.ask(range(6), do, at_once=2) == list(range(6))
+        managed = [admin.name for admin in pool.admins]
+        await pool.close()
+        await pool.open(ServerSpec("x", "float32", CONTEXT), connections=4)
+        return asked, managed, [server.name for server in pool.servers]
+
+    asked, managed, opened = with_pool(pool_of(*pair), use)
+    assert asked[0] == pair[0].url
+    assert asked[-6:] == [pair[1].url] * 6
+    assert managed == opened == [pair[1].url]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert said[0].startswith(f"{pair[0].url} gave no answer")
+
+
+def test_pool_names_the_servers_that_let_the_time_pass(pair):
+    async def use(pool):
+        async def do(server, job):
+            raise Unavailable(server.name, "gave no answer", timed_out=True)
+
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"raise request_timeout .*--resume") as caught:
+                await pool.ask([1], do, at_once=2)
+            assert all(fake.url in str(caught.value) for fake in pair)
+        assert pool.is_open
+
+    with_pool(pool_of(*pair), use)
 
 
 def test_pool_survives_a_restart_within_its_patience(snapshot):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
+from npd.modeling import decoding
 from npd.train.batch import build_row
 from npd.train.trainer import Trainer, build_optimizer
 from npd.types import (
@@ -476,7 +477,7 @@ def test_the_live_model_can_decode_in_between(tiny_model_dir):
         trainer = make_trainer(tiny_model_dir, rollouts)
         trainer.train(segment_of(rollouts, [[0, 1, 2, 3]]))
         if decodes:
-            with trainer.decoding() as model, torch.no_grad():
+            with decoding(trainer.model) as model, torch.no_grad():
                 assert not model.training
                 model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
         assert trainer.model.training

@@ -211,7 +211,7 @@ def test_a_worker_writes_held_out_text_and_scores_by_one_server(config, chat):
             np.concatenate([s.topk_ids[:, 0] == s.rollout.response_ids for s in heldout])
         )
         assert greedy > 0.95
-        stats = worker.score(ScoreTask(0, 0, tuple(r.sample_id for r in rollouts)))
+        stats = worker.score(ScoreTask(0, 0, tuple(r.sample_id for r in rollouts))).stats
         assert [s.sample_id for s in stats] == [r.sample_id for r in rollouts]
         assert len(list(layout.logs.glob("server-vllm-teacher-*.log"))) == 1, "one server for all"
         write_rollouts(layout.rollouts(1), rollouts)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fakes import make_rollouts
+from fake_servers import FakeVllm, make_snapshot
+from fakes import FakeGenerator, make_rollouts
+from npd import probe
 from npd.chat import Chat
+from npd.config import FilterConfig, ScoreConfig
 from npd.control.preparation import prepare
-from npd.errors import StoreError
+from npd.errors import RunError, StoreError
+from npd.servers.models import model_settings
 from npd.store.layout import RunLayout
-from npd.store.shards import read_rollouts, read_scored
+from npd.store.shards import read_rollouts, read_scored, write_rollouts
 from npd.types import Ask, Scored
 from npd.workers import Factory, GenerateTask, ScoreTask, scored_stats
 from npd.workers.generator import stop_ids
+from npd.workers.heldout import heldout_rollouts
+from npd.workers.tasks import ShardResult
 from tiny_run import tiny_config, write_prompts
 
 
@@ -50,14 +59,81 @@ def test_a_shard_is_generated_and_scored_once(config, layout):
     assert generator.generate(task) == shard
     assert layout.rollouts(0).stat().st_mtime_ns == written
     chosen = ScoreTask(0, 0, (stats[0].sample_id, stats[2].sample_id))
-    scored = scorer.score(chosen)
+    scored = scorer.score(chosen).stats
     assert [s.sample_id for s in scored] == [10, 12], "only those asked for are scored"
-    assert scorer.score(chosen) == scored
+    assert scorer.score(chosen) == ShardResult(scored)
     records = read_scored(layout.scored(0))
     assert scored[0].nll_teacher == pytest.approx(-records[0].teacher_logprobs.mean(), abs=1e-5)
     assert all(s.nll_student is not None and s.nll_student_alone is not None for s in scored)
     for worker in (trainer, generator, scorer):
         worker.close()
+
+
+def served(config, tmp_path, **faults):
+    """A server of a fake teacher, and the config with it as the teacher's."""
+    vocab = model_settings(Path(config.teacher)).vocabulary
+    weights = make_snapshot(tmp_path / "weights", 1, vocab=vocab)
+    teacher = shutil.copytree(config.teacher, tmp_path / "teacher")
+    shutil.copy(weights / probe.FILE, teacher / probe.FILE)
+    server = FakeVllm(weights, **faults)
+    score = ScoreConfig(engine="vllm", urls=(server.url,), top_k=8)
+    filter_ = FilterConfig(name="none")
+    update = {"teacher": str(teacher), "score": score, "filter": filter_}
+    return server, config.model_copy(update=update)
+
+
+def test_a_sample_the_teacher_cannot_read_fails_alone_and_is_asked_again(config, layout, tmp_path):
+    Factory("trainer", config, layout.root)().publish(0)
+    Factory("generator", config, layout.root)().generate(make_task(config))
+    refused = read_rollouts(layout.rollouts(0))[1]
+    whole = [*refused.prompt_ids.tolist(), *refused.response_ids.tolist()]
+    server, config = served(config, tmp_path, refuses=lambda ids: ids == whole)
+    task = ScoreTask(0, 0, (10, 11, 12))
+    with server, closing(Factory("scorer", config, layout.root)()) as scorer:
+        made = scorer.score(task)
+        assert [s.sample_id for s in made.stats] == [10, 12]
+        assert ["holds" in note for note in made.notes] == [True]
+        (failed,) = made.failed
+        assert failed.sample_id == 11
+        assert failed.reason.startswith(f"{server.url} refuses (400)")
+        written = layout.scored(0).read_bytes()
+        asked = len(server.sent("/v1/completions"))
+        again = scorer.score(task)
+        assert again == ShardResult(made.stats, made.failed), "told once"
+        assert len(server.sent("/v1/completions")) == asked + 1, "what is scored is not read again"
+        assert layout.scored(0).read_bytes() == written
+        server.faults.refuses = lambda ids: False
+        assert [s.sample_id for s in scorer.score(task).stats] == [10, 11, 12]
+        assert [s.rollout.sample_id for s in read_scored(layout.scored(0))] == [10, 11, 12]
+
+
+def test_a_score_of_another_text_is_not_taken_for_this_one(config, layout, tmp_path):
+    Factory("trainer", config, layout.root)().publish(0)
+    Factory("generator", config, layout.root)().generate(make_task(config))
+    first, second, _ = read_rollouts(layout.rollouts(0))
+    server, config = served(config, tmp_path)
+    with server, closing(Factory("scorer", config, layout.root)()) as scorer:
+        scorer.score(ScoreTask(0, 0, (10,)))
+        changed = replace(first, response_ids=first.response_ids[::-1].copy())
+        write_rollouts(layout.rollouts(0), [changed, second])
+        scorer.score(ScoreTask(0, 0, (10, 11)))
+    for record, rollout in zip(read_scored(layout.scored(0)), (changed, second), strict=True):
+        np.testing.assert_array_equal(record.rollout.response_ids, rollout.response_ids)
+
+
+def test_heldout_text_that_the_teacher_cannot_read_is_an_error(config, layout, tmp_path):
+    server, config = served(config, tmp_path)
+    prompts = prepare(config).heldout
+    known = len(prompts[1].prompt_ids)
+
+    def is_whole_text(ids):
+        return len(ids) > known and ids[:known] == prompts[1].prompt_ids.tolist()
+
+    server.faults.refuses = is_whole_text
+    with server, closing(Factory("scorer", config, layout.root)()) as scorer:
+        with pytest.raises(RunError, match=rf"held-out sample {prompts[1].index}: .*refuses"):
+            scorer.prepare_heldout(tuple(prompts))
+        assert not layout.heldout.exists()
 
 
 def test_a_file_of_another_task_is_not_taken_for_this_one(config, layout):
@@ -94,10 +170,19 @@ def test_heldout_text_is_made_once_with_a_wide_support(config, layout):
     prompts = tuple(prepare(config).heldout)
     scorer = Factory("scorer", config, layout.root)()
     tokens = scorer.prepare_heldout(prompts)
+    assert tokens.num_tokens == sum(len(s.topk_ids) for s in read_scored(layout.heldout))
     written = layout.heldout.stat().st_mtime_ns
     assert scorer.prepare_heldout(prompts) == tokens
     assert layout.heldout.stat().st_mtime_ns == written
     assert all(s.topk_ids.shape[1] == 64 for s in read_scored(layout.heldout))
+
+
+def test_what_writes_heldout_text_is_closed_also_when_it_fails(config, monkeypatch):
+    generator = FakeGenerator(fail_on={1}, error=RunError)
+    monkeypatch.setattr("npd.generate.build_generator", lambda *_, **__: generator)
+    with pytest.raises(RunError, match="fails on call 1"):
+        heldout_rollouts(config, Chat.load(config.student), prepare(config).heldout, "cpu", None)
+    assert generator.is_closed
 
 
 def test_teacher_mass_counts_a_repeated_draw_once():

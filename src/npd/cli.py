@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from npd.stages import Made
 
 app = typer.Typer(
     help="Near-Policy Distillation: teach a small language model from a large one, on its own "
@@ -130,8 +133,9 @@ def generate(
     from npd.settings import load_config
     from npd.stages import generate as stage
 
-    count = stage(load_config(config, sets or ()).config, out, snapshot=snapshot)
-    typer.echo(f"{count} rollouts in {out}")
+    settings = load_config(config, sets or ())
+    made = stage(settings.config, out, snapshot=snapshot, tell=typer.echo)
+    _tell_made(made, f"rollouts in {out}")
 
 
 @app.command()
@@ -151,8 +155,16 @@ def score(
     from npd.settings import load_config
     from npd.stages import score as stage
 
-    count = stage(load_config(config, sets or ()).config, rollouts, out, snapshot=snapshot)
-    typer.echo(f"{count} scored rollouts in {out}")
+    settings = load_config(config, sets or ())
+    made = stage(settings.config, rollouts, out, snapshot=snapshot, tell=typer.echo)
+    _tell_made(made, f"scored rollouts in {out}")
+
+
+def _tell_made(made: Made, where: str) -> None:
+    if made.failed:
+        total = made.num_records + len(made.failed)
+        typer.echo(f"{len(made.failed)} of {total} samples failed: {made.failed[0].reason}")
+    typer.echo(f"{made.num_records} {where}")
 
 
 @app.command()

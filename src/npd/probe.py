@@ -9,13 +9,15 @@ bfloat16, its rounding would look like weights that went half of the way. Does n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npd.errors import StoreError
+from npd.errors import ModelError, StoreError
+from npd.servers.sizes import size_of
 from npd.store import files
 from npd.store.snapshots import MANIFEST
 from npd.types import FloatArray, IntArray
@@ -25,6 +27,8 @@ _FORMAT = 1
 # Enough positions that rounding averages out (a bf16 log-prob is off by some 0.05 nats).
 MAX_TOKENS = 128
 """The longest sequence of a probe; a server that is to read it needs room for one more."""
+CHEAP = 1_000_000_000
+"""Parameters of the largest model that is loaded only to compare with: seconds, and 4 GB."""
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. By evening "
     "both have walked to the river, where an old man sells apples, bread and today's newspaper.",
@@ -45,6 +49,12 @@ class Probe:
 
     sequences: tuple[IntArray, ...]
     logprobs: tuple[FloatArray, ...]
+
+    def within(self, room: int) -> Probe:
+        """The part of it that a server of `room` tokens reads (it draws one more)."""
+        fits = [i for i, ids in enumerate(self.sequences) if len(ids) < room]
+        sequences = tuple(self.sequences[i] for i in fits)
+        return Probe(sequences, tuple(self.logprobs[i] for i in fits))
 
     @property
     def flat(self) -> FloatArray:
@@ -101,6 +111,24 @@ def of_directory(directory: Path, trust_remote_code: bool = False) -> Probe:
     if (directory / MANIFEST).exists():
         write(found, directory)
     return found
+
+
+def of_cheap(model: str, trust_remote_code: bool = False) -> Probe | None:
+    """The probe of a model directory where it is kept or takes seconds to measure; else None.
+
+    None as well of a hub's name, of weights that are elsewhere, and of a model that only servers
+    can read.
+    """
+    directory = Path(model)
+    kept = read(directory)
+    if kept is not None:
+        return kept
+    size = size_of(model)
+    if size is None or size.parameters > CHEAP:
+        return None
+    with suppress(ModelError):
+        return of_directory(directory, trust_remote_code)
+    return None
 
 
 def _longest(model: Any) -> int:

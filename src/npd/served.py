@@ -6,11 +6,20 @@ Sections only, shared by those that may use such an engine; what they mean toget
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from npd.fields import Positive, Section
+
+# Whole words of a name, so that TOKENIZERS_PARALLELISM is none.
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)(_|$)", re.IGNORECASE)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether an environment variable of this name may hold what nobody should read."""
+    return _SECRET.search(name) is not None
 
 
 class LaunchConfig(Section):
@@ -30,7 +39,7 @@ class LaunchConfig(Section):
     args: tuple[str, ...] = ()
     """More flags for the server, as on its command line; the last word where a flag comes twice."""
     env: dict[str, str] = Field(default_factory=dict)
-    """More environment variables for the server."""
+    """More environment variables for the server. No place for keys: it inherits npd's own."""
     start_timeout: Annotated[float, Field(gt=0.0)] = 900.0
     """Seconds in which it must be ready."""
 

@@ -6,8 +6,10 @@ stops half way starts again.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from npd.filters import build_filter, prefilter
 from npd.generate import build_generator
 from npd.modeling import resolve_device
 from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
-from npd.types import Ask, Rollout, SampleRef, SampleStats, Scored, Segment, Step
+from npd.types import Ask, Failed, Rollout, SampleRef, SampleStats, Scored, Segment, Step
 from npd.workers import generated_stats, scored_stats
 from npd.workers.generator import stop_ids
 
@@ -30,8 +32,32 @@ if TYPE_CHECKING:
     from npd.generate.served import Surroundings
 
 
-def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> int:
-    """Write `samples_per_prompt` rollouts for every training prompt; returns how many."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a stage made: how many records are in its file, and the samples that are not."""
+
+    num_records: int
+    failed: tuple[Failed, ...] = ()
+
+
+def generate(
+    config: RunConfig,
+    out: Path,
+    *,
+    snapshot: str | None = None,
+    tell: Callable[[str], None] = _log.info,
+) -> Made:
+    """Write `samples_per_prompt` rollouts for every training prompt.
+
+    `tell` takes what a person should hear meanwhile: which weights servers have shown to hold.
+
+    Raises:
+        InputError: config, data, model or `out` cannot be used.
+        RunError: no sample could be written.
+    """
     _check_new(out)
     writer = snapshot or _writer(config)
     if snapshot is not None:
@@ -45,7 +71,7 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
         vocab_size=chat.vocab_size,
         device=resolve_device(config.runtime.device),
         trust_remote_code=config.trust_remote_code,
-        surroundings=_surroundings(config, out),
+        surroundings=_surroundings(config, out, tell),
     )
     try:
         engine.load(Path(writer), 0)
@@ -53,14 +79,20 @@ def generate(config: RunConfig, out: Path, *, snapshot: str | None = None) -> in
     finally:
         engine.close()
     rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
-    if not rollouts:
-        raise RunError(f"no sample could be written: {found[0]}")
+    failed = _failed(found, "written", num_made=len(rollouts))
     write_rollouts(out, rollouts)
-    return len(rollouts)
+    return Made(len(rollouts), failed)
 
 
-def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None = None) -> int:
-    """Score the rollouts of a file that pass the pre-filters; returns how many."""
+def score(
+    config: RunConfig,
+    rollouts: Path,
+    out: Path,
+    *,
+    snapshot: str | None = None,
+    tell: Callable[[str], None] = _log.info,
+) -> Made:
+    """Score the rollouts of a file that pass the pre-filters; arguments and errors as above."""
     from npd.score import build_scorer, open_teacher
 
     _check_new(out)
@@ -74,6 +106,8 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None 
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
     served = open_teacher(config, chat.vocab_size, out.with_suffix(".server.log"))
     try:
+        for note in () if served is None else served.notes:
+            tell(note)
         scorer = build_scorer(
             config.score,
             teacher=config.teacher,
@@ -88,11 +122,14 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, snapshot: str | None 
         )
         if config.needs_ifd or config.needs_student_pass:
             scorer.load_student(Path(student), 0)
-        write_scored(out, scorer.score(kept))
+        records = scorer.score(kept)
     finally:
         if served is not None:
             served.close()
-    return len(kept)
+    scored = [item for item in records if isinstance(item, Scored)]
+    failed = _failed(records, "scored", num_made=len(scored))
+    write_scored(out, scored)
+    return Made(len(scored), failed)
 
 
 def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
@@ -125,12 +162,21 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     yield f"model directory {out}"
 
 
-def _surroundings(config: RunConfig, out: Path) -> Surroundings | None:
+def _failed(found: Sequence[object], what: str, *, num_made: int) -> tuple[Failed, ...]:
+    """The samples that failed, where not all did."""
+    failed = tuple(item for item in found if isinstance(item, Failed))
+    if failed and not num_made:
+        raise RunError(f"no sample could be {what}: {failed[0].reason}")
+    return failed
+
+
+def _surroundings(config: RunConfig, out: Path, tell: Callable[[str], None]) -> Surroundings | None:
     if config.generate.engine == "transformers":
         return None
     from npd.generate.served import Surroundings
 
-    return Surroundings(out.with_suffix(".server.log"), config.max_sample_tokens)
+    log = out.with_suffix(".server.log")
+    return Surroundings(log, config.max_sample_tokens, tell=tell)
 
 
 def _writer(config: RunConfig) -> str:

@@ -21,6 +21,7 @@ from npd.runtime import Worker
 from npd.store.ledger import Ledger
 from npd.types import Ask, EncodedPrompt
 from npd.workers import GenerateTask, ScoreTask
+from npd.workers.tasks import ShardResult
 
 T = TypeVar("T")
 
@@ -56,6 +57,11 @@ class Dispatcher:
         """How often the same work is tried when its worker is lost."""
         return self._config.schedule.max_tries
 
+    @property
+    def rewrites_exactly(self) -> bool:
+        """Whether the same asks give the same samples again: servers do not promise it."""
+        return self._config.generate.engine == "transformers"
+
     async def load(self) -> None:
         """Have every worker load its models: at once, or in turn where they share a process."""
         crew = (*self._crew.generators, *self._crew.scorers, self._crew.trainer)
@@ -84,7 +90,9 @@ class Dispatcher:
         worker = self._crew.scorers[0]
 
         async def attempt() -> int:
-            return int(await self._call(worker, "prepare_heldout", self._heldout, doing="held-out"))
+            made = await self._call(worker, "prepare_heldout", self._heldout, doing="held-out")
+            self._pass_on(worker, made.notes)
+            return int(made.num_tokens)
 
         return await self._persist(attempt, worker.restart)
 
@@ -107,10 +115,8 @@ class Dispatcher:
         worker = await self._generators.get()
         try:
             made = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
-            for note in made.notes:
-                self._on_message(f"{worker.name}: {note}")
-            failed = tuple((item.sample_id, item.reason) for item in made.failed)
-            return ev.ShardGenerated(action.shard, made.stats, failed)
+            self._pass_on(worker, made.notes)
+            return ev.ShardGenerated(action.shard, made.stats, _reasons(made))
         except WorkerLostError as error:
             await worker.restart()
             return ev.ShardFailed(action.shard, "generate", str(error))
@@ -121,13 +127,18 @@ class Dispatcher:
         task = ScoreTask(action.shard, action.version, action.sample_ids)
         worker = await self._scorers.get()
         try:
-            stats = await self._call(worker, "score", task, doing="score", shard=action.shard)
-            return ev.ShardScored(action.shard, stats)
+            made = await self._call(worker, "score", task, doing="score", shard=action.shard)
+            self._pass_on(worker, made.notes)
+            return ev.ShardScored(action.shard, made.stats, _reasons(made))
         except WorkerLostError as error:
             await worker.restart()
             return ev.ShardFailed(action.shard, "score", str(error))
         finally:
             self._scorers.put_nowait(worker)
+
+    def _pass_on(self, worker: Worker, notes: Sequence[str]) -> None:
+        for note in notes:
+            self._on_message(f"{worker.name}: {note}")
 
     async def _with_trainer(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """The trainer's turn: caught up first where it was lost, and again after each loss."""
@@ -216,6 +227,10 @@ class Dispatcher:
         ended = max(reply.started, reply.ended)
         self._on_span(Span(worker.name, doing, reply.started, ended, note))
         return reply.value
+
+
+def _reasons(made: ShardResult) -> tuple[tuple[int, str], ...]:
+    return tuple((item.sample_id, item.reason) for item in made.failed)
 
 
 async def _nothing() -> None: ...

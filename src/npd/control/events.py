@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
@@ -53,10 +53,12 @@ class ShardGenerated:
 
 @dataclass(frozen=True, slots=True)
 class ShardScored:
-    """The samples of a shard that passed the pre-filters are scored and stored."""
+    """The samples of a shard that passed the pre-filters are scored and stored; `failed` are those
+    that the teacher could not be had to read, each with its reason."""
 
     shard: int
     stats: tuple[SampleStats, ...]
+    failed: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +198,7 @@ def encode(event: Event) -> tuple[str, dict[str, Any]]:
     kind = type(event).__name__
     if isinstance(event, ShardGenerated | ShardScored):
         payload = {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
-        if isinstance(event, ShardGenerated) and event.failed:
-            payload["failed"] = event.failed
-        return kind, payload
+        return kind, payload | ({"failed": event.failed} if event.failed else {})
     return kind, asdict(event)
 
 
@@ -206,10 +206,8 @@ def decode(kind: str, payload: dict[str, Any]) -> Event:
     """The event that `encode` gave `kind` and `payload` for."""
     if kind in ("ShardGenerated", "ShardScored"):
         stats = tuple(_decode_stats(values) for values in payload["stats"])
-        event: Event = _EVENTS[kind](payload["shard"], stats)
-        if isinstance(event, ShardGenerated):
-            failed = tuple((sample_id, reason) for sample_id, reason in payload.get("failed", ()))
-            event = replace(event, failed=failed)
+        failed = tuple((sample_id, reason) for sample_id, reason in payload.get("failed", ()))
+        event: Event = _EVENTS[kind](payload["shard"], stats, failed)
     elif kind == "SegmentTrained":
         report = payload["report"]
         steps = tuple(StepReport(**step) for step in report["steps"])

@@ -91,8 +91,7 @@ class Flow:
     def generated(self, event: ev.ShardGenerated, newest: int) -> None:
         """A written shard: what passes the pre-filters waits for a scorer, or joins the pool."""
         del self._generating[event.shard]
-        for sample_id, reason in event.failed:
-            self._leave([sample_id], Outcome.FAILED, f"generate: {reason}")
+        self._fail(event.failed, "generate")
         kept = []
         for stats in event.stats:
             # By what wrote it, which is newer than what was asked where a refresh fell in between.
@@ -111,10 +110,12 @@ class Flow:
             oldest = min(stats.version for stats in kept)
             self._unscored.append(ev.Score(event.shard, oldest, ids))
 
-    def scored(self, shard: int, batch: tuple[SampleStats, ...], newest: int) -> None:
+    def scored(self, event: ev.ShardScored, newest: int) -> None:
         """A scored shard: what passes the filter joins the pool."""
-        del self._scoring[shard]
-        self._judge(shard, batch, newest)
+        del self._scoring[event.shard]
+        self._fail(event.failed, "score")
+        if event.stats:
+            self._judge(event.shard, event.stats, newest)
 
     def failed(self, event: ev.ShardFailed, newest: int) -> None:
         """A try failed: the same again, unless stale by now or tried `max_tries` times."""
@@ -159,6 +160,11 @@ class Flow:
             else:
                 self.barren = 0
                 self.pool.add(SampleRef(stats.sample_id, shard, stats.version, stats.num_tokens))
+
+    def _fail(self, failed: Iterable[tuple[int, str]], stage: ev.Stage) -> None:
+        """Single samples of a shard that a stage could not do."""
+        for sample_id, reason in failed:
+            self._leave([sample_id], Outcome.FAILED, f"{stage}: {reason}")
 
     def _is_stale(self, version: int, newest: int) -> bool:
         return version < newest - self._config.schedule.max_lag

@@ -100,10 +100,10 @@ class Monitor:
     def _record(self, event: ev.Event, actions: list[ev.Action], plan: Plan) -> None:
         match event:
             case ev.ShardGenerated(shard, stats, failed):
-                if failed:
-                    self.message(f"shard {shard}: {len(failed)} samples failed: {failed[0][1]}")
+                self._tell_failed(shard, "generate", failed)
                 self._tokens["generate"] += sum(s.response_tokens for s in stats)
-            case ev.ShardScored(_, stats):
+            case ev.ShardScored(shard, stats, failed):
+                self._tell_failed(shard, "score", failed)
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
                 self._write(plan.step, _shard_values(stats, actions, self._ratio), "score")
             case ev.SegmentTrained(report):
@@ -123,6 +123,11 @@ class Monitor:
                 )
             case _:
                 pass
+
+    def _tell_failed(self, shard: int, stage: str, failed: Sequence[tuple[int, str]]) -> None:
+        if failed:
+            count = f"{len(failed)} sample{'s' * (len(failed) > 1)}"
+            self.message(f"shard {shard}: {stage} failed for {count}: {failed[0][1]}")
 
     def _write(self, step: int, values: dict[str, float | None], kind: str) -> None:
         self._metrics.write(step, values, kind)

@@ -16,11 +16,13 @@ from npd.config import RunConfig
 from npd.control.preparation import Prepared, model_fingerprint
 from npd.errors import ConfigError, DataError, ModelError
 from npd.layers import flat
+from npd.served import looks_secret
 from npd.settings import dump_config
 from npd.store.files import read_json, write_json
 from npd.store.layout import RunLayout
 from npd.versions import versions
 
+_HIDDEN = "***"
 # What may differ when a run is resumed: where it runs and what it leaves, not what it is.
 _REACHING = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
 _FREE = (
@@ -53,7 +55,7 @@ def open_directory(
     if layout.root.exists() and any(layout.root.iterdir()):
         raise ConfigError(f"{layout.root} is not empty and not a run: choose another run_dir")
     record = {
-        "config": dump_config(config),
+        "config": _without_secrets(dump_config(config)),
         "origins": dict(origins),
         "versions": versions(),
         "num_prompts": len(prepared.prompts),
@@ -64,6 +66,14 @@ def open_directory(
     write_json(layout.config_json, record)
     layout.create()
     return layout
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config that may be read by all, as run directories are; resuming needs no more."""
+    for section in ("generate", "score"):
+        environment = (values[section]["launch"] or {}).get("env", {})
+        environment |= {name: _HIDDEN for name in environment if looks_secret(name)}
+    return values
 
 
 def load_run(layout: RunLayout) -> RunConfig:

@@ -90,8 +90,8 @@ class Plan:
                 self._start(num_prompts)
             case ev.ShardGenerated():
                 self._flow.generated(event, self._version)
-            case ev.ShardScored(shard, stats):
-                self._flow.scored(shard, stats, self._version)
+            case ev.ShardScored():
+                self._flow.scored(event, self._version)
             case ev.ShardFailed():
                 self._flow.failed(event, self._version)
             case ev.SegmentTrained(report):

@@ -1,7 +1,8 @@
 """On resuming: make again the shard files that are still needed and no longer there.
 
-A task is made from its seeds and its snapshot, so what comes back is what was lost (to the bit
-where the engine allows). Consumes the actions that once made the shards; decides nothing.
+A task is made from its seeds and its snapshot, so what comes back is what was lost. Text that a
+server wrote is not made again: it would be other text, under the lengths and versions that the
+ledger has of the old. Consumes the actions that once made the shards; decides nothing.
 """
 
 from __future__ import annotations
@@ -25,39 +26,51 @@ async def repair(
     """Carry out again those of `makers` whose file is needed and missing; returns how many.
 
     Raises:
-        StoreError: the snapshot that wrote a missing shard has been pruned.
+        StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
     """
-    needed = _needed_shards(ledger)
+    needed = _needed_samples(ledger)
     made = 0
     for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
         is_score = isinstance(action, ev.Score)
         path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
         if action.shard not in needed or path.exists():
             continue
+        if not is_score and not dispatcher.rewrites_exactly:
+            raise StoreError(
+                f"{path} is missing, and what a server wrote is not written the same again: bring "
+                "the file back, or start a new run"
+            )
         has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
         if not is_score and not has_snapshot:
             raise StoreError(
                 f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
                 "bring the file back, or start a new run"
             )
-        await _make(action, dispatcher, path)
+        await _make(action, dispatcher, path, needed[action.shard])
         made += 1
     return made
 
 
-async def _make(action: ev.Generate | ev.Score, dispatcher: Dispatcher, path: Path) -> None:
+async def _make(
+    action: ev.Generate | ev.Score, dispatcher: Dispatcher, path: Path, needed: set[int]
+) -> None:
     """Carry `action` out, again after each loss of its worker."""
     cause = ""
     for _ in range(dispatcher.max_tries):
         event = await dispatcher.run(action)
-        if not isinstance(event, ev.ShardFailed):
-            return
+        if isinstance(event, ev.ShardGenerated | ev.ShardScored):
+            lost = [f"sample {i}: {reason}" for i, reason in event.failed if i in needed]
+            if not lost:
+                return
+            cause = lost[0]
+            break
+        assert isinstance(event, ev.ShardFailed)
         cause = event.error
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
 
 
-def _needed_shards(ledger: Ledger) -> set[int]:
-    """Shards with live samples, and those of segments the trainer has to repeat."""
+def _needed_samples(ledger: Ledger) -> dict[int, set[int]]:
+    """By shard, samples that are live, and those of segments the trainer has to repeat."""
     saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
     redo = ledger.segments_after(max(saved, default=0))
     refs = (
@@ -68,4 +81,8 @@ def _needed_shards(ledger: Ledger) -> set[int]:
         for row in rows
         for ref in row.samples
     )
-    return {row.shard for row in ledger.samples("live")} | {ref.shard for ref in refs}
+    needed: dict[int, set[int]] = {}
+    live = [(row.shard, row.sample_id) for row in ledger.samples("live")]
+    for shard, sample_id in (*live, *((ref.shard, ref.sample_id) for ref in refs)):
+        needed.setdefault(shard, set()).add(sample_id)
+    return needed

@@ -33,6 +33,7 @@ def _examine(config: RunConfig) -> Iterator[Check]:
     from npd.doctor.launches import launch_checks
     from npd.doctor.memory import memory_checks
     from npd.doctor.reach import server_checks
+    from npd.doctor.served import served_checks
 
     inputs = list(input_checks(config))
     yield from inputs
@@ -40,5 +41,6 @@ def _examine(config: RunConfig) -> Iterator[Check]:
     models_are_fine = not any(check.status == "FAIL" for check in inputs)
     if models_are_fine:
         yield from memory_checks(config)
+    yield from served_checks(config)
     yield from launch_checks(config)
     yield from server_checks(config, knows_models=models_are_fine)

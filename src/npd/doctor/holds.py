@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from npd import probe
 from npd.chat import Chat
 from npd.doctor.checks import Check, ok, warn
-from npd.doctor.sizes import size_of
 from npd.servers import EngineServer
 from npd.servers.proof import StaleWeights, judge, read_probe
 
-# A model up to this size is loaded to compare with, on the CPU: seconds, and 2 GB.
-_CHEAP = 1_000_000_000
 # A model that knows its tokenizer is far below ln V nats a token, one that does not is near it.
 _LOST = 0.8
 
@@ -38,13 +34,12 @@ async def model_check(
     `room`: tokens the server holds. `will_be_given`: a server with other weights gets the right
     ones when the run starts.
     """
-    own = await asyncio.to_thread(_own_probe, expected)
+    own = await asyncio.to_thread(probe.of_cheap, expected.model, expected.trust_remote_code)
     if own is None:
         return await _plausible(server, expected, room - 1)
-    fits = [i for i, ids in enumerate(own.sequences) if len(ids) < room]
-    if not fits:
+    own = own.within(room)
+    if not own.sequences:
         return warn("", f"{server.name} has no room for the texts that would tell what it holds")
-    own = probe.Probe(tuple(own.sequences[i] for i in fits), tuple(own.logprobs[i] for i in fits))
     found = await read_probe(server, own)
     try:
         evidence = judge(server.name, expected.model, found, own, None, expected.tolerance)
@@ -53,13 +48,6 @@ async def model_check(
             return ok("", f"{server.name} holds other weights now, and is given the student's")
         return warn("", f"{error}; serve {expected.model} there")
     return ok("", f"{server.name} holds {expected.model}: {evidence}")
-
-
-def _own_probe(expected: Expected) -> probe.Probe | None:
-    size = size_of(expected.model)
-    if size is None or (size.parameters > _CHEAP and probe.read(Path(expected.model)) is None):
-        return None
-    return probe.of_directory(Path(expected.model), expected.trust_remote_code)
 
 
 async def _plausible(server: EngineServer, expected: Expected, longest: int) -> Check:

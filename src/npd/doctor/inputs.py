@@ -11,8 +11,8 @@ from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
 from npd.control.preparation import check_model, check_weights, models_read_here, prepare
 from npd.doctor.checks import Check, attempt, fail, ok, warn
-from npd.doctor.sizes import GIB, size_of
 from npd.servers.models import model_settings
+from npd.servers.sizes import GIB, size_of
 
 
 def input_checks(config: RunConfig) -> Iterator[Check]:

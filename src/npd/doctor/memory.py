@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from npd.config import RunConfig
 from npd.doctor.checks import Check, fail, ok, warn
-from npd.doctor.sizes import GIB, ModelSize, size_of
+from npd.servers.sizes import GIB, ModelSize, size_of
 
 # Weights, gradients and AdamW's two moments, all float32.
 _STATE_BYTES = 16

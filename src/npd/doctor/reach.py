@@ -19,12 +19,11 @@ from npd.doctor.holds import Expected, model_check
 from npd.errors import NpdError
 from npd.servers import EngineServer, Refused, ServerFacts, Unavailable, build_server
 from npd.servers.http import Client
-from npd.servers.limits import check_context, check_vocabulary, widest_support
+from npd.servers.limits import HELDOUT_TOP_K, check_context, check_vocabulary, widest_support
 
 # Long enough for a server with other things to do, short enough to sit and wait.
 _SECONDS = 60.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_HELDOUT_TOP_K = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ async def _context(server: EngineServer, need: _Need) -> Check:
 
 async def _support(server: EngineServer, need: _Need) -> Check:
     top_k = min(need.top_k, need.expected.vocab_size or need.top_k)
-    wanted = max(top_k, min(_HELDOUT_TOP_K, need.expected.vocab_size or _HELDOUT_TOP_K))
+    wanted = max(top_k, min(HELDOUT_TOP_K, need.expected.vocab_size or HELDOUT_TOP_K))
     given = await widest_support(server, needed=top_k, wanted=wanted)
     says = f"{server.name} gives {given} log-probs a position, score.top_k is {need.top_k}"
     if given < wanted:

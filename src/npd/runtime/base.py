@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 from npd.errors import WorkerLostError
 
 Factory: TypeAlias = Callable[[], object]
+Environment: TypeAlias = Mapping[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,7 @@ class Runtime(Protocol):
     """A place to start workers in."""
 
     def spawn(
-        self,
-        name: str,
-        factory: Factory,
-        *,
-        threads: int,
-        environment: Mapping[str, str] | None = None,
+        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
     ) -> Worker:
         """Start a worker. `factory` is picklable and runs inside it; `threads` are CPU threads.
 

@@ -8,12 +8,11 @@ are those of the whole process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from npd.runtime.base import Factory, Reply, SerialWorker
+from npd.runtime.base import Environment, Factory, Reply, SerialWorker
 from npd.runtime.host import Host
 
 
@@ -88,12 +87,7 @@ class InlineRuntime:
         self._workers: dict[str, InlineWorker] = {}
 
     def spawn(
-        self,
-        name: str,
-        factory: Factory,
-        *,
-        threads: int,
-        environment: Mapping[str, str] | None = None,
+        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
     ) -> InlineWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert not environment, "threads share the environment of their process"

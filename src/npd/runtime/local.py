@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from npd.runtime.base import Factory, Reply, SerialWorker
+from npd.runtime.base import Environment, Factory, Reply, SerialWorker
 from npd.runtime.child import HEADER, Failure
 
 _PROGRAM = (
@@ -173,12 +173,7 @@ class LocalRuntime:
         self._workers: dict[str, LocalWorker] = {}
 
     def spawn(
-        self,
-        name: str,
-        factory: Factory,
-        *,
-        threads: int,
-        environment: Mapping[str, str] | None = None,
+        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
     ) -> LocalWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert name not in self._workers, f"worker {name} exists"

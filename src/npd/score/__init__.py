@@ -75,6 +75,7 @@ def open_teacher(
         teacher=config.teacher,
         vocab_size=vocab_size,
         context=config.max_read_tokens,
+        tolerance=config.generate.probe_tolerance,
         widest=widest,
         trust_remote_code=config.trust_remote_code,
     )

@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from npd.types import FloatArray, IntArray, Rollout, Scored
+from npd.types import Failed, FloatArray, IntArray, Rollout, Scored
 
 Key = TypeVar("Key", bound=Hashable)
 Support: TypeAlias = Literal["topk", "sampled"]
@@ -53,11 +53,19 @@ class Reading:
         return float(-self.logprobs.mean(dtype=np.float64))
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A document that could not be read although others could, and why, in one line."""
+
+    reason: str
+
+
 class Reader(Protocol):
     """One model, asked about given text. Readings do not depend on what is read beside them."""
 
-    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
-        """A reading of each document, under its key; a key's text names it in an error."""
+    def read(self, documents: Mapping[Key, Document]) -> Mapping[Key, Reading | Unread]:
+        """A reading of each document, or the reason why there is none, under its key; a key's text
+        names it in an error."""
 
 
 class Scorer(Protocol):
@@ -66,8 +74,9 @@ class Scorer(Protocol):
     def load_student(self, snapshot: Path, version: int) -> None:
         """Take the student's side of the scores from this snapshot from now on."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """One record a rollout, in the order given; a record depends on its own rollout alone."""
+    def score(self, rollouts: Sequence[Rollout]) -> Sequence[Scored | Failed]:
+        """One record a rollout, or the reason why there is none, in the order given; a record
+        depends on its own rollout alone."""
 
     def close(self) -> None:
         """Let go of the models; no call is allowed after it."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npd.score.base import Document, Reader, Reading, Support
-from npd.types import IntArray, Rollout, Scored
+from npd.score.base import Document, Reader, Reading, Support, Unread
+from npd.types import Failed, IntArray, Rollout, Scored
 
 
 class _Key(NamedTuple):
@@ -25,6 +25,19 @@ class _Key(NamedTuple):
 
     def __str__(self) -> str:
         return f"sample {self.sample_id}{', its response alone' if self.is_alone else ''}"
+
+
+class _Read:
+    """What a reader said: its readings, and why a sample lacks one (the first reason)."""
+
+    def __init__(self, found: Mapping[_Key, Reading | Unread]) -> None:
+        self.readings: dict[_Key, Reading] = {}
+        self.reasons: dict[int, str] = {}
+        for key, item in found.items():
+            if isinstance(item, Unread):
+                self.reasons.setdefault(key.sample_id, item.reason)
+            else:
+                self.readings[key] = item
 
 
 class PairScorer:
@@ -63,20 +76,27 @@ class PairScorer:
             self._student = self._load(snapshot)
             self._snapshot = (snapshot, version)
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """One record a rollout, in order.
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored | Failed]:
+        """One record a rollout, or why a server has none for it, in order.
 
         Raises:
             ModelError: a rollout holds a token id that a model does not know.
-            RunError: a model's log-probabilities are not finite, or a server has none for a sample.
+            RunError: a model's log-probabilities are not finite, or no server answers.
             WorkerLostError: our own server ended or hangs.
         """
         assert self._teacher is not None, "score after close"
-        teacher = self._teacher.read(self._teacher_documents(rollouts))
-        documents = self._student_documents(rollouts)
+        teacher = _Read(self._teacher.read(self._teacher_documents(rollouts)))
+        read = [rollout for rollout in rollouts if rollout.sample_id not in teacher.reasons]
+        documents = self._student_documents(read)
         assert self._student or not documents, "score before load_student"
-        student = self._student.read(documents) if self._student else {}
-        return [self._record(rollout, teacher, student) for rollout in rollouts]
+        student = _Read(self._student.read(documents) if self._student else {})
+        reasons = teacher.reasons | student.reasons
+        return [
+            Failed(rollout.sample_id, reasons[rollout.sample_id])
+            if rollout.sample_id in reasons
+            else self._record(rollout, teacher.readings, student.readings)
+            for rollout in rollouts
+        ]
 
     def close(self) -> None:
         """Let go of both models."""

@@ -1,10 +1,11 @@
 """The teacher on servers: it reads documents there, token ids in and log-probs out.
 
 Promises: a reading is that of the in-process reader (to the rounding of another engine): the
-response's positions only, no id the student does not have, log-probs of the whole distribution. The
-requests a server has at once hold `score.row_tokens` tokens in all, or are a single one. What a
-server cannot do is found when it is opened, not at the first sample. Draws no ids (`uniforms`):
-a server does not tell the whole distribution.
+response's positions only, no id the student does not have, log-probs of the whole distribution. One
+document of many that a server refuses is unread alone. The requests a server has at once hold
+`score.row_tokens` tokens in all, or are a single one. What a server cannot do is found when it is
+opened, not at the first sample. Draws no ids (`uniforms`): a server does not tell the whole
+distribution.
 
 Waits for: the servers. Unblocked by: answers, their time limits, the loss of our own server.
 
@@ -21,14 +22,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from npd import probe
 from npd.config import ScoreConfig
 from npd.errors import ConfigError, RunError
-from npd.score.base import Document, Key, Reading
+from npd.probe import Probe
+from npd.score.base import Document, Key, Reading, Unread
 from npd.servers import EngineServer, Refused, Unavailable
-from npd.servers.launch import ServerSpec
+from npd.servers.commands import ServerSpec, teacher_spec
 from npd.servers.limits import check_context, check_vocabulary, widest_support
 from npd.servers.models import model_settings
 from npd.servers.pool import ServerPool
+from npd.servers.proof import StaleWeights, judge, read_probe
 from npd.types import FloatArray, IntArray
 
 T = TypeVar("T")
@@ -43,10 +47,11 @@ class ServedTeacher:
     """A Reader over the servers of a pool, which it opens at the start and closes in `close`.
 
     `context` is the longest text it will be asked to read, in tokens; `widest` the widest support,
-    which servers at `urls` may bound lower (`max_k`), though not below `score.top_k`.
+    which servers at `urls` may bound lower (`max_k`), though not below `score.top_k`. Those must
+    agree with the teacher's own log-probs to `tolerance` (nats a token), where these are at hand.
 
     Raises:
-        ConfigError: a server's limits are too low, or it wants another key.
+        ConfigError: a server's limits are too low, it wants another key, or holds another model.
         ModelError: its model does not have the student's token ids.
         RunError: our server does not start, or one does not answer.
     """
@@ -59,20 +64,22 @@ class ServedTeacher:
         teacher: str,
         vocab_size: int,
         context: int,
+        tolerance: float,
         widest: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         self._config, self._vocab_size, self._context = config, vocab_size, context
+        self._teacher, self._tolerance = teacher, tolerance
+        self._trust_remote_code = trust_remote_code
+        self.notes: tuple[str, ...] = ()
+        """Of each server that was running already: what shows that it holds the teacher."""
         settings = model_settings(Path(teacher))
         if pool.is_ours and settings.lora_rank:
             raise ConfigError(
                 f"teacher {teacher} is an adapter, which the server would not merge: give the "
                 "merged model"
             )
-        # It draws one token more than it reads, up to what the model can hold.
-        room = min(context + 1, settings.context or context + 1)
-        wanted = max(config.top_k, widest)
-        spec = ServerSpec(teacher, config.dtype, room, wanted, trust_remote_code=trust_remote_code)
+        spec = teacher_spec(config, Path(teacher), context, widest, trust_remote_code)
         self.num_padding_ids = max(0, settings.vocabulary - vocab_size)
         """Ids of the teacher's embedding from `vocab_size` on, where its config tells."""
         self._pool = pool
@@ -83,11 +90,11 @@ class ServedTeacher:
             self.close()
             raise
 
-    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
-        """A reading of each document, under its key.
+    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading | Unread]:
+        """A reading of each document, or why the servers have none, under its key.
 
         Raises:
-            RunError: no server answers, or none has a (finite) answer for a document.
+            RunError: no server answers, or log-probabilities are not finite.
             WorkerLostError: our own server ended or hangs.
         """
         assert all(document.uniforms is None for document in documents.values())
@@ -99,10 +106,11 @@ class ServedTeacher:
                 return await self._read(server, document)
 
         keys = sorted(documents, key=lambda key: -_length(documents[key]))
-        readings: dict[Key, Reading] = {}
+        readings: dict[Key, Reading | Unread] = {}
         for key, found in zip(keys, self.ask(keys, do), strict=True):
             if isinstance(found, RunError):
-                raise RunError(f"the teacher cannot read {key}: {found}") from found
+                readings[key] = Unread(str(found))
+                continue
             if not np.isfinite(found.logprobs).all():
                 raise RunError(
                     f"the teacher's server gives log-probabilities of {key} that are not finite: "
@@ -135,7 +143,10 @@ class ServedTeacher:
         await self._pool.open(spec, connections=_MAX_REQUESTS)
         try:
             checks = [self._check(server, spec.max_logprobs) for server in self._pool.servers]
-            return min(await asyncio.gather(*checks))
+            widest = min(await asyncio.gather(*checks))
+            if not self._pool.is_ours:
+                self.notes = await self._prove()
+            return widest
         except Unavailable as error:
             self._pool.check(error)
             raise
@@ -149,6 +160,27 @@ class ServedTeacher:
             return await widest_support(server, needed=needed, wanted=bound)
         except Refused as error:
             raise ConfigError(str(error)) from error
+
+    async def _prove(self) -> tuple[str, ...]:
+        """What shows of each server that it holds the teacher, or that nothing does."""
+        own = await asyncio.to_thread(probe.of_cheap, self._teacher, self._trust_remote_code)
+        shown = [self._proof(server, own) for server in self._pool.servers]
+        return tuple(await asyncio.gather(*shown))
+
+    async def _proof(self, server: EngineServer, own: Probe | None) -> str:
+        room = (await server.facts()).max_context or probe.MAX_TOKENS + 1
+        own = None if own is None else own.within(room)
+        if own is None or not own.sequences:
+            return (
+                f"{server.name}: that it holds {self._teacher} was not proven (its weights are not "
+                "here, too large to compare with, or the server's context too short)"
+            )
+        found = await read_probe(server, own)
+        try:
+            evidence = judge(server.name, self._teacher, found, own, None, self._tolerance)
+        except StaleWeights as error:
+            raise ConfigError(f"{error}; serve {self._teacher} there") from error
+        return f"{server.name} holds {self._teacher}: {evidence}"
 
     async def _read(self, server: EngineServer, document: Document) -> Reading:
         ids = np.concatenate([document.context, document.response]).tolist()

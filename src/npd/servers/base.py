@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
+from npd.servers.http import Connection
 from npd.types import FloatArray, IntArray
 
 Ending: TypeAlias = Literal["stop", "length", "abort"]
@@ -77,6 +78,10 @@ class EngineServer(Protocol):
     @property
     def name(self) -> str:
         """Its URL."""
+        ...
+
+    def move(self, connection: Connection) -> None:
+        """Be the server at the end of `connection`: it was started anew."""
         ...
 
     async def facts(self) -> ServerFacts:

@@ -10,8 +10,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from npd import probe
+from npd.config import GenerateConfig, LaunchConfig, ScoreConfig
 from npd.errors import ConfigError
-from npd.served import LaunchConfig
+from npd.servers.models import model_settings
 
 _MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}
 # vLLM's own default for the tokens of a step.
@@ -32,6 +34,41 @@ class ServerSpec:
     max_logprobs: int = 1
     lora_rank: int = 0
     trust_remote_code: bool = False
+
+
+def generator_spec(
+    config: GenerateConfig, model: Path, context: int, trust_remote_code: bool
+) -> ServerSpec:
+    """What a server holds to write samples of up to `context` tokens, and to read the probe.
+
+    Raises:
+        ConfigError: `model` is an adapter that does not say what it adapts.
+    """
+    settings = model_settings(model)
+    room = max(context, probe.MAX_TOKENS + 1)
+    return ServerSpec(
+        model=settings.base,
+        dtype=config.dtype,
+        context=min(room, settings.context or room),
+        lora_rank=settings.lora_rank,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def teacher_spec(
+    config: ScoreConfig, teacher: Path, longest: int, widest: int, trust_remote_code: bool
+) -> ServerSpec:
+    """What a server holds to read texts of up to `longest` tokens, with supports up to `widest`."""
+    settings = model_settings(teacher)
+    # It draws one token more than it reads, up to what the model can hold.
+    room = longest + 1
+    return ServerSpec(
+        model=str(teacher),
+        dtype=config.dtype,
+        context=min(room, settings.context or room),
+        max_logprobs=max(config.top_k, widest),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def server_command(

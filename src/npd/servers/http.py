@@ -90,6 +90,8 @@ class Connection:
     ) -> Any:
         import httpx
 
+        if self.client.is_closed:
+            raise Unavailable(self.url, "is no longer connected to npd")
         limit = self.timeout if limit is None else limit
         request = partial(
             self.client.request, method, self.url.rstrip("/") + path, json=body, timeout=limit

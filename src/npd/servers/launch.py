@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from npd.errors import RunError, WorkerLostError
@@ -24,10 +25,14 @@ from npd.served import LaunchConfig
 from npd.servers import guard, nanny
 from npd.servers.commands import ServerSpec, program_of, server_command
 
-__all__ = ["ServerProcess", "ServerSpec", "last_complaint", "program_of"]
+__all__ = ["POLL_SECONDS", "ServerProcess", "ServerSpec", "last_complaint", "program_of"]
 
-_POLL_SECONDS = 0.25
-_STOP_SECONDS = 15.0
+# How often to ask whether a server is ready.
+POLL_SECONDS = 0.25
+# What an answer to that may take: whoever polls in an event loop does nothing else meanwhile.
+_ANSWER_SECONDS = 1.0
+# More than the nanny needs at most, less than the runtime gives a worker to close (10 s).
+_STOP_SECONDS = 8.0
 _READ_BACK = 65536
 _BLAME = re.compile(r"error|exception|out of memory|no such|unrecognized|refused", re.IGNORECASE)
 # What only says that something else went wrong, and lines of a traceback.
@@ -38,7 +43,7 @@ _NOISE = re.compile(r"^\S*\(\S+ pid=\d+\)\s*|^(ERROR|INFO|WARNING) [\d-]+ [\d:]+
 
 
 class ServerProcess:
-    """A server of ours, from `start` to `stop`."""
+    """A server of ours, from `start` (or `begin`, until `is_ready`) to `stop`."""
 
     def __init__(self, engine: str, config: LaunchConfig, spec: ServerSpec, log: Path) -> None:
         self._engine, self._config, self._spec = engine, config, spec
@@ -47,6 +52,7 @@ class ServerProcess:
         self.url = ""
         self._popen: subprocess.Popen[bytes] | None = None
         self._pipe: int | None = None
+        self._deadline = 0.0
 
     @property
     def is_running(self) -> bool:
@@ -54,11 +60,24 @@ class ServerProcess:
         return self._popen is not None and self._popen.poll() is None
 
     def start(self) -> None:
-        """Start it and wait until it answers.
+        """Start it and wait until it answers; blocks, so not in an event loop.
 
         Raises:
             ConfigError: there is no such engine to start.
-            RunError: it ended, or was not ready in time; its log says why, the message what.
+            RunError: as `is_ready`.
+        """
+        with ExitStack() as undo:
+            undo.callback(self.stop)
+            self.begin()
+            while not self.is_ready():
+                time.sleep(POLL_SECONDS)
+            undo.pop_all()
+
+    def begin(self) -> None:
+        """Start it; `is_ready` tells when it answers.
+
+        Raises:
+            ConfigError: there is no such engine to start.
         """
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -80,23 +99,49 @@ class ServerProcess:
                 )
         finally:
             os.close(watched)
-        self._await_ready()
+        self._deadline = time.monotonic() + self._config.start_timeout
+
+    def is_ready(self) -> bool:
+        """Whether it answers by now; within a second.
+
+        Raises:
+            RunError: it ended, or was not ready in time; its log says why, the message what.
+        """
+        # In this order: had ours lost the port to another server, that one would answer.
+        answers = self._answers()
+        if not self.is_running:
+            ending = self._ending()
+            self.stop()
+            raise RunError(f"the {self._engine} server for {self._spec.model} {ending}")
+        if not answers and time.monotonic() > self._deadline:
+            self.stop()
+            raise RunError(
+                f"the {self._engine} server was not ready within {self._config.start_timeout:g} s: "
+                f"see {self.log}, or raise launch.start_timeout"
+            )
+        return answers
 
     def check(self) -> None:
         """Raise WorkerLostError if it has ended: what was asked of it is to be asked again."""
         if not self.is_running:
             raise WorkerLostError(f"the {self._engine} server at {self.url} {self._ending()}")
 
-    def stop(self) -> None:
-        """End it and everything it started; returns when it has ended."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """End it and everything it started; returns when it has ended.
+
+        `at_once`: it is killed; otherwise it may take some seconds to end by itself.
+        """
+        if self._popen is not None and at_once:
+            self._popen.send_signal(signal.SIGQUIT)
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
         if self._popen is not None:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 self._popen.wait(_STOP_SECONDS)
-            self._popen.kill()
-            self._popen.wait()
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -113,26 +158,6 @@ class ServerProcess:
             ours["CUDA_VISIBLE_DEVICES"] = self._config.gpus[0]
         return inherited | ours | self._config.env
 
-    def _await_ready(self) -> None:
-        deadline = time.monotonic() + self._config.start_timeout
-        while True:
-            # In this order: had ours lost the port to another server, that one would answer.
-            answers = self._answers()
-            if not self.is_running:
-                ending = self._ending()
-                self.stop()
-                raise RunError(f"the {self._engine} server for {self._spec.model} {ending}")
-            if answers:
-                return
-            if time.monotonic() > deadline:
-                self.stop()
-                raise RunError(
-                    f"the {self._engine} server was not ready within "
-                    f"{self._config.start_timeout:g} s: see {self.log}, or raise "
-                    "launch.start_timeout"
-                )
-            time.sleep(_POLL_SECONDS)
-
     def _answers(self) -> bool:
         request = urllib.request.Request(
             f"{self.url}/health", headers={"Authorization": f"Bearer {self.key}"}
@@ -140,7 +165,7 @@ class ServerProcess:
         # No proxy of the environment for a server of this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=2.0) as answer:
+            with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -12,6 +12,9 @@ from npd.errors import ConfigError, ModelError
 from npd.servers.base import EngineServer
 from npd.servers.http import KEY_STATUS, Refused
 
+HELDOUT_TOP_K = 64
+"""Support of held-out text, scored once: wider than the run's own, so that its KL is tighter."""
+
 
 async def check_context(server: EngineServer, longest: int) -> None:
     """Raise ConfigError where the server cannot read `longest` tokens and draw one more."""

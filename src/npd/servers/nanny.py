@@ -2,8 +2,10 @@
 
 `python nanny.py FD COMMAND...` runs COMMAND in a process group of its own and ends that group, the
 server's own children included, when the pipe FD closes (npd ended, even by kill -9), when it is
-asked to (SIGTERM), or when the server itself ends; its exit code is the server's. Standard library
-only: it is run as a file, in whatever Python started npd.
+asked to (SIGTERM; SIGQUIT: at once, without the grace to end by itself), or when the server itself
+ends; its exit code is the server's. When it has ended, so has all of the group, and what the group
+held (memory, ports) is free. Standard library only: it is run as a file, in whatever Python started
+npd.
 """
 
 from __future__ import annotations
@@ -18,40 +20,65 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-_GRACE_SECONDS = 10.0
+# What the server has to end by itself, and what its whole group has to be gone. npd waits for the
+# nanny a little longer (`launch`), and whoever ends npd's worker longer still.
+_GRACE_SECONDS, _GONE_SECONDS = 5.0, 7.0
 _POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
+_REAP_SECONDS = 0.02
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(fd: int, command: list[str]) -> NoReturn:
     """Run `command` until it ends or `fd` closes; never returns."""
-    stopped = False
+    stopped, grace = False, _GRACE_SECONDS
 
-    def stop(*_: object) -> None:
-        nonlocal stopped
+    def stop(number: int, _: object) -> None:
+        nonlocal stopped, grace
         stopped = True
+        grace = 0.0 if number == signal.SIGQUIT else grace
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, stop)
+    _adopt_orphans()
     server = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
     )
     while server.poll() is None and not stopped:
         stopped = bool(select.select([fd], [], [], _POLL_SECONDS)[0]) or stopped
-    if server.poll() is None:
+    asked = time.monotonic()
+    if server.poll() is None and grace:
         _signal_group(server.pid, signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while server.poll() is None and time.monotonic() < deadline:
+        while server.poll() is None and time.monotonic() < asked + grace:
             time.sleep(_POLL_SECONDS)
     # What the server started may outlive it: an engine process that waits for its parent, say.
     _signal_group(server.pid, signal.SIGKILL)
     status = server.wait()
+    while _is_group(server.pid) and time.monotonic() < asked + _GONE_SECONDS:
+        time.sleep(_REAP_SECONDS)
     sys.exit(128 - status if status < 0 else status)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+def _is_group(group: int) -> bool:
+    """Whether anything of a group is left, once those of it that ended are reaped."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _adopt_orphans() -> None:
+    """On Linux, be the parent of what the server leaves behind, to see its end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _die_with_parent() -> None:

@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from npd.errors import ConfigError
-from npd.servers.base import ENDINGS, Completion, PromptLogprobs, SamplingSettings, ServerFacts
+from npd.servers.answers import ending_of, ids_of, logprobs_of, reading
+from npd.servers.base import Completion, PromptLogprobs, SamplingSettings, ServerFacts
 from npd.servers.http import Connection, Refused, Unavailable
 
 # Its check of health draws a token, and gives up after 20 s.
@@ -40,18 +39,24 @@ class SglangServer:
         """Its URL."""
         return self._connection.url
 
+    def move(self, connection: Connection) -> None:
+        """Be the server at the end of `connection`."""
+        self._connection = connection
+
     async def facts(self) -> ServerFacts:
         """Version, models and limits; every SGLang server can be given other weights."""
-        listed = (await self._connection.get("/v1/models"))["data"]
+        listed = await self._connection.get("/v1/models")
         told = await self._either("/server_info", "/get_server_info")
-        limits = [card.get("max_model_len") for card in listed if card.get("max_model_len")]
-        return ServerFacts(
-            engine="SGLang",
-            version=None if told is None else str(told.get("version")),
-            models=tuple(str(card["id"]) for card in listed),
-            max_context=min(limits, default=None),
-            can_refresh=True,
-        )
+        with reading(self.name):
+            cards = listed["data"]
+            limits = [int(card["max_model_len"]) for card in cards if card.get("max_model_len")]
+            return ServerFacts(
+                engine="SGLang",
+                version=None if told is None else str(told.get("version")),
+                models=tuple(str(card["id"]) for card in cards),
+                max_context=min(limits, default=None),
+                can_refresh=True,
+            )
 
     async def is_healthy(self) -> bool:
         """Whether it answers and its engine lives."""
@@ -84,13 +89,15 @@ class SglangServer:
         if sampling.banned_ids:
             params["logit_bias"] = {str(token): -100.0 for token in sampling.banned_ids}
         answer = await self._generate(prompt, params, model, {})
-        return _completion(self.name, answer["meta_info"], sampling.stop_ids)
+        with reading(self.name):
+            return _completion(self.name, answer["meta_info"], sampling.stop_ids)
 
     async def read(self, ids: Sequence[int], k: int, *, model: str | None = None) -> PromptLogprobs:
         """Log-probs of `ids` with the top `k` of each position."""
         wanted = {"logprob_start_len": 0, "top_logprobs_num": k}
         answer = await self._generate(ids, {"max_new_tokens": 0, "temperature": 0.0}, model, wanted)
-        return _prompt_logprobs(self.name, len(ids), answer["meta_info"], k)
+        with reading(self.name):
+            return _prompt_logprobs(len(ids), answer["meta_info"], k)
 
     async def hold(self, *, drain: bool) -> None:
         """Cut off what is being written, and take up no new request; with `drain`, nothing.
@@ -111,9 +118,10 @@ class SglangServer:
 
     async def load_adapter(self, directory: Path, name: str) -> None:
         """Serve the adapter of `directory` under `name`."""
-        cards = (await self._connection.get("/v1/models"))["data"]
-        if name in (card["id"] for card in cards):
-            return
+        listed = await self._connection.get("/v1/models")
+        with reading(self.name):
+            if name in [card["id"] for card in listed["data"]]:
+                return
         body = {"lora_name": name, "lora_path": str(directory)}
         try:
             await self._admin("/load_lora_adapter", body)
@@ -134,8 +142,9 @@ class SglangServer:
     async def tag(self) -> str | None:
         """What it reports as its weight version."""
         told = await self._either("/model_info", "/get_model_info")
-        found = None if told is None else told.get("weight_version")
-        return None if found is None else str(found)
+        with reading(self.name):
+            found = None if told is None else told.get("weight_version")
+            return None if found is None else str(found)
 
     async def set_tag(self, tag: str) -> None:
         """Have it report `tag`, where its version can."""
@@ -182,17 +191,16 @@ class SglangServer:
 
 def _completion(server: str, told: Mapping[str, Any], stop_ids: Sequence[int]) -> Completion:
     finish = told.get("finish_reason") or {}
-    ending = finish.get("type")
-    tokens = told.get("output_token_logprobs")
+    ending, tokens = finish.get("type"), told.get("output_token_logprobs")
     if tokens is None and ending == "abort":
         tokens = []  # cut off before the first one
-    if tokens is None or ending not in ENDINGS:
+    if tokens is None:
         raise ConfigError(
             f"{server} answers without token ids and their log-probs (finish_reason {finish!r}): "
             "npd needs SGLang 0.5.6 or newer"
         )
-    ids = [int(token[1]) for token in tokens]
-    if ending == "stop" and not (ids and ids[-1] in stop_ids):
+    ids = ids_of([token[1] for token in tokens], len(tokens))
+    if ending == "stop" and not (len(ids) and ids[-1] in stop_ids):
         matched = finish.get("matched")
         raise Refused(
             server,
@@ -200,21 +208,19 @@ def _completion(server: str, told: Mapping[str, Any], stop_ids: Sequence[int]) -
             f"ended a response by {matched!r}, which is no end token of the student's tokenizer "
             "or generation_config.json",
         )
-    logprobs = [token[0] for token in tokens]
-    return Completion(np.array(ids, np.int32), np.array(logprobs, np.float32), ENDINGS[ending])
+    logprobs = logprobs_of([token[0] for token in tokens], len(tokens))
+    return Completion(ids, logprobs, ending_of(ending))
 
 
-def _prompt_logprobs(
-    server: str, num_tokens: int, told: Mapping[str, Any], k: int
-) -> PromptLogprobs:
+def _prompt_logprobs(num_tokens: int, told: Mapping[str, Any], k: int) -> PromptLogprobs:
     own = told.get("input_token_logprobs") or []
     top = told.get("input_top_logprobs") or [[]] * num_tokens
     if len(own) != num_tokens or len(top) != num_tokens:
-        raise Unavailable(server, "answers without the prompt's log-probs")
+        raise ValueError("no log-probs of the prompt, or not of all of it")
     ranked = [position[:k] for position in top[1:]]  # the first token follows nothing
     shape = (num_tokens - 1, k)
     return PromptLogprobs(
-        np.array([token[0] for token in own[1:]], np.float32),
-        np.array([[entry[1] for entry in row] for row in ranked], np.int32).reshape(shape),
-        np.array([[entry[0] for entry in row] for row in ranked], np.float32).reshape(shape),
+        logprobs_of([token[0] for token in own[1:]], num_tokens - 1),
+        ids_of([[entry[1] for entry in row] for row in ranked], *shape),
+        logprobs_of([[entry[0] for entry in row] for row in ranked], *shape),
     )

@@ -14,17 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from npd.errors import ConfigError
-from npd.servers.base import ENDINGS, Completion, PromptLogprobs, SamplingSettings, ServerFacts
+from npd.servers.answers import ending_of, ids_of, logprobs_of, reading
+from npd.servers.base import Completion, PromptLogprobs, SamplingSettings, ServerFacts
 from npd.servers.http import Connection, Refused, Unavailable
 
 # What a check of health may take before the server counts as gone.
 _HEALTH_SECONDS = 5.0
 # It refuses to forget prefixes while a request holds some, also just after one was cut off.
 _FORGET_TRIES, _FORGET_PAUSE = 5, 0.2
-_DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or have npd start it (launch)"
+_REMEDY = (
+    "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or have npd start it (launch); where "
+    "that does not help its vLLM is too old, npd is written against 0.32"
+)
 
 
 class VllmServer:
@@ -40,20 +42,26 @@ class VllmServer:
         """Its URL."""
         return self._connection.url
 
+    def move(self, connection: Connection) -> None:
+        """Be the server at the end of `connection`."""
+        self._connection, self._model = connection, None
+
     async def facts(self) -> ServerFacts:
         """Version, models and limits, and whether it can be given other weights."""
-        listed = (await self._connection.get("/v1/models"))["data"]
+        listed = await self._connection.get("/v1/models")
         version = await self._connection.optional("GET", "/version")
         paused = await self._connection.optional("GET", "/is_paused")
-        limits = [card.get("max_model_len") for card in listed if card.get("max_model_len")]
-        return ServerFacts(
-            engine="vLLM",
-            version=None if version is None else str(version.get("version")),
-            models=tuple(str(card["id"]) for card in listed),
-            max_context=min(limits, default=None),
-            can_refresh=paused is not None,
-            is_paused=None if paused is None else bool(paused.get("is_paused")),
-        )
+        with reading(self.name):
+            cards = listed["data"]
+            limits = [int(card["max_model_len"]) for card in cards if card.get("max_model_len")]
+            return ServerFacts(
+                engine="vLLM",
+                version=None if version is None else str(version["version"]),
+                models=tuple(str(card["id"]) for card in cards),
+                max_context=min(limits, default=None),
+                can_refresh=paused is not None,
+                is_paused=None if paused is None else bool(paused["is_paused"]),
+            )
 
     async def is_healthy(self) -> bool:
         """Whether it answers and its engine lives."""
@@ -83,14 +91,16 @@ class VllmServer:
         }
         if sampling.banned_ids:
             body["logit_bias"] = {str(token): -100 for token in sampling.banned_ids}
-        choice = (await self._completions(body, model))["choices"][0]
-        return _completion(self.name, choice)
+        answer = await self._completions(body, model)
+        with reading(self.name):
+            return _completion(self.name, answer["choices"][0])
 
     async def read(self, ids: Sequence[int], k: int, *, model: str | None = None) -> PromptLogprobs:
         """Log-probs of `ids` with the top `k` of each position."""
         body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         answer = await self._completions(body, model)
-        return _prompt_logprobs(self.name, list(ids), answer["choices"][0]["prompt_logprobs"], k)
+        with reading(self.name):
+            return _prompt_logprobs(list(ids), answer["choices"][0]["prompt_logprobs"], k)
 
     async def hold(self, *, drain: bool) -> None:
         """Take up no new request; let running ones end, or cut them off with what they have."""
@@ -111,8 +121,9 @@ class VllmServer:
     async def _forget_prefixes(self) -> None:
         for _ in range(_FORGET_TRIES):
             answer = await self._admin("/reset_prefix_cache")
-            if answer is None or answer.get("success") is not False:
-                return
+            with reading(self.name):
+                if answer is None or answer.get("success") is not False:
+                    return
             await asyncio.sleep(_FORGET_PAUSE)
         raise Unavailable(self.name, "keeps prefixes that the old weights computed")
 
@@ -140,7 +151,8 @@ class VllmServer:
     async def tag(self) -> str | None:
         """What it reports as its weight version."""
         answer = await self._connection.optional("GET", "/weight_info")
-        return None if answer is None else str(answer["weight_version"])
+        with reading(self.name):
+            return None if answer is None else str(answer["weight_version"])
 
     async def set_tag(self, tag: str) -> None:
         """Have it report `tag`, where its version can."""
@@ -149,12 +161,13 @@ class VllmServer:
     async def checksums(self) -> Mapping[str, str]:
         """SHA-256 of its parameters by name; only those of rank 0 of each kind of parallelism."""
         answer = await self._change("/weight_checker", {"action": "checksum"})
-        found: dict[str, str] = {} if answer is None else answer["checksums"]
-        return {
-            name.rpartition(":")[2].replace(".base_layer.", "."): digest
-            for name, digest in found.items()
-            if all(part.endswith("0") for part in name.split(":")[:-1])
-        }
+        with reading(self.name):
+            found: dict[str, str] = {} if answer is None else answer["checksums"]
+            return {
+                name.rpartition(":")[2].replace(".base_layer.", "."): str(digest)
+                for name, digest in found.items()
+                if all(part.endswith("0") for part in name.split(":")[:-1])
+            }
 
     async def _completions(self, body: dict[str, Any], model: str | None) -> Any:
         if model is None:
@@ -163,8 +176,10 @@ class VllmServer:
 
     async def _served(self) -> str:
         """The name that requests to the served model itself carry."""
-        cards = (await self._connection.get("/v1/models"))["data"]
-        return str(next((c["id"] for c in cards if not c.get("parent")), cards[0]["id"]))
+        listed = await self._connection.get("/v1/models")
+        with reading(self.name):
+            cards = listed["data"]
+            return str(next((c["id"] for c in cards if not c.get("parent")), cards[0]["id"]))
 
     async def _change(self, path: str, body: Mapping[str, Any]) -> Any | None:
         """The answer to a call that older servers do not know; None from those."""
@@ -177,34 +192,36 @@ class VllmServer:
             if error.status in (404, 405):
                 raise ConfigError(
                     f"{self.name} cannot be given other weights (no {path.partition('?')[0]}): "
-                    f"{_DEV_MODE}"
+                    f"{_REMEDY}"
                 ) from error
             raise
 
 
 def _completion(server: str, choice: Mapping[str, Any]) -> Completion:
-    ids = choice.get("token_ids")
-    found = (choice.get("logprobs") or {}).get("token_logprobs")
-    ending = choice.get("finish_reason")
-    if ids is None or found is None or len(ids) != len(found) or ending not in ENDINGS:
+    ids, found = choice.get("token_ids"), choice.get("logprobs")
+    if ids is None or found is None:
         raise ConfigError(
-            f"{server} answers without token ids and their log-probs (finish_reason {ending!r}): "
-            "npd needs vLLM 0.11 or newer (return_token_ids)"
+            f"{server} answers without token ids and their log-probs (finish_reason "
+            f"{choice.get('finish_reason')!r}): npd needs vLLM 0.11 or newer (return_token_ids)"
         )
-    return Completion(np.array(ids, np.int32), np.array(found, np.float32), ENDINGS[ending])
+    logprobs = logprobs_of(found["token_logprobs"], len(ids))
+    return Completion(ids_of(ids, len(ids)), logprobs, ending_of(choice.get("finish_reason")))
 
 
 def _prompt_logprobs(
-    server: str, ids: list[int], positions: Sequence[Mapping[str, Any]] | None, k: int
+    ids: list[int], positions: Sequence[Mapping[str, Any]] | None, k: int
 ) -> PromptLogprobs:
     if positions is None or len(positions) != len(ids):
-        raise Unavailable(server, "answers without the prompt's log-probs")
-    own = np.empty(len(ids) - 1, np.float32)
-    top_ids = np.empty((len(ids) - 1, k), np.int32)
-    top = np.empty((len(ids) - 1, k), np.float32)
-    for at, (token, entries) in enumerate(zip(ids[1:], positions[1:], strict=True)):
-        own[at] = entries[str(token)]["logprob"]
-        ranked = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items())[:k]
-        top_ids[at] = [i for _, i, _ in ranked]
-        top[at] = [logprob for _, _, logprob in ranked]
-    return PromptLogprobs(own, top_ids, top)
+        raise ValueError("no log-probs of the prompt, or not of all of it")
+    entered = positions[1:]  # the first token follows nothing
+    own = [entries[str(token)]["logprob"] for token, entries in zip(ids[1:], entered, strict=True)]
+    ranked = [
+        sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items())[:k]
+        for entries in entered
+    ]
+    shape = (len(ids) - 1, k)
+    return PromptLogprobs(
+        logprobs_of(own, len(ids) - 1),
+        ids_of([[token for _, token, _ in row] for row in ranked], *shape),
+        logprobs_of([[logprob for _, _, logprob in row] for row in ranked], *shape),
+    )

@@ -14,7 +14,7 @@ from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
 from npd.store.snapshots import latest, verify
 from npd.types import Failed, Rollout
-from npd.workers.tasks import GeneratedShard, GenerateTask, generated_stats
+from npd.workers.tasks import GenerateTask, ShardResult, generated_stats
 
 if TYPE_CHECKING:
     from npd.generate.served import Surroundings
@@ -44,7 +44,7 @@ class GeneratorWorker:
             assert config.teacher is not None, "checked by the config"
             self._engine.load(Path(config.teacher), 0)
 
-    def generate(self, task: GenerateTask) -> GeneratedShard:
+    def generate(self, task: GenerateTask) -> ShardResult:
         """Write the shard, unless it is there already; returns its samples' scalars."""
         path = self._layout.rollouts(task.shard)
         rollouts = read_rollouts(path) if path.exists() else []
@@ -56,7 +56,7 @@ class GeneratorWorker:
             failed = tuple(item for item in found if isinstance(item, Failed))
             write_rollouts(path, rollouts)
         notes, self._notes[:] = tuple(self._notes), []
-        return GeneratedShard(tuple(map(generated_stats, rollouts)), failed, notes)
+        return ShardResult(tuple(map(generated_stats, rollouts)), failed, notes)
 
     def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
         """Whether a file's rollouts are the task's.

@@ -6,6 +6,7 @@ Written once, by the scorer, with the teacher that it scores with. Does not scor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -61,9 +62,9 @@ def _in_process(config: RunConfig, chat: Chat, asks: Sequence[Ask], device: str)
         trust_remote_code=config.trust_remote_code,
     )
     assert config.teacher is not None, "checked by the config"
-    generator.load(Path(config.teacher), 0)
-    found = generator.generate(asks)
-    generator.close()
+    with closing(generator):
+        generator.load(Path(config.teacher), 0)
+        found = generator.generate(asks)
     return [rollout for rollout in found if isinstance(rollout, Rollout)]
 
 

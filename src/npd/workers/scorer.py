@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from npd.chat import Chat
 from npd.config import RunConfig
+from npd.errors import RunError
 from npd.modeling import resolve_device
 from npd.score.base import Scorer, Support
+from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
-from npd.types import EncodedPrompt, Rollout, SampleStats, Scored
+from npd.types import EncodedPrompt, Failed, Rollout, Scored
 from npd.workers.heldout import heldout_rollouts
-from npd.workers.tasks import ScoreTask, scored_stats
+from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult, scored_stats
 
 if TYPE_CHECKING:
     from npd.score.served import ServedTeacher
-
-# A wider support than the run's own makes the tail-bucket KL a tighter bound; it is scored once.
-HELDOUT_TOP_K = 64
 
 
 class ScorerWorker:
@@ -32,40 +33,71 @@ class ScorerWorker:
         self._scorer: Scorer | None = None
         self._teacher: ServedTeacher | None = None
         self._loaded: int | None = None
+        self._notes: list[str] = []
 
-    def score(self, task: ScoreTask) -> tuple[SampleStats, ...]:
+    def score(self, task: ScoreTask) -> ShardResult:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
         path = self._layout.scored(task.shard)
-        if not path.exists() or _ids(read_scored(path)) != task.sample_ids:
-            wanted = set(task.sample_ids)
-            rollouts = read_rollouts(self._layout.rollouts(task.shard))
-            chosen = [r for r in rollouts if r.sample_id in wanted]
-            write_scored(path, self._scored(chosen))
+        there = read_scored(path) if path.exists() else []
+        failed: tuple[Failed, ...] = ()
+        if _ids(there) != task.sample_ids:
+            found = self._completed(there, self._chosen(task))
+            failed = tuple(item for item in found if isinstance(item, Failed))
+            records = [item for item in found if isinstance(item, Scored)]
+            # Records are equal where they are the same one: rounding them again is not free.
+            if records != there or not path.exists():
+                write_scored(path, records)
         # Read back, because stored log-probs are rounded: the same answer now and after a crash.
         scored = read_scored(path)
-        assert _ids(scored) == task.sample_ids, f"{path} lacks samples of its task"
-        return tuple(map(scored_stats, scored))
+        refused = {item.sample_id for item in failed}
+        wanted = tuple(i for i in task.sample_ids if i not in refused)
+        assert _ids(scored) == wanted, f"{path} lacks samples of its task"
+        return ShardResult(tuple(map(scored_stats, scored)), failed, self._take_notes())
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def _chosen(self, task: ScoreTask) -> list[Rollout]:
+        wanted = set(task.sample_ids)
+        rollouts = read_rollouts(self._layout.rollouts(task.shard))
+        return [rollout for rollout in rollouts if rollout.sample_id in wanted]
+
+    def _completed(
+        self, there: Sequence[Scored], rollouts: Sequence[Rollout]
+    ) -> list[Scored | Failed]:
+        """Scores of all rollouts: those there already, and the others asked for (again)."""
+        known = {record.rollout.sample_id: record for record in there}
+        kept = {r.sample_id: known[r.sample_id] for r in rollouts if _is_of(known, r)}
+        found = iter(self._scored([r for r in rollouts if r.sample_id not in kept]))
+        return [kept.get(r.sample_id) or next(found) for r in rollouts]
+
+    def _scored(self, rollouts: Sequence[Rollout]) -> list[Scored | Failed]:
         """Scores, the student's side by the snapshot that wrote each (two, around a refresh)."""
-        by_id: dict[int, Scored] = {}
+        by_id: dict[int, Scored | Failed] = {}
         for version in sorted({rollout.version for rollout in rollouts}):
             group = [rollout for rollout in rollouts if rollout.version == version]
-            for scored in self._scorer_for(version).score(group):
-                by_id[scored.rollout.sample_id] = scored
+            found = self._scorer_for(version).score(group)
+            by_id |= {r.sample_id: item for r, item in zip(group, found, strict=True)}
         return [by_id[rollout.sample_id] for rollout in rollouts]
 
-    def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> int:
-        """Write `heldout.arrow`: held-out responses with the teacher's support; returns tokens."""
+    def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> HeldoutResult:
+        """Write `heldout.arrow`: held-out responses with the teacher's support.
+
+        Raises:
+            RunError: the teacher's server has no answer to a prompt, or for a response.
+        """
         path = self._layout.heldout
         if not path.exists():
             served = self._served()
             rollouts = heldout_rollouts(self._config, self._chat, prompts, self._device, served)
             widest = HELDOUT_TOP_K if served is None else served.max_k
             scorer = self._build(widest, "topk", is_for_filter=False)
-            write_scored(path, scorer.score(rollouts))
+            write_scored(path, _whole(scorer.score(rollouts)))
             scorer.close()
-        return sum(len(s.rollout.response_ids) for s in read_scored(path))
+        num_tokens = sum(len(s.rollout.response_ids) for s in read_scored(path))
+        return HeldoutResult(num_tokens, self._take_notes())
+
+    def _take_notes(self) -> tuple[str, ...]:
+        """What is to be told and was not yet."""
+        notes, self._notes[:] = tuple(self._notes), []
+        return notes
 
     def _scorer_for(self, version: int) -> Scorer:
         config = self._config
@@ -103,6 +135,7 @@ class ScorerWorker:
             log = self._layout.logs / f"server-{self._config.score.engine}-teacher.log"
             vocab_size = self._chat.vocab_size
             self._teacher = open_teacher(self._config, vocab_size, log, widest=HELDOUT_TOP_K)
+            self._notes.extend(() if self._teacher is None else self._teacher.notes)
         return self._teacher
 
     def ready(self) -> None:
@@ -115,6 +148,22 @@ class ScorerWorker:
         if self._teacher is not None:
             self._teacher.close()
             self._teacher = None
+
+
+def _is_of(known: Mapping[int, Scored], rollout: Rollout) -> bool:
+    """Whether there is a score of this very rollout, and not of another one of its id."""
+    record = known.get(rollout.sample_id)
+    if record is None or record.rollout.version != rollout.version:
+        return False
+    return np.array_equal(record.rollout.response_ids, rollout.response_ids)
+
+
+def _whole(found: Sequence[Scored | Failed]) -> list[Scored]:
+    """All of held-out text: what is measured on a part of it is another measure."""
+    for item in found:
+        if isinstance(item, Failed):
+            raise RunError(f"no score of held-out sample {item.sample_id}: {item.reason}")
+    return [item for item in found if isinstance(item, Scored)]
 
 
 def _ids(scored: Sequence[Scored]) -> tuple[int, ...]:

@@ -21,8 +21,17 @@ class GenerateTask:
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratedShard:
-    """What became of a shard's asks: the samples that were written, and those that were not.
+class ScoreTask:
+    """Score these samples of `shard`; `version` is the oldest snapshot that wrote any of them."""
+
+    shard: int
+    version: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What became of a task's samples: those that were written or scored, and those that were not.
 
     `notes` are lines for the person watching: which weights a server has shown that it holds.
     """
@@ -33,12 +42,11 @@ class GeneratedShard:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreTask:
-    """Score these samples of `shard`; `version` is the oldest snapshot that wrote any of them."""
+class HeldoutResult:
+    """Tokens of the held-out responses; `notes` as in `ShardResult`."""
 
-    shard: int
-    version: int
-    sample_ids: tuple[int, ...]
+    num_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 def generated_stats(rollout: Rollout) -> SampleStats:

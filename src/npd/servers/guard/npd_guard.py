@@ -16,9 +16,11 @@ _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
+_POLICY_VIOLATION = 1008  # of RFC 6455
+
 
 class RequireKey:
-    """Answers 401 to requests without `Authorization: Bearer $VLLM_API_KEY`."""
+    """Answers 401 to requests without `Authorization: Bearer $VLLM_API_KEY`; closes web sockets."""
 
     def __init__(self, app: _App) -> None:
         self._app = app
@@ -26,11 +28,16 @@ class RequireKey:
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         """Let a request pass, or answer it."""
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
-                head = [(b"content-type", b"application/json")]
-                await send({"type": "http.response.start", "status": 401, "headers": head})
-                await send({"type": "http.response.body", "body": b'{"error": "no valid key"}'})
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] == "lifespan" or self._has_key(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            head = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 401, "headers": head})
+            await send({"type": "http.response.body", "body": b'{"error": "no valid key"}'})
+        else:
+            # Before it is accepted: the server answers the handshake with 403.
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+
+    def _has_key(self, scope: _Message) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._wanted)

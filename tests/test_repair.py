@@ -1,0 +1,87 @@
+"""Shard files that are needed and gone when a run is resumed: which are made again, by whom."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from npd.control import events as ev
+from npd.control.repair import repair
+from npd.errors import RunError, StoreError
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.types import Outcome
+
+MAKERS = (
+    ev.Score(0, 0, (0, 1)),
+    ev.Generate(0, 0, (ev.AskRef(0, 0, 7), ev.AskRef(1, 1, 8))),
+    ev.Generate(1, 0, (ev.AskRef(2, 0, 9),)),
+)
+
+
+class FakeDispatcher:
+    """Carries everything out, by leaving a file, and remembers it."""
+
+    max_tries = 3
+
+    def __init__(self, layout, *, rewrites_exactly, refused=()):
+        self.layout, self.rewrites_exactly, self.done = layout, rewrites_exactly, []
+        self.refused = tuple((i, "http://a refuses") for i in refused)
+
+    async def run(self, action):
+        self.done.append(action)
+        if isinstance(action, ev.Score):
+            self.layout.scored(action.shard).touch()
+            return ev.ShardScored(action.shard, (), self.refused)
+        self.layout.rollouts(action.shard).touch()
+        return ev.ShardGenerated(action.shard, ())
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """A run whose shard 0 is live, with both of its files there."""
+    layout = RunLayout(tmp_path)
+    layout.create()
+    for path in (layout.rollouts(0), layout.scored(0)):
+        path.touch()
+    with Ledger(layout.ledger_db) as ledger:
+        ledger.add_samples(0, [(0, 0, 0), (1, 1, 0)])
+    return layout
+
+
+def repaired(layout, *, rewrites_exactly=True, refused=()):
+    """What was done again."""
+    dispatcher = FakeDispatcher(layout, rewrites_exactly=rewrites_exactly, refused=refused)
+    with Ledger(layout.ledger_db) as ledger:
+        made = asyncio.run(repair(MAKERS, dispatcher, ledger, layout))
+    assert made == len(dispatcher.done)
+    return dispatcher.done
+
+
+def test_what_is_there_or_not_needed_is_left_alone(layout):
+    assert repaired(layout) == []
+
+
+def test_rollouts_come_before_their_scores(layout):
+    layout.rollouts(0).unlink()
+    layout.scored(0).unlink()
+    assert repaired(layout) == [MAKERS[1], MAKERS[0]]
+
+
+def test_what_a_server_wrote_is_not_written_again_but_scored(layout):
+    layout.scored(0).unlink()
+    assert repaired(layout, rewrites_exactly=False) == [MAKERS[0]]
+    layout.rollouts(0).unlink()
+    with pytest.raises(StoreError, match="bring the file back, or start a new run"):
+        repaired(layout, rewrites_exactly=False)
+
+
+def test_a_sample_that_is_needed_and_refused_now_is_not_passed_over(layout):
+    layout.scored(0).unlink()
+    with pytest.raises(RunError, match="not be made again: sample 1: http://a refuses"):
+        repaired(layout, refused=[1])
+    layout.scored(0).unlink()
+    with Ledger(layout.ledger_db) as ledger:
+        ledger.set_outcomes([(1, Outcome.FAILED, "score: http://a refuses")])
+    assert repaired(layout, refused=[1]) == [MAKERS[0]], "it had left already"
