@@ -689,8 +689,8 @@ def test_pool_takes_its_key_from_the_environment(snapshot, monkeypatch):
     with FakeVllm(snapshot, key="sesame") as fake:
         monkeypatch.setenv("MY_KEY", "sesame")
         assert len(ask_pool(pool_of(fake, api_key_env="MY_KEY"), [PROMPT])[0].ids)
-        (refused,) = ask_pool(pool_of(fake, api_key_env="NO_KEY"), [PROMPT])
-        assert isinstance(refused, Refused)
+        with pytest.raises(Refused, match="api_key_env"):
+            ask_pool(pool_of(fake, api_key_env="NO_KEY"), [PROMPT])
 
 
 # What a config may say of them.
