@@ -652,7 +652,6 @@ class FakeSglang(FakeServer):
         except OSError as error:
             failed = {"success": False, "message": str(error), "num_paused_requests": 0}
             raise _Answer(400, failed) from error
-        self.engine.tag = body["weight_version"]
         return {"success": True, "message": "Succeeded to update model weights."}
 
     def _set_tag(self, body: Any) -> Any:

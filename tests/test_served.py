@@ -515,3 +515,13 @@ def test_a_restarted_worker_still_sees_old_weights(bench, engine, tmp_path):
     near = bench.publish(1, step=0.96)
     with pytest.raises(StaleWeights, match=f"{server.url} does not hold snapshot v1"):
         bench.generator(server, engine=engine, around=around).load(near, 1)
+
+
+def test_a_key_that_stops_working_ends_the_run_and_fails_no_sample(bench, monkeypatch):
+    monkeypatch.setenv("NPD_API_KEY", "right")
+    server = bench.server(key="right")
+    generator = bench.generator(server)
+    generator.load(bench.snapshots[0], 0)
+    server.faults.key = "another"
+    with pytest.raises(RunError, match="api_key_env"):
+        generator.generate(ASKS)

@@ -549,7 +549,7 @@ def test_a_whole_run_refreshed_while_responses_are_written(in_flight, server, sm
         score={"row_tokens": 512},
         train={"row_tokens": 512, "batch_size": 4, "lr": 2e-4, "min_lr": 1e-4},
         schedule={
-            "epochs": None, "steps": 4, "window": 12, "reuse": 1, "max_lag": 2, "overlap": True,
+            "epochs": None, "steps": 8, "window": 8, "reuse": 1, "max_lag": 2, "overlap": True,
             "refresh": {"every_steps": 2, "in_flight": in_flight}, "segment_steps": 2,
         },
     )  # fmt: skip

@@ -11,23 +11,22 @@ How a snapshot reaches a server: as the model it is started with (ours, the firs
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from npd.config import GenerateConfig
-from npd.errors import ConfigError, RunError, WorkerLostError
-from npd.generate.proving import Held, Proving
-from npd.probe import MAX_TOKENS, Probe
+from npd.errors import ConfigError, WorkerLostError
+from npd.generate import giving
+from npd.generate.held import Held
+from npd.generate.proving import Proving
+from npd.probe import Probe
 from npd.servers import EngineServer, Refused, Unavailable
-from npd.servers.launch import ServerSpec
+from npd.servers.commands import ServerSpec, generator_spec
 from npd.servers.models import ADAPTER, model_settings, read_settings
 from npd.servers.pool import ServerPool
 from npd.servers.proof import Evidence, StaleWeights, read_probe
 from npd.store.snapshots import MANIFEST
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 
 
 class Holding:
@@ -118,28 +117,20 @@ class Holding:
             ) from error
 
     def _spec(self, snapshot: Path) -> ServerSpec:
-        settings = model_settings(snapshot)
-        self.model_vocabulary = settings.vocabulary
-        context = max(self._context, MAX_TOKENS + 1)  # it must read the probe too
-        return ServerSpec(
-            model=str(settings.base),
-            dtype=self._config.dtype,
-            context=min(context, settings.context or context),
-            lora_rank=settings.lora_rank,
-            trust_remote_code=self._trust_remote_code,
-        )
+        self.model_vocabulary = model_settings(snapshot).vocabulary
+        return generator_spec(self._config, snapshot, self._context, self._trust_remote_code)
 
     async def _hand_over(
         self, pool: ServerPool, new: Held, old: Held | None, *, is_fresh: bool
     ) -> dict[str, Evidence | None]:
         has_it = is_fresh and pool.is_ours and new.adapter is None
         patience = 0.0 if pool.is_ours else self._config.patience
-        giving = [
+        tasks = [
             self._give(admin, new, old, has_it=has_it, patience=patience) for admin in pool.admins
         ]
         # All to their end before one error is raised: none may be left paused.
         found = dict(
-            zip(pool.admins, await asyncio.gather(*giving, return_exceptions=True), strict=True)
+            zip(pool.admins, await asyncio.gather(*tasks, return_exceptions=True), strict=True)
         )
         for item in found.values():
             if isinstance(item, BaseException):
@@ -151,18 +142,19 @@ class Holding:
     async def _give(
         self, admin: EngineServer, new: Held, old: Held | None, *, has_it: bool, patience: float
     ) -> Evidence | None:
-        """Give one server the snapshot `new`, unless it has it, and prove it."""
-        await _until_well(admin, patience)
-        before = None
+        """Give one server the snapshot `new`, unless it has it, and prove it; then it is tagged."""
+        await giving.until_well(admin, patience)
+        before = evidence = None
         if new.adapter is not None:
             await self._give_adapter(admin, new)
-        elif has_it or new.probe is None:
-            await admin.set_tag(new.tag)
-        elif new.version != 0 or (await admin.facts()).can_refresh:
-            # One that cannot be refreshed may still hold the student as it came.
+        elif not has_it and new.probe is not None and await giving.takes(admin, new):
             before = await self._read_before(admin, new, old)
-            await _give_weights(admin, new)
-        return None if new.probe is None else await self._proving.show(admin, new, before)
+            await giving.give_weights(admin, new)
+        if new.probe is not None:
+            evidence = await self._proving.show(admin, new, before)
+        # Not before: a tag says what was shown, also to those who come after a failure.
+        await admin.set_tag(new.tag)
+        return evidence
 
     async def _read_before(self, admin: EngineServer, new: Held, old: Held | None) -> Probe | None:
         """What a server says of the probe while it holds another snapshot of this run, for sure."""
@@ -177,50 +169,11 @@ class Holding:
     async def _give_adapter(self, admin: EngineServer, new: Held) -> None:
         assert new.adapter is not None
         await admin.load_adapter(new.snapshot.resolve(), new.adapter)
-        await admin.set_tag(new.tag)
         with suppress(Unavailable, Refused, ConfigError):
             await admin.release()  # only an in-flight refresh has held it back, if it can at all
         for name in (await admin.facts()).models:
             if name.startswith(self._prefix) and name != new.adapter:
                 await admin.unload_adapter(name)
-
-
-async def _give_weights(admin: EngineServer, new: Held) -> None:
-    try:
-        await admin.hold(drain=True)
-        await admin.load_weights(new.snapshot.resolve(), new.tag)
-    except Refused as error:
-        raise RunError(
-            f"{admin.name} could not load {new.snapshot}: {error.cause}. The run directory must be "
-            "at the same path on its machine"
-        ) from error
-    except Unavailable as error:
-        raise Unavailable(
-            admin.name,
-            f"could not load {new.snapshot} ({error}): the run directory must be at the same path "
-            "on its machine, and the snapshot fit the served model",
-            timed_out=error.timed_out,
-        ) from error
-    finally:
-        with suppress(Refused, Unavailable, ConfigError):
-            await admin.release()
-
-
-async def _until_well(admin: EngineServer, patience: float) -> None:
-    """Wait for a server that does not answer, with growing pauses, up to `patience` seconds.
-
-    Raises:
-        RunError: it does not come back.
-    """
-    pause, deadline = _FIRST_PAUSE, time.monotonic() + patience
-    while patience and not await admin.is_healthy():
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"{admin.name} does not answer within {patience:g} s: start it, or correct "
-                "generate.urls and generate.admin_urls"
-            )
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _checksum(snapshot: Path) -> str:

@@ -7,30 +7,16 @@ of ours, because their probes are kept in the run directory (a few KiB each). Ch
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from npd import probe
+from npd.generate.held import Held
 from npd.probe import Probe
 from npd.servers import EngineServer
 from npd.servers.checksums import Checksums
 from npd.servers.proof import Evidence, judge, read_probe
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A snapshot on the servers: the tag they report for it, the name its adapter goes by.
-
-    `readings` is what each server said of the probe's texts when it was proven.
-    """
-
-    snapshot: Path
-    version: int
-    tag: str
-    adapter: str | None
-    probe: Probe | None
-    readings: dict[str, Probe] = field(default_factory=dict)
 
 
 class Proving:

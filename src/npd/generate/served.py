@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.config import GenerateConfig
+from npd.generate.held import Held
 from npd.generate.holding import Holding
-from npd.generate.proving import Held
 from npd.generate.writing import InFlight, Writing
 from npd.servers.base import SamplingSettings
 from npd.servers.pool import ServerPool

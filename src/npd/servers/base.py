@@ -110,8 +110,8 @@ class EngineServer(Protocol):
         """Take requests again."""
         ...
 
-    async def load_weights(self, directory: Path, tag: str) -> None:
-        """Take the weights of a model directory in place, forget cached prefixes, carry `tag`."""
+    async def load_weights(self, directory: Path) -> None:
+        """Take the weights of a model directory in place, and forget cached prefixes."""
         ...
 
     async def load_adapter(self, directory: Path, name: str) -> None:

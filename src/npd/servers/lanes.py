@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from npd.errors import RunError
 from npd.servers.base import EngineServer
-from npd.servers.http import Refused, Unavailable
+from npd.servers.http import KEY_STATUS, Refused, Unavailable
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -154,6 +154,8 @@ class Round(Generic[Job, Result]):
             try:
                 await self._settle(job, await self._do(member.server, self._jobs[job]))
             except Refused as error:
+                if error.status in KEY_STATUS:
+                    raise  # what is wrong is the key, and so with every job
                 await self._settle(job, error)
             except Unavailable as error:
                 member.fail(error)

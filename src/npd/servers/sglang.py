@@ -111,9 +111,9 @@ class SglangServer:
         """Take requests again."""
         await self._admin("/continue_generation", {})
 
-    async def load_weights(self, directory: Path, tag: str) -> None:
-        """Take the weights of `directory` in place, forget cached prefixes, carry `tag`."""
-        body = {"model_path": str(directory), "weight_version": tag, "flush_cache": True}
+    async def load_weights(self, directory: Path) -> None:
+        """Take the weights of `directory` in place, and forget cached prefixes."""
+        body = {"model_path": str(directory), "flush_cache": True}
         await self._admin("/update_weights_from_disk", body)
 
     async def load_adapter(self, directory: Path, name: str) -> None:

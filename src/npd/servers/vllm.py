@@ -111,12 +111,11 @@ class VllmServer:
         """Take requests again."""
         await self._admin("/resume")
 
-    async def load_weights(self, directory: Path, tag: str) -> None:
-        """Take the weights of `directory` in place, forget cached prefixes, carry `tag`."""
+    async def load_weights(self, directory: Path) -> None:
+        """Take the weights of `directory` in place, and forget cached prefixes."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         await self._admin("/collective_rpc", call)
         await self._forget_prefixes()
-        await self.set_tag(tag)
 
     async def _forget_prefixes(self) -> None:
         for _ in range(_FORGET_TRIES):
