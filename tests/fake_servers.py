@@ -109,6 +109,8 @@ class Faults:
     """How long each token takes."""
     noise: float = 0.0
     """Standard deviation of what log-probs are off by."""
+    tells_tempered: bool = False
+    """Log-probs of what is drawn are those of the tempered distribution."""
     lacks: tuple[str, ...] = ()
     """Paths that this version does not know."""
     spoils: Callable[[Any], Any] = lambda content: content
@@ -172,7 +174,8 @@ class Engine:
                 raw = lm.next_logprobs(np.array([*prompt, *ids], np.int32))
                 token = _draw(raw, temperature, top_p, bias, rng)
                 ids.append(token)
-                logprobs.append(float(raw[token] + self._noise()))
+                told = _tempered(raw, temperature or 1.0) if self.faults.tells_tempered else raw
+                logprobs.append(float(told[token] + self._noise()))
                 with self._moved:
                     self.num_tokens += 1
                     self._moved.notify_all()
@@ -281,12 +284,17 @@ def _draw(
         logits[int(token)] += value
     if temperature == 0.0:
         return int(logits.argmax())
-    p = np.exp(logits / temperature - np.logaddexp.reduce(logits / temperature))
+    p = np.exp(_tempered(logits, temperature))
     order = np.argsort(-p, kind="stable")
     kept = order[: 1 + int(np.searchsorted(p[order].cumsum(), top_p))]
     weights = np.zeros_like(p)
     weights[kept] = p[kept]
     return int(rng.choice(len(p), p=weights / weights.sum()))
+
+
+def _tempered(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Log-probs at a temperature."""
+    return logits / temperature - np.logaddexp.reduce(logits / temperature)
 
 
 class _Answer(Exception):

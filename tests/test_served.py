@@ -351,9 +351,8 @@ def test_padding_of_the_vocabulary_is_never_drawn(tmp_path, bench):
 
 def test_sglang_at_another_temperature_is_a_config_error(bench):
     generator = bench.generator(bench.server("sglang"), engine="sglang", temperature=0.5)
-    generator.load(bench.snapshots[0], 0)
     with pytest.raises(ConfigError, match="temperature"):
-        generator.generate(ASKS)
+        generator.load(bench.snapshots[0], 0)
 
 
 # Refreshes in the middle of a response.
@@ -525,3 +524,13 @@ def test_a_key_that_stops_working_ends_the_run_and_fails_no_sample(bench, monkey
     server.faults.key = "another"
     with pytest.raises(RunError, match="api_key_env"):
         generator.generate(ASKS)
+
+
+def test_a_server_that_tells_tempered_logprobs_is_refused(bench):
+    """vLLM with --logprobs-mode processed_logprobs: what is told is not the policy's."""
+    server = bench.server(tells_tempered=True)
+    bench.generator(server).load(bench.snapshots[0], 0)  # at temperature 1 they are the same
+    with pytest.raises(ConfigError, match=r"tempered samples.*--logprobs-mode raw_logprobs"):
+        bench.generator(server, temperature=0.5).load(bench.snapshots[0], 0)
+    server.faults.tells_tempered = False
+    bench.generator(server, temperature=0.5).load(bench.snapshots[0], 0)

@@ -575,3 +575,26 @@ def _versions(rollout: Rollout) -> np.ndarray:
     if rollout.versions is not None:
         return rollout.versions
     return np.full(len(rollout.response_ids), rollout.version)
+
+
+def test_a_whole_run_of_a_lora_student_sends_adapters_alone(vllm_venv, smol_dir, tmp_path):
+    """npd starts the server with the base model; each snapshot reaches it as another adapter."""
+    config = make_run(
+        vllm_venv,
+        smol_dir,
+        tmp_path,
+        train={"batch_size": 6, "lr": 2e-3, "min_lr": 1e-3, "dtype": "bfloat16", "lora": {}},
+        schedule={
+            "epochs": 2, "reuse": 1, "refresh": {"at_epochs": [1]}, "segment_steps": 2,
+        },
+    )  # fmt: skip
+    layout = RunLayout(config.directory)
+    view = KeepingView(layout, tmp_path / "kept")
+    assert npd.run(config, view=view).is_done
+    outcomes = check_books(layout, reuse=1)
+    assert outcomes[Outcome.FAILED] == 0
+    for snapshot in (tmp_path / "kept").iterdir():
+        assert {file.suffix for file in snapshot.iterdir()} == {".safetensors", ".json"}
+        assert sum(file.stat().st_size for file in snapshot.iterdir()) < 32 * 2**20
+    assert set(check_who_wrote(layout, tmp_path / "kept")) == {0, 1}
+    assert_gone(layout.logs)

@@ -22,6 +22,7 @@ from npd.generate.held import Held
 from npd.generate.proving import Proving
 from npd.probe import Probe
 from npd.servers import EngineServer, Refused, Unavailable
+from npd.servers.base import SamplingSettings
 from npd.servers.commands import ServerSpec, generator_spec
 from npd.servers.models import ADAPTER, model_settings, read_settings
 from npd.servers.pool import ServerPool
@@ -91,6 +92,12 @@ class Holding:
             evidence = await self._hand_over(pool, new, None, is_fresh=True)
         self.held = new
         return evidence
+
+    async def check_untempered(self, pool: ServerPool, sampling: SamplingSettings) -> None:
+        """Raise ConfigError where a server tells other log-probs than the model's own."""
+        assert self.held is not None
+        for server in pool.servers:
+            await self._proving.check_untempered(server, self.held, sampling)
 
     async def check(self, pool: ServerPool) -> None:
         """Raise WorkerLostError where a server no longer holds what it was given."""

@@ -11,12 +11,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from npd import probe
+from npd.errors import ConfigError
 from npd.generate.held import Held
 from npd.probe import Probe
 from npd.servers import EngineServer
+from npd.servers.base import SamplingSettings
 from npd.servers.checksums import Checksums
 from npd.servers.proof import Evidence, judge, read_probe
+
+# Tokens of the first text to go on from, and tokens to draw, to see what log-probs a server tells.
+_PROMPT, _DRAWN = 16, 16
 
 
 class Proving:
@@ -68,6 +75,27 @@ class Proving:
         if held.probe is not None:
             found = await read_probe(admin, held.probe, model=held.adapter)
             self._judge(admin.name, f"snapshot v{held.version}", found, held, None)
+
+    async def check_untempered(
+        self, server: EngineServer, held: Held, sampling: SamplingSettings
+    ) -> None:
+        """Raise ConfigError where a server tells log-probs of the tempered distribution.
+
+        At temperature 1 with top_p 1 there is no other; else a few drawn tokens are read again.
+        """
+        if held.probe is None or (sampling.temperature in (0.0, 1.0) and sampling.top_p == 1.0):
+            return
+        prompt = held.probe.sequences[0][:_PROMPT].tolist()
+        few = replace(sampling, max_new_tokens=_DRAWN)
+        drawn = await server.complete(prompt, few, seed=1, model=held.adapter)
+        read = await server.read([*prompt, *drawn.ids.tolist()], 0, model=held.adapter)
+        off = np.abs(read.logprobs[len(prompt) - 1 :] - drawn.logprobs)
+        if off.mean() > self._tolerance:
+            raise ConfigError(
+                f"{server.name} tells log-probs of tempered samples ({off.mean():.2f} nats a token "
+                "off the model's own): start it with --logprobs-mode raw_logprobs, or set "
+                "generate.temperature: 1 and generate.top_p: 1"
+            )
 
     def _judge(
         self, name: str, what: str, found: Probe, new: Held, before: Probe | None

@@ -127,6 +127,7 @@ class ServedGenerator:
         for name, found in (await self._holding.load(self._pool, new)).items():
             if found is not None:
                 self._around.tell(f"{name} holds snapshot v{new.version}: {found}")
+        await self._holding.check_untempered(self._pool, self._sampling())
 
     async def _generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
         await self._holding.check(self._pool)
