@@ -471,3 +471,10 @@ def test_processes_hand_adapters_over_too(make):
     )
     assert result.is_done
     check_books(RunLayout(result.directory), reuse=2)
+
+
+def test_a_misspelt_target_is_found_before_anything_is_written(tmp_path, make):
+    config = make(train={"lora": {"targets": ["q_prj"]}})
+    with pytest.raises(ModelError, match=r"did you mean q_proj\?"):
+        npd.run(config)
+    assert not config.directory.exists()

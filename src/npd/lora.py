@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +25,8 @@ from npd.sections import LoraConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER = "default"
+# Matrices that are looked up, and the LM head: no adapters there.
+_TABLE = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head)\.")
 # What peft's own wrapper puts before the name of every module.
 _WRAPPED = "base_model.model."
 
@@ -144,6 +148,23 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if is_linear and module is not model.get_output_embeddings():
             yield name, module
+
+
+def check_targets(config: LoraConfig, student: str) -> None:
+    """Check the names of `train.lora.targets` against the headers of a model directory's weights.
+
+    Raises:
+        ModelError: a target is no linear layer of the model.
+    """
+    names = []
+    for file in sorted(Path(student).glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                is_matrix = len(tensors.get_slice(key).get_shape()) == 2
+                if is_matrix and key.endswith(".weight") and not _TABLE.search(key):
+                    names.append(key.removesuffix(".weight"))
+    if names:
+        _targets(config, names, student)
 
 
 def _targets(config: LoraConfig, layers: list[str], base: str) -> list[str]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from npd.settings import Settings
     from npd.store.layout import RunLayout
 
+_MOST_REASONS = 5
 _QUALITY = (
     ("kl", "KL to the teacher (nats)", "{:.3f}"),
     ("agreement", "same top token", "{:.1%}"),
@@ -34,6 +35,7 @@ def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
             yield f"{stage:10}{rate.samples:>10,}{speed:>12}{busy:>12}"
         yield ""
     yield conservation_line(data.conservation)
+    yield from _reason_lines(layout)
     yield ""
     if layout.student.is_dir():
         yield f"student   {layout.student}"
@@ -41,6 +43,20 @@ def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
         yield f"not finished: after step {max(steps, default=0)}; npd run CONFIG --resume goes on"
     if layout.report_html.exists():
         yield f"report    {layout.report_html}"
+
+
+def _reason_lines(layout: RunLayout) -> Iterator[str]:
+    """Why samples left before they were trained out, most frequent first, one line an outcome."""
+    from npd.store.ledger import Ledger
+
+    if not layout.ledger_db.exists():
+        return
+    with Ledger.reader(layout.ledger_db) as ledger:
+        found = ledger.reasons()
+    for outcome in sorted({outcome for outcome, _ in found} - {"trained_out"}):
+        counts = {reason: n for (kind, reason), n in found.items() if kind == outcome}
+        most = sorted(counts, key=lambda reason: -counts[reason])[:_MOST_REASONS]
+        yield f"{outcome:10}" + ", ".join(f"{reason[:100]} {counts[reason]}" for reason in most)
 
 
 def _quality(evals: Sequence[Mapping[str, Any]]) -> Iterator[str]:

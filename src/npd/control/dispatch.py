@@ -51,6 +51,7 @@ class Dispatcher:
         self._scorers: asyncio.Queue[Worker] = _queue(crew.scorers)
         self._trainer_turn = asyncio.Lock()
         self._is_trainer_behind = False
+        self._held: dict[str, int] = {}
 
     @property
     def max_tries(self) -> int:
@@ -114,14 +115,27 @@ class Dispatcher:
         task = GenerateTask(action.shard, action.version, asks)
         worker = await self._generators.get()
         try:
+            await self._refresh(worker, action.version)
             made = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
             self._pass_on(worker, made.notes)
             return ev.ShardGenerated(action.shard, made.stats, _reasons(made))
         except WorkerLostError as error:
+            self._held.pop(worker.name, None)
             await worker.restart()
             return ev.ShardFailed(action.shard, "generate", str(error))
         finally:
             self._generators.put_nowait(worker)
+
+    async def _refresh(self, worker: Worker, version: int) -> None:
+        """Have a generator by servers load a snapshot, in a span of its own: at first, minutes."""
+        generate = self._config.generate
+        if generate.engine == "transformers" or self._held.get(worker.name) == version:
+            return
+        if generate.launch is not None and worker.name not in self._held:
+            self._on_message(f"{worker.name}: starting its {generate.engine} server, see its log")
+        notes = (await self._call(worker, "refresh", version, doing="refresh")).notes
+        self._pass_on(worker, notes)
+        self._held[worker.name] = version
 
     async def _score(self, action: ev.Score) -> ev.Event:
         task = ScoreTask(action.shard, action.version, action.sample_ids)

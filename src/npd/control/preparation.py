@@ -56,6 +56,8 @@ def prepare(config: RunConfig) -> Prepared:
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None:
             check_model(role, model, config)
+    if config.train.lora is not None:
+        lora.check_targets(config.train.lora, config.student)
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
     if config.teacher is not None and config.needs_teacher:
         check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)

@@ -86,16 +86,20 @@ def _plain(text: str) -> str:
 def _progress(state: LiveState) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
     row = Table.grid(padding=(0, 2), expand=True)
     row.add_column(no_wrap=True)
     row.add_column(ratio=1)
     row.add_column(no_wrap=True)
     eta = "" if state.eta is None else f"[dim]eta[/] {clock_text(state.eta)}"
+    # As Text: a message printed above the panel has markup off, and so has what is drawn with it.
+    step = Text.from_markup(f"step [bold]{steps_text(state)}[/]")
+    share = Text.from_markup(f"{state.progress:.0%}  {eta}")
     bar = ProgressBar(
         total=1.0, completed=min(1.0, max(0.0, state.progress)), complete_style="cyan"
     )
-    row.add_row(f"step [bold]{steps_text(state)}[/]", bar, f"{state.progress:.0%}  {eta}")
+    row.add_row(step, bar, share)
     return row
 
 

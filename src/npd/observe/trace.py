@@ -22,7 +22,8 @@ Interval: TypeAlias = tuple[float, float]
 class Span:
     """One piece of work, e.g. `Span("trainer", "train", 10.0, 12.5, {"segment": 3})`.
 
-    `name` is the kind of work (generate, score, train, load, publish, checkpoint, evaluate).
+    `name` is the kind of work: generate, score, train, load, refresh, publish, checkpoint,
+    evaluate.
     """
 
     worker: str

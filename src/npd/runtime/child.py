@@ -68,6 +68,7 @@ def main(fd: int, parent: int, name: str, log_file: str) -> None:
 def _configure_logging() -> None:
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=line)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each of 100,000 requests
 
 
 def _listen(channel: socket.socket, parent: int, inbox: SimpleQueue[bytes]) -> None:

@@ -55,7 +55,7 @@ class Evidence:
         if self.staleness is not None:
             parts.append(f"staleness {self.staleness:.2f} ± {self.error:.2f}")
             if not self.can_tell:
-                parts[-1] += " (too like the snapshot before to tell a part of it from rounding)"
+                parts[-1] = "too like the snapshot before it to tell a part of that from rounding"
         if self.num_tensors:
             new = f", {self.num_changed} of them new" if self.num_changed else ""
             parts.append(f"{self.num_tensors} tensors equal by checksum{new}")

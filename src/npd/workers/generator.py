@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from npd.workers.tasks import GenerateTask, ShardResult, generated_stats
 
 if TYPE_CHECKING:
     from npd.generate.served import Surroundings
+
+_log = logging.getLogger(__name__)
 
 
 class GeneratorWorker:
@@ -44,6 +47,11 @@ class GeneratorWorker:
             assert config.teacher is not None, "checked by the config"
             self._engine.load(Path(config.teacher), 0)
 
+    def refresh(self, version: int) -> ShardResult:
+        """Take up snapshot `version`, so that it need not be done within a shard; only notes."""
+        self._load(version)
+        return ShardResult((), notes=self._take_notes())
+
     def generate(self, task: GenerateTask) -> ShardResult:
         """Write the shard, unless it is there already; returns its samples' scalars."""
         path = self._layout.rollouts(task.shard)
@@ -55,8 +63,11 @@ class GeneratorWorker:
             rollouts = [item for item in found if isinstance(item, Rollout)]
             failed = tuple(item for item in found if isinstance(item, Failed))
             write_rollouts(path, rollouts)
+        return ShardResult(tuple(map(generated_stats, rollouts)), failed, self._take_notes())
+
+    def _take_notes(self) -> tuple[str, ...]:
         notes, self._notes[:] = tuple(self._notes), []
-        return ShardResult(tuple(map(generated_stats, rollouts)), failed, notes)
+        return notes
 
     def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
         """Whether a file's rollouts are the task's.
@@ -96,6 +107,10 @@ def _surroundings(
         return None
     from npd.generate.served import Surroundings
 
+    def told(note: str) -> None:
+        _log.info(note)
+        tell(note)
+
     def newest() -> tuple[Path, int] | None:
         version = latest(layout.snapshots)
         return None if version is None else (layout.snapshot(version), version)
@@ -105,7 +120,7 @@ def _surroundings(
         context=config.max_sample_tokens,
         in_flight=config.schedule.refresh.in_flight,
         newest=newest,
-        tell=tell,
+        tell=told,
         run=f"{zlib.crc32(str(layout.root.resolve()).encode()):08x}",
         probes=layout.probes,
     )
