@@ -40,6 +40,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NOISE = 0.1
 # So much below the most probable token a greedy choice may be, by the other engine's numbers.
 CLOSE = 0.4
+# Tokens from which a mean is to be trusted.
+MANY = 50
 
 
 def launch(venv: Path, **kwargs) -> LaunchConfig:
@@ -293,14 +295,15 @@ def test_a_response_cut_by_a_refresh_goes_on_with_the_new_weights_token_by_token
     for rollout in cut:
         assert (rollout.version, set(rollout.versions.tolist())) == (0, {0, 1})
         assert (np.diff(rollout.versions) >= 0).all()
-        is_new = rollout.versions == 1
-        off_old = np.abs(rollout.logprobs - own_logprobs(old, rollout))
-        off_new = np.abs(rollout.logprobs - own_logprobs(new, rollout))
-        assert off_old[~is_new].mean() < NOISE
-        assert off_new[is_new].mean() < NOISE
-    whole = np.concatenate([r.versions == 1 for r in cut])
-    off_old = np.concatenate([np.abs(r.logprobs - own_logprobs(old, r)) for r in cut])
-    assert off_old[whole].mean() > 2 * off_old[~whole].mean(), "the test can tell the two apart"
+    # All responses together: where the cut falls is chance, and few tokens have much noise.
+    is_new = np.concatenate([rollout.versions == 1 for rollout in cut])
+    off_old, off_new = (
+        np.concatenate([np.abs(r.logprobs - own_logprobs(model, r)) for r in cut])
+        for model in (old, new)
+    )
+    assert off_old[~is_new].mean() < NOISE
+    assert off_new[is_new].mean() < NOISE
+    assert off_old[is_new].mean() > 2 * off_new[is_new].mean(), "the test can tell the two apart"
 
 
 def test_an_adapter_is_loaded_beside_the_base_and_proven(server, models, chat, smol_dir, tmp_path):
@@ -564,11 +567,14 @@ def test_a_whole_run_refreshed_while_responses_are_written(in_flight, server, sm
     }
     written = [r for p in layout.rollouts(0).parent.glob("*.arrow") for r in read_rollouts(p)]
     assert {version for r in written for version in _versions(r).tolist()} >= {0, 1}
+    off = defaultdict(list)
     for rollout in written:
         assert in_flight == "mix" or rollout.versions is None
         for version in set(_versions(rollout).tolist()):
-            off = np.abs(rollout.logprobs - own_logprobs(models[version], rollout))
-            assert off[_versions(rollout) == version].mean() < 2 * NOISE
+            apart = np.abs(rollout.logprobs - own_logprobs(models[version], rollout))
+            off[version].extend(apart[_versions(rollout) == version])
+    assert all(np.mean(apart) < NOISE for apart in off.values() if len(apart) > MANY)
+    assert any(len(apart) > MANY for apart in off.values())
 
 
 def _versions(rollout: Rollout) -> np.ndarray:
