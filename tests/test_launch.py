@@ -541,3 +541,17 @@ def test_the_guard_does_not_work_without_a_key(monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(KeyError):
         RequireKey(None)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_an_engine_leaves_behind_goes_with_it(started, killed):
+    """vLLM's sockets lie in a folder of its own, which is gone once it has ended, however."""
+    process, pids = started()
+    entries = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
+    environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+    place = Path(environment[b"VLLM_RPC_BASE_PATH"].decode())
+    (place / "left-behind").touch()
+    if killed:
+        os.kill(pids[0], signal.SIGKILL)
+    process.stop()
+    assert not place.exists()

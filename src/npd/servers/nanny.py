@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from typing import NoReturn
@@ -40,8 +42,14 @@ def main(fd: int, command: list[str]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, stop)
     _adopt_orphans()
+    # vLLM keeps its sockets there; killed, it leaves them.
+    place = tempfile.mkdtemp(prefix="npd-server-")
     server = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
+        command,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "VLLM_RPC_BASE_PATH": place},
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
     while server.poll() is None and not stopped:
         stopped = bool(select.select([fd], [], [], _POLL_SECONDS)[0]) or stopped
@@ -55,6 +63,7 @@ def main(fd: int, command: list[str]) -> NoReturn:
     status = server.wait()
     while _is_group(server.pid) and time.monotonic() < asked + _GONE_SECONDS:
         time.sleep(_REAP_SECONDS)
+    shutil.rmtree(place, ignore_errors=True)
     sys.exit(128 - status if status < 0 else status)
 
 
