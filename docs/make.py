@@ -19,6 +19,7 @@ from typing import Any, get_args
 import typer
 from pydantic import BaseModel
 
+import npd
 from npd.cli import app
 from npd.config import RunConfig
 from npd.layers import preset_names
@@ -27,9 +28,9 @@ from npd.types import EvalReport, StepReport
 
 REFERENCE = Path(__file__).parent / "reference"
 README = Path(__file__).parents[1] / "README.md"
-PACKAGE = Path(inspect.getfile(RunConfig)).parent
+PACKAGE = Path(npd.__file__).parent
 _TREE = re.compile(r"(?<=<!-- tree -->\n```\n).*?(?=```\n<!-- /tree -->)", re.DOTALL)
-PRESETS = Path(inspect.getfile(RunConfig)).parent / "presets"
+PRESETS = PACKAGE / "presets"
 MADE = "<!-- Made by `make docs` from the code: change the docstrings there, not this page. -->"
 
 

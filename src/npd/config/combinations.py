@@ -1,161 +1,24 @@
-"""What a run is made of: strict, frozen, complete. Import-light (no torch), nothing computed twice.
-
-A `RunConfig` states each value once; whatever follows from others is a property. Everything that
-can be known to be impossible without loading data or a model is refused here, with the remedy.
-Reading YAML, presets and `--set` is `npd.settings`.
-"""
+"""Which values of a run make no sense together: (is it so, what to do about it)."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
-from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, model_validator
-
-from npd.fields import Section
+from npd.config.values import RunValues
 from npd.rules import rank_problems, served_problems
-from npd.sections import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    FilterConfig,
-    GenerateConfig,
-    LoraConfig,
-    LossConfig,
-    ObserveConfig,
-    Refresh,
-    RuntimeConfig,
-    ScheduleConfig,
-    ScoreConfig,
-    TrainConfig,
-)
-from npd.served import LaunchConfig, ServedConfig
-
-__all__ = [
-    "CheckpointConfig",
-    "DataConfig",
-    "EvalConfig",
-    "FilterConfig",
-    "GenerateConfig",
-    "LaunchConfig",
-    "LoraConfig",
-    "LossConfig",
-    "ObserveConfig",
-    "Refresh",
-    "RunConfig",
-    "RuntimeConfig",
-    "ScheduleConfig",
-    "ScoreConfig",
-    "ServedConfig",
-    "TrainConfig",
-]
-
-Model = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
-class RunConfig(Section):
-    """A whole run. `student`, `teacher`: Hugging Face model directories or names."""
-
-    name: str = "npd"
-    """What the run is called; its directory is `runs/<name>`."""
-    run_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
-    """Where the run is kept; None is `runs/<name>`."""
-    seed: int = 0
-    """Decides every arbitrary choice: order of prompts, samples, shuffles, dropout."""
-    student: Model
-    """The model to train: a Hugging Face directory or name."""
-    teacher: Model | None = None
-    """The model to learn from; it shares the student's vocabulary."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model. Only for models you trust."""
-    data: DataConfig = DataConfig()
-    generate: GenerateConfig = GenerateConfig()
-    score: ScoreConfig = ScoreConfig()
-    filter: FilterConfig = FilterConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    observe: ObserveConfig = ObserveConfig()
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return self.run_dir if self.run_dir is not None else Path("runs") / self.name
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether samples go past the teacher at all (plain SFT: no)."""
-        by_teacher = self.filter.name in ("teacher_nll", "overlap")
-        return self.loss.kd_weight > 0.0 or self.needs_ifd or by_teacher
-
-    @property
-    def needs_ifd(self) -> bool:
-        """Whether the answer-alone and the student's passes are needed."""
-        controls = ("random", "teacher_nll", "overlap", "length")
-        matched = self.filter.name in controls and self.filter.keep is None
-        return self.filter.name == "delta_ifd" or matched
-
-    @property
-    def needs_student_pass(self) -> bool:
-        """Whether the snapshot must prefill whole samples (not only answers alone)."""
-        untempered = self.generate.source == "student"
-        ask = self.filter.name == "overlap" or (self.needs_ifd and not untempered)
-        return ask or (self.needs_ifd and self.score.student_pass == "always")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a teacher model is loaded at all."""
-        return self.needs_scores or self.generate.source == "teacher" or self._evaluates_teacher
-
-    @property
-    def _evaluates_teacher(self) -> bool:
-        return self.eval.source == "teacher" or (
-            self.eval.source == "completion" and self.teacher is not None
-        )
-
-    @property
-    def is_overlapped(self) -> bool:
-        """Whether stages run at the same time."""
-        overlap = self.schedule.overlap
-        return self.runtime.kind != "inline" if overlap == "auto" else overlap
-
-    @property
-    def max_sample_tokens(self) -> int:
-        """The longest a sample can get, prompt and response together."""
-        return self.data.max_prompt_tokens + self.generate.max_new_tokens
-
-    @property
-    def max_read_tokens(self) -> int:
-        """The longest text a teacher reads: a sample, or a held-out response with its prompt."""
-        heldout = 0 if self.eval.source == "none" else self.eval.max_new_tokens
-        return self.data.max_prompt_tokens + max(self.generate.max_new_tokens, heldout)
-
-    def num_asks(self, num_prompts: int) -> int | None:
-        """Samples asked for over the whole run; None when `steps` bounds it instead."""
-        if self.schedule.epochs is None:
-            return None
-        passes = math.ceil(self.schedule.epochs / self.schedule.reuse)
-        return num_prompts * self.generate.samples_per_prompt * passes
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> RunConfig:
-        rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
-        found = [problem for rule in rules for problem in rule(self)]
-        found += served_problems(self.generate, self.score, self.loss, self.schedule, self.runtime)
-        found += rank_problems(self.train, self.runtime)
-        problems = [message for is_broken, message in found if is_broken]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+def problems(c: RunValues) -> list[str]:
+    """What is impossible about `c`, one line each with the remedy; none if it can be run."""
+    rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
+    found = [problem for rule in rules for problem in rule(c)]
+    found += served_problems(c.generate, c.score, c.loss, c.schedule, c.runtime)
+    found += rank_problems(c.train, c.runtime)
+    return [message for is_broken, message in found if is_broken]
 
 
-def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
+def _schedule_problems(c: RunValues) -> list[tuple[bool, str]]:
     schedule = c.schedule
     window = schedule.window if isinstance(schedule.window, int) else None
     return [
@@ -185,7 +48,7 @@ def _schedule_problems(c: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _refresh_problems(c: RunConfig) -> list[tuple[bool, str]]:
+def _refresh_problems(c: RunValues) -> list[tuple[bool, str]]:
     schedule, refresh = c.schedule, c.schedule.refresh
     at_epochs = refresh.at_epochs or ()
     rules = (refresh.every_steps, refresh.at_epochs, refresh.drift)
@@ -225,7 +88,7 @@ def _refresh_problems(c: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _size_problems(c: RunConfig) -> list[tuple[bool, str]]:
+def _size_problems(c: RunValues) -> list[tuple[bool, str]]:
     return [
         (
             c.max_sample_tokens > c.train.row_tokens,
@@ -245,7 +108,7 @@ def _size_problems(c: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _meaning_problems(c: RunConfig) -> list[tuple[bool, str]]:
+def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
     return [
         (
             c.needs_teacher and c.teacher is None,

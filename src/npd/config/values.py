@@ -1,0 +1,115 @@
+"""The values of a run, each stated once; whatever follows from others is a property."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from npd.fields import Section
+from npd.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    GenerateConfig,
+    LossConfig,
+    ObserveConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    ScoreConfig,
+    TrainConfig,
+)
+
+Model = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+class RunValues(Section):
+    """All values of a run, and what follows from them; not yet checked against each other."""
+
+    name: str = "npd"
+    """What the run is called; its directory is `runs/<name>`."""
+    run_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    """Where the run is kept; None is `runs/<name>`."""
+    seed: int = 0
+    """Decides every arbitrary choice: order of prompts, samples, shuffles, dropout."""
+    student: Model
+    """The model to train: a Hugging Face directory or name."""
+    teacher: Model | None = None
+    """The model to learn from; it shares the student's vocabulary."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Only for models you trust."""
+    data: DataConfig = DataConfig()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    filter: FilterConfig = FilterConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether samples go past the teacher at all (plain SFT: no)."""
+        by_teacher = self.filter.name in ("teacher_nll", "overlap")
+        return self.loss.kd_weight > 0.0 or self.needs_ifd or by_teacher
+
+    @property
+    def needs_ifd(self) -> bool:
+        """Whether the answer-alone and the student's passes are needed."""
+        controls = ("random", "teacher_nll", "overlap", "length")
+        matched = self.filter.name in controls and self.filter.keep is None
+        return self.filter.name == "delta_ifd" or matched
+
+    @property
+    def needs_student_pass(self) -> bool:
+        """Whether the snapshot must prefill whole samples (not only answers alone)."""
+        untempered = self.generate.source == "student"
+        ask = self.filter.name == "overlap" or (self.needs_ifd and not untempered)
+        return ask or (self.needs_ifd and self.score.student_pass == "always")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher model is loaded at all."""
+        return self.needs_scores or self.generate.source == "teacher" or self._evaluates_teacher
+
+    @property
+    def _evaluates_teacher(self) -> bool:
+        return self.eval.source == "teacher" or (
+            self.eval.source == "completion" and self.teacher is not None
+        )
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether stages run at the same time."""
+        overlap = self.schedule.overlap
+        return self.runtime.kind != "inline" if overlap == "auto" else overlap
+
+    @property
+    def max_sample_tokens(self) -> int:
+        """The longest a sample can get, prompt and response together."""
+        return self.data.max_prompt_tokens + self.generate.max_new_tokens
+
+    @property
+    def max_read_tokens(self) -> int:
+        """The longest text a teacher reads: a sample, or a held-out response with its prompt."""
+        heldout = 0 if self.eval.source == "none" else self.eval.max_new_tokens
+        return self.data.max_prompt_tokens + max(self.generate.max_new_tokens, heldout)
+
+    def num_asks(self, num_prompts: int) -> int | None:
+        """Samples asked for over the whole run; None when `steps` bounds it instead."""
+        if self.schedule.epochs is None:
+            return None
+        passes = math.ceil(self.schedule.epochs / self.schedule.reuse)
+        return num_prompts * self.generate.samples_per_prompt * passes

@@ -1,0 +1,42 @@
+"""Where a run lives, and what it leaves. Import-light, no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from npd.fields import Positive, Section
+
+
+class RuntimeConfig(Section):
+    """Where workers live."""
+
+    kind: Literal["inline", "local"] = "local"
+    """A thread for each worker, or a process."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    threads: Positive | None = None
+    """CPU threads a worker may use; None shares the machine's cores out."""
+    call_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
+    """Seconds after which a worker that has not answered counts as lost."""
+
+
+class CheckpointConfig(Section):
+    """When the trainer's state is saved for `--resume` (also at the end of the run)."""
+
+    every_steps: Positive | None = 100
+    """Steps between checkpoints; None saves at the end only."""
+    keep: Positive = 1
+    """Newest checkpoints kept."""
+
+
+class ObserveConfig(Section):
+    """What a run leaves for people to look at."""
+
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    """Where metrics go besides `metrics.jsonl`."""
+    report: bool = True
+    """Write `report.html` at the end."""
+    trace: bool = True
+    """Write trace.json for Perfetto (the spans themselves are always kept)."""

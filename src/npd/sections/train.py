@@ -1,0 +1,74 @@
+"""The loss and the optimiser. Import-light, no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from npd.fields import Decay, Dtype, Positive, Section, Share
+
+
+class LossConfig(Section):
+    """L = (1 - kd_weight) * CE + kd_weight * KD, on response tokens, token mean over the step."""
+
+    kd_weight: Share = 0.9
+    """Weight of the distillation term; 0 is plain cross-entropy."""
+    target: Literal["topk", "renorm", "tail", "sampled"] = "topk"
+    """How the teacher's mass outside its support counts (docs/method.md)."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher || student), its reverse, or the generalised JSD between them."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Mixture of the generalised JSD (towards 0 forward, towards 1 reverse)."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Softens both sides within the support."""
+    impl: Literal["chunked", "reference"] = "chunked"
+    """`reference` holds full logits and is for tests."""
+    chunk: Positive = 1024
+    """Response positions whose logits exist at once."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft) that are trained in place of the student's own weights.
+
+    Embeddings, norms and LM head stay as they are. Needs `pip install 'npd[lora]'`.
+    """
+
+    rank: Positive = 16
+    """Rank of each adapter: what it can learn, and its size."""
+    alpha: Positive = 32
+    """Strength: an adapter's output is multiplied by alpha / rank."""
+    dropout: Decay = 0.0
+    """Dropout on an adapter's input while it trains."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all but the LM head, or by name, e.g. `[q_proj, v_proj]`."""
+
+
+class TrainConfig(Section):
+    """The optimiser and what a step is made of."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Learning rate after warmup; a cosine takes it to `min_lr`."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
+    """Learning rate at the end of the run."""
+    warmup: Share = 0.0
+    """Share of the run over which lr rises linearly from 0."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """On matrices only: not on norms, biases, embeddings or LM head."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest global gradient norm."""
+    batch_size: Positive = 64
+    """Samples a step; they are packed into as many rows as they need."""
+    row_tokens: Positive = 32768
+    """Capacity of a packed row: what one forward and backward pass holds."""
+    dtype: Dtype = "bfloat16"
+    """Compute type; what is trained and the optimiser's state stay float32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters only; null trains every weight."""
+    ranks: Positive = 1
+    """Processes (on GPUs: one each) that share the student and the rows of a step; `npd train` is
+    one always."""
