@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import LossConfig, TrainConfig
-from npd.control.group import TrainerGroup
+from npd.control.group import RankGroup
 from npd.runtime.local import LocalRuntime
 from npd.types import Segment, SegmentReport
 
@@ -107,7 +107,7 @@ class BenchFactory:
         return Bench(self)
 
 
-def on_ranks(folder: Path, factory: BenchFactory, story: Callable[[TrainerGroup], Any]) -> Any:
+def on_ranks(folder: Path, factory: BenchFactory, story: Callable[[RankGroup], Any]) -> Any:
     """Run `story(group)` on a trainer of `factory.size` processes, which are gone after it."""
 
     async def whole() -> Any:
@@ -116,7 +116,7 @@ def on_ranks(folder: Path, factory: BenchFactory, story: Callable[[TrainerGroup]
             ranks = [
                 runtime.spawn(f"trainer-{rank}", factory, threads=1) for rank in range(factory.size)
             ]
-            return await story(TrainerGroup("trainer", ranks, folder / "meeting"))
+            return await story(RankGroup("trainer", ranks, folder / "meeting"))
         finally:
             await runtime.close()
 

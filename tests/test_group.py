@@ -1,4 +1,4 @@
-"""The trainer's ranks as one worker: who is called, whose answer counts, and who is waited for."""
+"""Ranks as one worker: who is called, whose answer counts, and who is waited for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from npd.config import RunConfig
 from npd.control.crew import gpu_of_rank
-from npd.control.group import TrainerGroup
+from npd.control.group import RankGroup
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.runtime import Reply
 from npd.train.parallel import connect
@@ -56,7 +56,7 @@ def meetings(rank):
 def test_every_rank_is_called_and_the_first_ones_answer_counts(tmp_path):
     async def story():
         ranks = [FakeRank(f"trainer-{i}", answer=i * 10) for i in range(3)]
-        group = TrainerGroup("trainer", ranks, tmp_path / "meeting")
+        group = RankGroup("trainer", ranks, tmp_path / "meeting")
         assert [(await group.call("train", "segment")).value for _ in range(2)] == [0, 0]
         for index, rank in enumerate(ranks):
             assert [method for method, _ in rank.calls] == ["join", "train", "train"]
@@ -71,7 +71,7 @@ def test_one_lost_rank_is_the_groups_loss_while_the_others_still_wait(tmp_path):
     async def story():
         lost = FakeRank("trainer-1", error=WorkerLostError("trainer-1 was ended by SIGKILL"))
         ranks = [FakeRank("trainer-0", is_silent=True), lost, FakeRank("trainer-2", is_silent=True)]
-        group = TrainerGroup("trainer", ranks, tmp_path / "meeting")
+        group = RankGroup("trainer", ranks, tmp_path / "meeting")
         with pytest.raises(WorkerLostError, match="SIGKILL"):
             await group.call("train", "segment")
         with pytest.raises(WorkerLostError, match="SIGKILL"):
@@ -93,7 +93,7 @@ def test_what_survivors_say_of_a_loss_does_not_hide_it(tmp_path):
         lost = WorkerLostError("trainer-1 exited")
         ranks = [FakeRank("trainer-0", error=broken), FakeRank("trainer-1", error=lost)]
         with pytest.raises(WorkerLostError, match="trainer-1 exited"):
-            await TrainerGroup("trainer", ranks, tmp_path / "meeting").call("train", "segment")
+            await RankGroup("trainer", ranks, tmp_path / "meeting").call("train", "segment")
 
     drive(story)
 
@@ -101,7 +101,7 @@ def test_what_survivors_say_of_a_loss_does_not_hide_it(tmp_path):
 def test_an_error_all_ranks_agree_on_leaves_the_group_whole(tmp_path):
     async def story():
         ranks = [FakeRank(f"trainer-{i}", error=RunError("not finite")) for i in range(2)]
-        group = TrainerGroup("trainer", ranks, tmp_path / "meeting")
+        group = RankGroup("trainer", ranks, tmp_path / "meeting")
         with pytest.raises(RunError, match="not finite"):
             await group.call("train", "segment")
         for rank in ranks:
@@ -117,7 +117,7 @@ def test_an_error_of_one_rank_is_told_though_the_others_wait(tmp_path):
             FakeRank("trainer-0", is_silent=True),
             FakeRank("trainer-1", error=RunError("out of memory")),
         ]
-        group = TrainerGroup("trainer", ranks, tmp_path / "meeting", grace=0.01)
+        group = RankGroup("trainer", ranks, tmp_path / "meeting", grace=0.01)
         with pytest.raises(RunError, match="out of memory"):
             await group.call("train", "segment")
         with pytest.raises(WorkerLostError, match="out of memory"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npd.config import RunConfig
-from npd.control.group import TrainerGroup
+from npd.control.group import RankGroup
 from npd.runtime import Runtime, Worker
 from npd.workers import Factory
 
@@ -81,7 +81,7 @@ def spawn_trainer(
         )
         for rank in range(ranks)
     ]
-    return TrainerGroup("trainer", workers, root / "meeting")
+    return RankGroup("trainer", workers, root / "meeting")
 
 
 def spawn_crew(

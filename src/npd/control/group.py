@@ -1,9 +1,10 @@
-"""The ranks of the trainer as one worker: every call goes to all, the first one's answer counts.
+"""Ranks of one model as one worker: every call goes to all, the first one's answer counts.
 
 Promises: nobody waits for a rank that is gone. The others sit in a collective then, which ends for
 them late, with an error of its own, or never; so the loss of one is the loss of the group, and
 `restart` ends and replaces every rank. Each life of the group meets at a new file. Does not retry,
-nor bring the trainer back to where it was; that is the dispatcher's.
+nor bring a trainer back to where it was; that is the dispatcher's. What a rank computes is its own
+business; all it needs is a method `join(rank, meeting)`, which is called first in each life.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from npd.store import files
 _GRACE_SECONDS = 10.0
 
 
-class TrainerGroup:
+class RankGroup:
     """`ranks` as one `Worker`; `meeting` is the path beside which they meet."""
 
     def __init__(
@@ -85,7 +86,7 @@ class TrainerGroup:
         errors = [error for call in calls if call.done() and (error := call.exception())]
         lost = next((error for error in errors if isinstance(error, WorkerLostError)), None)
         if lost is not None or not all(call.done() for call in calls):
-            self._gone = f"the trainer's ranks ended with one of them: {lost or errors[0]}"
+            self._gone = f"the ranks of {self._name} ended with one of them: {lost or errors[0]}"
         if errors:
             raise lost or errors[0]
         return [call.result() for call in calls]
