@@ -74,6 +74,10 @@ def save_model(path: Path, **kwargs) -> Path:
     return path
 
 
+# Processes that several tests share; the fixture that starts one ends it.
+_LASTING: set[str] = set()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_outlives_a_test():
     """No thread and no process a test started is there after it (files: warnings are errors)."""
@@ -82,7 +86,7 @@ def _nothing_outlives_a_test():
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
-        orphans = [pid for pid in _children() if pid not in processes]
+        orphans = [pid for pid in _children() if pid not in processes | _LASTING]
         if not left and not orphans:
             return
         time.sleep(0.02)
@@ -130,3 +134,15 @@ def smol_dir(tmp_path_factory):
     from npd.prepare import import_gguf, smollm2_gguf
 
     return import_gguf(smollm2_gguf(), tmp_path_factory.mktemp("smol") / "model")
+
+
+@pytest.fixture(scope="session")
+def ray_address():
+    """A real Ray cluster on this machine; its address is in RAY_ADDRESS too while tests run."""
+    from ray_cluster import ENVIRONMENT, ray_cluster
+
+    with ray_cluster() as (address, pid), pytest.MonkeyPatch.context() as patch:
+        _LASTING.add(str(pid))
+        for name, value in {**ENVIRONMENT, "RAY_ADDRESS": address}.items():
+            patch.setenv(name, value)
+        yield address

@@ -1,4 +1,4 @@
-"""One contract over both runtimes, then what only processes can do: die, hang, and be orphaned."""
+"""One contract over all runtimes, then what only processes can do: die, hang, and be orphaned."""
 
 import asyncio
 import itertools
@@ -22,8 +22,10 @@ from worker_factories import BrokenFactory, ClosingFactory, ToyFactory
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(params=["inline", "local"])
+@pytest.fixture(params=["inline", "local", "ray"])
 def kind(request):
+    if request.param == "ray":
+        request.getfixturevalue("ray_address")
     return request.param
 
 
@@ -31,13 +33,16 @@ def kind(request):
 def _no_thread_outlives_a_test():
     before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if "ray" not in thread.name and "grpc" not in thread.name]
 
 
 def drive(kind, log_dir, story, **config):
     """Run `story(runtime)` in a fresh loop and close the runtime after it."""
 
     async def whole():
+        if kind == "ray":
+            config["ray"] = {"address": os.environ["RAY_ADDRESS"]}
         runtime = build_runtime(RuntimeConfig(kind=kind, **config), log_dir)
         try:
             return await story(runtime)

@@ -1,13 +1,13 @@
-"""Places for workers to live: threads (inline) or processes (local), behind one small protocol."""
+"""Places for workers to live, behind one small protocol: threads, processes, Ray actors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from npd.config import RuntimeConfig
-from npd.runtime.base import Factory, Reply, Runtime, Worker
+from npd.runtime.base import Factory, Needs, Reply, Runtime, Worker
 
-__all__ = ["Factory", "Reply", "Runtime", "Worker", "build_runtime"]
+__all__ = ["Factory", "Needs", "Reply", "Runtime", "Worker", "build_runtime"]
 
 
 def build_runtime(config: RuntimeConfig, log_dir: Path) -> Runtime:
@@ -16,6 +16,10 @@ def build_runtime(config: RuntimeConfig, log_dir: Path) -> Runtime:
         from npd.runtime.inline import InlineRuntime
 
         return InlineRuntime(log_dir, call_timeout=config.call_timeout)
+    if config.kind == "ray":
+        from npd.runtime.ray import RayRuntime
+
+        return RayRuntime(log_dir, config.ray, call_timeout=config.call_timeout)
     from npd.runtime.local import LocalRuntime
 
     return LocalRuntime(log_dir, call_timeout=config.call_timeout)

@@ -1,4 +1,4 @@
-"""Where workers live: the small protocol that a thread and a process both keep.
+"""Where workers live: the small protocol that a thread, a process and a Ray actor keep.
 
 Promises: calls of one worker run one at a time, in the order asked; a caller that is cancelled
 leaves its call to finish and the worker usable; npd errors raised inside arrive as the same class
@@ -27,6 +27,22 @@ class Reply:
     value: Any
     started: float
     ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a worker takes of the machine it is put on, where there is a choice (Ray).
+
+    `gpus`: how many it has to itself; None is one, if there are any. Members of a `team`, `size` in
+    all, are placed together, near each other.
+    """
+
+    gpus: float | None = 0.0
+    team: str | None = None
+    size: int = 1
+
+
+NOTHING = Needs()
 
 
 class Worker(Protocol):
@@ -68,7 +84,13 @@ class Runtime(Protocol):
     """A place to start workers in."""
 
     def spawn(
-        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Environment = None,
+        needs: Needs = NOTHING,
     ) -> Worker:
         """Start a worker. `factory` is picklable and runs inside it; `threads` are CPU threads.
 

@@ -5,6 +5,7 @@ The same code runs in a thread (inline) and in a process (local), so errors look
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -63,8 +64,12 @@ class Host:
 
     def _log_traceback(self, method: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with self._log_file.open("a", encoding="utf-8") as log:
-            log.write(f"{now} {self._name}: {method}() failed\n{traceback.format_exc()}")
+        text = f"{now} {self._name}: {method}() failed\n{traceback.format_exc()}"
+        try:
+            with self._log_file.open("a", encoding="utf-8") as log:
+                log.write(text)
+        except OSError:  # full, or on a machine that does not see the folder: Ray keeps this
+            sys.stderr.write(text)
 
 
 def _one_line(error: Exception) -> str:

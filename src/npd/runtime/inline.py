@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from npd.runtime.base import Environment, Factory, Reply, SerialWorker
+from npd.runtime.base import NOTHING, Environment, Factory, Needs, Reply, SerialWorker
 from npd.runtime.host import Host
 
 
@@ -87,7 +87,13 @@ class InlineRuntime:
         self._workers: dict[str, InlineWorker] = {}
 
     def spawn(
-        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Environment = None,
+        needs: Needs = NOTHING,
     ) -> InlineWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert not environment, "threads share the environment of their process"

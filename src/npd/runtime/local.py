@@ -24,14 +24,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from npd.runtime.base import Environment, Factory, Reply, SerialWorker
-from npd.runtime.child import HEADER, Failure
+from npd.runtime.base import NOTHING, Environment, Factory, Needs, Reply, SerialWorker
+from npd.runtime.child import HEADER
+from npd.runtime.wire import opened
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from npd.runtime.child import main; main(int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])"
 )
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Time to close files and free a device after being asked to end; then it is killed.
 _GRACE_SECONDS = 10.0
 # A process whose socket has closed is ending by itself; wait for its own exit status.
@@ -51,13 +52,13 @@ class _Process:
             self.popen = _launch(theirs.fileno(), name, log_file, log, environment)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, request: bytes) -> Any:
+    async def ask(self, request: bytes) -> bytes:
         """One exchange. Raises EOFError or OSError when the process is gone."""
         reader, writer = await self._connect()
         _put_frame(writer, request)
         await writer.drain()
         size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
-        return pickle.loads(await reader.readexactly(size))
+        return await reader.readexactly(size)
 
     async def stop(self) -> None:
         """Ask it to end, and end it if it does not within the grace period."""
@@ -139,10 +140,7 @@ class LocalWorker(SerialWorker):
             raise await self._overran(method, limit) from None
         except (EOFError, OSError):
             raise await self._died(method) from None
-        if isinstance(answer, Failure):
-            raise answer.kind(answer.message)
-        assert isinstance(answer, Reply)
-        return answer
+        return opened(answer)
 
     def _start(self) -> _Process:
         return _Process(self.name, self._factory, self._log_file, self._environment)
@@ -173,13 +171,19 @@ class LocalRuntime:
         self._workers: dict[str, LocalWorker] = {}
 
     def spawn(
-        self, name: str, factory: Factory, *, threads: int, environment: Environment = None
+        self,
+        name: str,
+        factory: Factory,
+        *,
+        threads: int,
+        environment: Environment = None,
+        needs: Needs = NOTHING,
     ) -> LocalWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert name not in self._workers, f"worker {name} exists"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{name}.log"
-        set_first = {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), **(environment or {})}
+        set_first = {**dict.fromkeys(THREAD_VARIABLES, str(threads)), **(environment or {})}
         worker = LocalWorker(name, factory, log_file, set_first, self._call_timeout)
         self._workers[name] = worker
         return worker

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from npd.sections.data import DataConfig, EvalConfig
 from npd.sections.generate import GenerateConfig
-from npd.sections.runtime import CheckpointConfig, ObserveConfig, RuntimeConfig
+from npd.sections.runtime import CheckpointConfig, ObserveConfig, RayConfig, RuntimeConfig
 from npd.sections.schedule import Refresh, ScheduleConfig
 from npd.sections.score import FilterConfig, ScoreConfig
 from npd.sections.train import LoraConfig, LossConfig, TrainConfig
@@ -21,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "LossConfig",
     "ObserveConfig",
+    "RayConfig",
     "Refresh",
     "RuntimeConfig",
     "ScheduleConfig",

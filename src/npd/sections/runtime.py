@@ -9,11 +9,27 @@ from pydantic import Field
 from npd.fields import Positive, Section
 
 
+class RayConfig(Section):
+    """Which Ray cluster, and what each worker asks of it (`runtime.kind: ray`)."""
+
+    address: str | None = None
+    """`auto` (the cluster of this machine, or RAY_ADDRESS), `HOST:PORT`, or `ray://HOST:PORT` from
+    outside; null starts one on this machine alone."""
+    gpus: dict[Literal["generator", "scorer", "trainer"], Annotated[float, Field(ge=0.0)]] = Field(
+        default_factory=dict
+    )
+    """GPUs for each worker of a role, e.g. `{generator: 2}` for vLLM over two; by default one for
+    each that holds a model, if the cluster has any."""
+    start_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds in which a worker must have got its place in the cluster and started."""
+
+
 class RuntimeConfig(Section):
     """Where workers live."""
 
-    kind: Literal["inline", "local"] = "local"
-    """A thread for each worker, or a process."""
+    kind: Literal["inline", "local", "ray"] = "local"
+    """A thread for each worker, a process, or an actor on a Ray cluster."""
+    ray: RayConfig = RayConfig()
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: Positive | None = None
