@@ -27,8 +27,8 @@ class Bench:
         self.factory = factory
 
     def join(self, rank: int, meeting: Path) -> None:
-        from npd.train.parallel import connect
         from npd.train.trainer import Trainer
+        from npd.world import connect
 
         warnings.simplefilter("error")
         made = self.factory

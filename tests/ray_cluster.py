@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine for tests, as an operator would start one; it ends with the tests."""
+"""A Ray cluster of this machine for tests, started as an operator would; it ends with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ ENVIRONMENT = {
 @contextmanager
 def ray_cluster(**resources: float) -> Iterator[tuple[str, int]]:
     """Its address, and the process that holds it. Every worker can import what tests can."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as place:
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as place:
         port = _free_port()
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         options = {
@@ -46,7 +48,9 @@ def ray_cluster(**resources: float) -> Iterator[tuple[str, int]]:
                 command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+                env=os.environ
+                | ENVIRONMENT
+                | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
                 start_new_session=True,
             )
         try:

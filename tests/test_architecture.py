@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "npd"
 
 NOUNS = {"types", "errors", "sections", "fields", "served", "rules"}
 SHARED = {"store", "observe", "data", "sources", "chat", "attention", "modeling", "settings"}
-SHARED |= {"layers", "lora", "probe", "servers"}
+SHARED |= {"layers", "lora", "probe", "servers", "world"}
 ROOMS = {"generate", "score", "train", "filters", "pack", "evaluate"}
 GROUND = NOUNS | {"config"} | SHARED
 # What each unit (a file or a folder of npd) may import of the others; a new unit needs a line.
@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": NOUNS,
     **dict.fromkeys(SHARED, GROUND),
     **dict.fromkeys(ROOMS, GROUND),
-    "runtime": NOUNS | {"config"},
+    "runtime": NOUNS | {"config", "world"},
     "workers": GROUND | ROOMS,
     "control": GROUND | ROOMS | {"runtime", "workers", "versions"},
     # On top, beside the command line: stages run alone, and model directories in and out.
@@ -60,7 +60,7 @@ IMPURE |= {"tempfile", "threading", "torch", "transformers", "pyarrow", "logging
 
 # Library -> in how many files at most, each time inside a function.
 HEAVY = dict.fromkeys(("datasets", "tensorboard", "gguf", "accelerate", "rich", "matplotlib"), 1)
-HEAVY |= {"httpx": 1, "peft": 1, "transformers": 7}
+HEAVY |= {"httpx": 1, "peft": 1, "ray": 3, "transformers": 7}
 # The only units that import torch as they are imported; everywhere else it waits for a call.
 TORCH_AT_IMPORT = {"attention", "lora", "modeling", "generate", "score", "train", "evaluate"}
 

@@ -13,7 +13,7 @@ from npd.control.crew import gpu_of_rank
 from npd.control.group import RankGroup
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.runtime import Reply
-from npd.train.parallel import connect
+from npd.world import connect
 
 
 class FakeRank:
@@ -171,7 +171,7 @@ def test_ranks_without_a_gpu_each_are_told_so(tmp_path):
 
     def join(rank, device):
         try:
-            connect(tmp_path / "meeting", rank=rank, size=2, device=device, timeout=30.0)
+            connect(str(tmp_path / "meeting"), rank=rank, size=2, device=device, timeout=30.0)
         except ConfigError as error:
             errors.append(str(error))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from npd.config import RunConfig
 from npd.control.group import RankGroup
-from npd.runtime import Runtime, Worker
+from npd.runtime import Needs, Runtime, Worker
 from npd.workers import Factory
+
+Role: TypeAlias = Literal["generator", "scorer", "trainer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +62,48 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
 
 
 def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
-    """The environment that leaves a trainer rank one GPU: the `rank`-th that this process sees."""
-    if config.runtime.device == "cpu":
+    """The environment that leaves a trainer rank one GPU: the `rank`-th that this process sees.
+
+    None on Ray, which deals GPUs out itself.
+    """
+    if config.runtime.device == "cpu" or config.runtime.kind == "ray":
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(rank)] * (rank + 1) if visible is None else visible.split(",")
     return {"CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else ""}
 
 
+def needs_of(config: RunConfig, role: Role) -> Needs:
+    """What one worker of a role asks of a cluster: a GPU, if it holds a model and there are any."""
+    if role in config.runtime.ray.gpus:
+        return Needs(config.runtime.ray.gpus[role])
+    is_on_servers = {
+        "generator": bool(config.generate.urls) or config.generate.source == "dataset",
+        "scorer": bool(config.score.urls) and not (config.needs_ifd or config.needs_student_pass),
+        "trainer": False,
+    }
+    return Needs(0.0 if is_on_servers[role] or config.runtime.device == "cpu" else None)
+
+
 def spawn_trainer(
     config: RunConfig, runtime: Runtime, factory: Callable[[], object], threads: int, root: Path
 ) -> Worker:
     """The trainer: a worker, or a group of as many as `train.ranks` that share its threads."""
-    ranks = config.train.ranks
+    ranks, needs = config.train.ranks, needs_of(config, "trainer")
     if ranks == 1:
-        return runtime.spawn("trainer", factory, threads=threads)
+        return runtime.spawn("trainer", factory, threads=threads, needs=needs)
     each = threads if config.runtime.threads is not None else max(1, threads // ranks)
     workers = [
         runtime.spawn(
-            f"trainer-{rank}", factory, threads=each, environment=gpu_of_rank(config, rank)
+            f"trainer-{rank}",
+            factory,
+            threads=each,
+            environment=gpu_of_rank(config, rank),
+            needs=replace(needs, team="trainer", size=ranks),
         )
         for rank in range(ranks)
     ]
-    return RankGroup("trainer", workers, root / "meeting")
+    return RankGroup("trainer", workers, None if config.runtime.kind == "ray" else root / "meeting")
 
 
 def spawn_crew(
@@ -93,9 +115,9 @@ def spawn_crew(
     """Start every worker of the run; models load at their first call."""
     threads = threads_per_worker(config)
 
-    def spawn(name: str, role: str, index: int = 0) -> Worker:
-        share = share_of_servers(config, role, index)
-        return runtime.spawn(name, factory(role, share, root), threads=threads)
+    def spawn(name: str, role: Role, index: int = 0) -> Worker:
+        share, needs = share_of_servers(config, role, index), needs_of(config, role)
+        return runtime.spawn(name, factory(role, share, root), threads=threads, needs=needs)
 
     return Crew(
         generators=tuple(

@@ -2,9 +2,10 @@
 
 Promises: nobody waits for a rank that is gone. The others sit in a collective then, which ends for
 them late, with an error of its own, or never; so the loss of one is the loss of the group, and
-`restart` ends and replaces every rank. Each life of the group meets at a new file. Does not retry,
+`restart` ends and replaces every rank. Each life of the group meets at a new place. Does not retry,
 nor bring a trainer back to where it was; that is the dispatcher's. What a rank computes is its own
-business; all it needs is a method `join(rank, meeting)`, which is called first in each life.
+business; all it needs is a method `join(rank, meeting)`, which is called first in each life, and
+`host()` where ranks are on several machines.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ _GRACE_SECONDS = 10.0
 
 
 class RankGroup:
-    """`ranks` as one `Worker`; `meeting` is the path beside which they meet."""
+    """`ranks` as one `Worker`.
+
+    They meet at files beside the path `meeting`; without one, where the first of them hosts.
+    """
 
     def __init__(
         self,
         name: str,
         ranks: Sequence[Worker],
-        meeting: Path,
+        meeting: Path | None,
         *,
         grace: float = _GRACE_SECONDS,
     ) -> None:
         self._name, self._ranks, self._beside, self._grace = name, tuple(ranks), meeting, grace
-        self._meeting: Path | None = None
+        self._meeting: str | None = None
         self._gone: str | None = None
 
     @property
@@ -53,7 +57,7 @@ class RankGroup:
         if self._gone is not None:
             raise WorkerLostError(self._gone)
         if self._meeting is None:
-            self._meeting = files.temporary(self._beside)
+            self._meeting = await self._place(timeout)
             await self._on_all("join", lambda rank: (rank, self._meeting), timeout)
         return (await self._on_all(method, lambda _: args, timeout))[0]
 
@@ -68,9 +72,14 @@ class RankGroup:
         await asyncio.gather(*(rank.close() for rank in self._ranks))
         self._forget_meeting()
 
+    async def _place(self, limit: float | None) -> str:
+        if self._beside is not None:
+            return str(files.temporary(self._beside))
+        return str((await self._ranks[0].call("host", timeout=limit)).value)
+
     def _forget_meeting(self) -> None:
-        if self._meeting is not None:
-            files.remove(self._meeting)
+        if self._meeting is not None and self._beside is not None:
+            files.remove(Path(self._meeting))
         self._meeting = None
 
     async def _on_all(

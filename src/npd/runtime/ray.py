@@ -190,7 +190,7 @@ class RayRuntime:
         await asyncio.gather(*(worker.close() for worker in workers.values()))
         for group in self._teams.values():
             with suppress(_errors().RayError):
-                _placement().remove_placement_group(group)
+                _ray().util.remove_placement_group(group)
         self._teams.clear()
         await asyncio.to_thread(self._cluster.leave)
 
@@ -208,11 +208,11 @@ class RayRuntime:
             if resources["num_gpus"]:
                 bundle["GPU"] = resources["num_gpus"]
             bundles = [dict(bundle) for _ in range(needs.size)]
-            self._teams[needs.team] = _placement().placement_group(bundles, strategy="PACK")
+            self._teams[needs.team] = _ray().util.placement_group(bundles, strategy="PACK")
         index = self._joined[needs.team] = self._joined.get(needs.team, -1) + 1
-        strategy = _ray().util.scheduling_strategies.PlacementGroupSchedulingStrategy(
-            placement_group=self._teams[needs.team], placement_group_bundle_index=index
-        )
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._teams[needs.team], index)
         return {"scheduling_strategy": strategy}
 
     def _room(self) -> str:
@@ -241,7 +241,3 @@ def _ray() -> Any:
 
 def _errors() -> Any:
     return _ray().exceptions
-
-
-def _placement() -> Any:
-    return _ray().util.placement_group

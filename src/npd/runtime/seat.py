@@ -17,6 +17,7 @@ from pathlib import Path
 
 from npd.runtime.host import Host
 from npd.runtime.wire import Shipped, answer, configure_logging
+from npd.world import ADDRESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Seat:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _print_to(Path(log_file))
         configure_logging()
+        os.environ[ADDRESS] = _address()
         self._life = Life(uuid.uuid4().hex, socket.gethostname(), os.getpid())
         self._host = Host(name, Shipped(factory), Path(log_file))
 
@@ -53,6 +55,14 @@ class Seat:
     def close(self) -> None:
         """Let the object close itself."""
         self._host.close()
+
+
+def _address() -> str:
+    """How other machines of the cluster reach this one."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _print_to(log_file: Path) -> None:

@@ -30,8 +30,9 @@ from npd.train.device import peak_memory_mib, step_randomness
 from npd.train.measure import Measured, check_finite, report
 from npd.train.objective import Objective
 from npd.train.optimizer import build_optimizer, clip
-from npd.train.parallel import World, filled, gathered, hollow, shard
+from npd.train.parallel import filled, gathered, hollow, shard
 from npd.types import Segment, SegmentReport, Step, StepReport
+from npd.world import World
 
 __all__ = ["Trainer", "build_optimizer"]
 

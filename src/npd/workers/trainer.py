@@ -20,7 +20,7 @@ from npd.store.snapshots import publish, verify
 from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
 
 if TYPE_CHECKING:
-    from npd.train.parallel import World
+    from npd.world import World
 
 
 class TrainerWorker:
@@ -35,22 +35,34 @@ class TrainerWorker:
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._world: World | None = None
-        self._meeting: Path | None = None
+        self._hosted: Any = None
         if config.train.ranks == 1:
             self._load()
 
-    def join(self, rank: int, meeting: Path) -> None:
-        """Become rank `rank` of the trainer; the ranks meet at the file `meeting`, new each time.
+    def host(self) -> str:
+        """Open a place where ranks of other machines can join this one, the first."""
+        from npd.world import host
+
+        place, self._hosted = host()
+        return place
+
+    def join(self, rank: int, meeting: str) -> None:
+        """Become rank `rank` of the trainer; they meet at a new file, or where the first one hosts.
 
         Raises:
             ConfigError: a rank has no GPU of its own.
         """
-        from npd.train.parallel import connect
+        from npd.world import connect
 
-        # Longer than the controller waits, which is the one to say what has become of a rank.
-        timeout = 2 * self._config.runtime.call_timeout
-        size, self._meeting = self._config.train.ranks, meeting
-        self._world = connect(meeting, rank=rank, size=size, device=self._device, timeout=timeout)
+        self._world = connect(
+            meeting,
+            rank=rank,
+            size=self._config.train.ranks,
+            device=self._device,
+            # Longer than the controller waits, which is the one to say what has become of a rank.
+            timeout=2 * self._config.runtime.call_timeout,
+            store=self._hosted if rank == 0 else None,
+        )
         self._load()
 
     def _load(self) -> None:
@@ -183,8 +195,6 @@ class TrainerWorker:
         self._reader.close()
         if self._world is not None:
             self._world.close()
-        if self._meeting is not None:
-            remove(self._meeting)
 
 
 def _is_whole(directory: Path) -> bool:
