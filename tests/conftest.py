@@ -141,8 +141,8 @@ def ray_address():
     """A real Ray cluster on this machine; its address is in RAY_ADDRESS too while tests run."""
     from ray_cluster import ENVIRONMENT, ray_cluster
 
-    with ray_cluster() as (address, pid), pytest.MonkeyPatch.context() as patch:
-        _LASTING.add(str(pid))
+    with ray_cluster() as (address, pids), pytest.MonkeyPatch.context() as patch:
+        _LASTING.update(map(str, pids))
         for name, value in {**ENVIRONMENT, "RAY_ADDRESS": address}.items():
             patch.setenv(name, value)
         yield address

@@ -16,8 +16,6 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
-    # Keeps Ray to the loopback interface; there is no other machine.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_urlsafe(32),
@@ -25,43 +23,46 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def ray_cluster(**resources: float) -> Iterator[tuple[str, int]]:
-    """Its address, and the process that holds it. Every worker can import what tests can."""
-    with tempfile.TemporaryDirectory(
-        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
-    ) as place:
-        port = _free_port()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        options = {
-            "port": port,
-            "num-cpus": 64,
-            "include-dashboard": "false",
-            "temp-dir": place,
-            "object-store-memory": 256 * 2**20,
-            "ray-client-server-port": _free_port(),
-            **resources,
-        }
-        command += [f"--{name}={value}" for name, value in options.items()]
-        log = Path(place) / "start.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ
-                | ENVIRONMENT
-                | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-                start_new_session=True,
-            )
+def ray_cluster() -> Iterator[tuple[str, list[int]]]:
+    """Its address, and the processes that hold it: two nodes, of two and of three CPUs.
+
+    Every worker can import what tests can.
+    """
+    options = {"prefix": "ray-", "dir": "/tmp", "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**options) as place:
+        port, client_port = _free_port(), _free_port()
+        head = {
+            "head": None, "port": port, "temp-dir": place, "num-cpus": 2,
+            "include-dashboard": "false", "ray-client-server-port": client_port,
+        }  # fmt: skip
+        processes = []
         try:
-            _wait_for(port, process, log)
-            yield f"127.0.0.1:{port}", process.pid
+            processes.append(_start(head, Path(place) / "head.log"))
+            joined = {"address": f"127.0.0.1:{port}", "num-cpus": 3}
+            processes.append(_start(joined, Path(place) / "node.log"))
+            yield f"127.0.0.1:{port}", [process.pid for process in processes]
         finally:
-            _kill_all_of(place, process.pid)
-            process.wait(20)
+            _kill_all_of(place, {process.pid for process in processes})
+            for process in processes:
+                process.wait(20)
 
 
-def _wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
+def _start(options: dict[str, object], log: Path) -> subprocess.Popen:
+    options = {**options, "object-store-memory": 128 * 2**20, "block": None}
+    flags = [f"--{name}" + ("" if v is None else f"={v}") for name, v in options.items()]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *flags],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": ":".join([str(TESTS), *sys.path])},
+            start_new_session=True,
+        )
+    _wait_for(process, log)
+    return process
+
+
+def _wait_for(process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
@@ -71,12 +72,12 @@ def _wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def _kill_all_of(place: str, root: int) -> None:
-    """The cluster's processes: those that name its folder, and whatever descends from `root`.
+def _kill_all_of(place: str, roots: set[int]) -> None:
+    """The cluster's processes: those that name its folder, and whatever descends from `roots`.
 
     `ray stop` would end every other Ray of this machine too.
     """
-    parents, ours = {}, {root}
+    parents, ours = {}, set(roots)
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             pid = int(entry.name)

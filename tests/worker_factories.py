@@ -64,6 +64,12 @@ class Toy:
     def environment(self, *names):
         return [os.environ.get(name) for name in names]
 
+    def parent(self):
+        return os.getppid()
+
+    def folder(self):
+        return os.getcwd()
+
     def torch_threads(self):
         import torch
 

@@ -8,6 +8,7 @@ of a team share one placement group. Actors are not detached: they end with this
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -173,7 +174,7 @@ class RayRuntime:
 
         def start() -> Any:
             seat = _ray().remote(Seat).options(**options)
-            return seat.remote(name, shipped, str(log_file))
+            return seat.remote(name, shipped, str(log_file), os.getcwd())
 
         def place() -> str:
             gpus = f" and {resources['num_gpus']:g} GPU" if resources["num_gpus"] else ""

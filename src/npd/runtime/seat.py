@@ -35,9 +35,11 @@ class Life:
 class Seat:
     """What Ray runs as an actor. Calls come one at a time."""
 
-    def __init__(self, name: str, factory: bytes, log_file: str) -> None:
+    def __init__(self, name: str, factory: bytes, log_file: str, folder: str) -> None:
         # Ctrl-C is the controller's to act on; Ray's own machinery ends us by other means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if Path(folder).is_dir():
+            os.chdir(folder)  # where the run was started: relative paths mean the same
         _print_to(Path(log_file))
         configure_logging()
         os.environ[ADDRESS] = _address()
