@@ -86,3 +86,17 @@ def test_what_cannot_be_is_refused_with_the_remedy(sections, remedy):
 @pytest.mark.parametrize("sections", ALLOWED.values(), ids=ALLOWED)
 def test_what_is_near_a_rule_and_can_be_is_allowed(sections):
     config(**sections)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "problem"),
+    [
+        ({"kind": "ray", "device": "cuda:1"}, "gives each worker a GPU of its own"),
+        ({"kind": "ray", "ray": {"address": "ray://head:10001"}}, "ray job submit"),
+        ({"kind": "ray", "ray": {"gpus": {"judge": 1}}}, "generator"),
+        ({"kind": "ray", "ray": {"gpus": {"scorer": -1}}}, "greater than or equal to 0"),
+    ],
+)
+def test_what_ray_cannot_be_is_refused(runtime, problem):
+    with pytest.raises(ValidationError, match=problem):
+        RunConfig(student="s", teacher="t", schedule={"epochs": 5}, runtime=runtime)

@@ -99,6 +99,32 @@ def rank_problems(train: TrainConfig, runtime: RuntimeConfig) -> list[tuple[bool
     ]
 
 
+def runtime_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[tuple[bool, str]]:
+    """What cannot be about where workers live: (is it so, what to do)."""
+    address = runtime.ray.address or ""
+    return [
+        (
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", runtime.device) is None,
+            f"runtime.device ({runtime.device!r}) must be auto, cpu, cuda or cuda:N",
+        ),
+        (
+            runtime.kind == "ray" and runtime.device.startswith("cuda:"),
+            f"runtime.device {runtime.device} on Ray, which gives each worker a GPU of its own: "
+            "set cuda, or auto",
+        ),
+        (
+            address.startswith("ray://"),
+            f"runtime.ray.address {address}: npd runs inside the cluster; submit it there (ray job "
+            "submit -- npd run ..., with runtime.ray.address: auto)",
+        ),
+        (
+            runtime.ray.gpus.get("trainer", 1.0) < 1.0 and train.ranks > 1,
+            "runtime.ray.gpus gives ranks of the trainer a part of a GPU: each needs one (or, with "
+            "runtime.device cpu, none: leave it out)",
+        ),
+    ]
+
+
 def _server_problems(
     where: str, section: ServedConfig, engine: str, workers: int
 ) -> list[tuple[bool, str]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 
 from npd.config.values import RunValues
-from npd.rules import rank_problems, served_problems
+from npd.rules import rank_problems, runtime_problems, served_problems
 
 
 def problems(c: RunValues) -> list[str]:
@@ -14,7 +13,7 @@ def problems(c: RunValues) -> list[str]:
     rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
     found = [problem for rule in rules for problem in rule(c)]
     found += served_problems(c.generate, c.score, c.loss, c.schedule, c.runtime)
-    found += rank_problems(c.train, c.runtime)
+    found += rank_problems(c.train, c.runtime) + runtime_problems(c.runtime, c.train)
     return [message for is_broken, message in found if is_broken]
 
 
@@ -151,9 +150,5 @@ def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
         (
             c.name in ("", ".", "..") or any(mark in c.name for mark in "/\\"),
             f"name ({c.name!r}) must be a plain directory name: put a path in run_dir",
-        ),
-        (
-            re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.runtime.device) is None,
-            f"runtime.device ({c.runtime.device!r}) must be auto, cpu, cuda or cuda:N",
         ),
     ]

@@ -63,7 +63,7 @@ def _address() -> str:
     """How other machines of the cluster reach this one."""
     import ray
 
-    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    address: str = ray.util.get_node_ip_address()
     return address
 
 

@@ -13,8 +13,8 @@ class RayConfig(Section):
     """Which Ray cluster, and what each worker asks of it (`runtime.kind: ray`)."""
 
     address: str | None = None
-    """`auto` (the cluster of this machine, or RAY_ADDRESS), `HOST:PORT`, or `ray://HOST:PORT` from
-    outside; null starts one on this machine alone."""
+    """`auto` (the cluster of this machine, or RAY_ADDRESS) or `HOST:PORT`; null starts one on this
+    machine alone, for the run."""
     gpus: dict[Literal["generator", "scorer", "trainer"], Annotated[float, Field(ge=0.0)]] = Field(
         default_factory=dict
     )
