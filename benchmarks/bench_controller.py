@@ -235,7 +235,7 @@ def fake_stats(
     )
     if not is_scored:
         return known
-    values = [getattr(known, name) for name in SampleStats.__slots__[:7]]
+    values = [getattr(known, name) for name in SampleStats._fields[:7]]
     student = draw.uniform(0.3, 0.6)
     return SampleStats(*values, 1.3 * student, 2.0, student, 2.0 + draw.random(), 0.7, 0.95)
 

@@ -1,6 +1,5 @@
 """Each filter against an independent brute force, a case by hand, and its edges."""
 
-import dataclasses
 import math
 import random
 
@@ -42,7 +41,7 @@ def stats(sample_id=0, **changes):
         nll_student_alone=3.0,
         overlap=0.5,
     )
-    return dataclasses.replace(base, **changes)
+    return base._replace(**changes)
 
 
 def with_delta(delta, sample_id=0):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npd.config import RunConfig
+from npd.control import codec
 from npd.control import events as ev
 from npd.control.order import learning_rate, mix, prompt_of
 from npd.control.plan import Plan
@@ -90,12 +91,12 @@ def test_the_same_events_give_the_same_actions_also_through_json(config, num_pro
     simulation = Simulation(config, num_prompts, seed, 0.2).run()
     plan = Plan(config)
     for event, expected in zip(simulation.events, simulation.decided, strict=True):
-        kind, payload = ev.encode(event)
-        again = ev.decode(kind, json.loads(json.dumps(payload)))
+        kind, payload = codec.encode(event)
+        again = codec.decode(kind, json.loads(json.dumps(payload)))
         assert again == event
         actions = plan.handle(again)
         assert actions == expected
-        assert ev.digest(actions) == ev.digest(expected)
+        assert codec.digest(actions) == codec.digest(expected)
 
 
 @settings(max_examples=60, deadline=None)

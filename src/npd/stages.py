@@ -213,8 +213,7 @@ def _steps(config: RunConfig, refs: list[SampleRef]) -> Iterator[Step]:
     done = 0
     for epoch in range(math.ceil(total / per_pass)):
         pool = Pool(mix(config.seed, epoch), 1)
-        for ref in refs:
-            pool.add(ref)
+        pool.add(refs)
         while done < total and (batch := pool.take(size, reuse=False)):
             progress = (done / total, (done + 1) / total)
             done += 1

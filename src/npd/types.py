@@ -1,14 +1,16 @@
 """The nouns of npd: one frozen record per boundary between workers, with shapes and units.
 
 Nothing here computes or does I/O. Arrays are numpy (int32 ids, float32 log-probabilities in nats);
-records are never changed on their way. Dimension legend: L response tokens, k teacher support size.
+records are never changed on their way. Those that a run makes by the million are named tuples: five
+times as fast as frozen dataclasses to make, to send and to write. Dimension legend: L response
+tokens, k teacher support size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +75,11 @@ class EncodedPrompt:
     answer: str | None = None
     teacher: str = "default"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its values: slots by name, the default, take five times as long."""
+        values = (self.index, self.prompt_ids, self.header_ids, self.completion_ids)
+        return EncodedPrompt, (*values, self.answer, self.teacher)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
@@ -81,6 +88,10 @@ class Ask:
     sample_id: int
     seed: int
     prompt: EncodedPrompt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its values, as prompts are."""
+        return Ask, (self.sample_id, self.seed, self.prompt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,8 +152,7 @@ class Scored:
     overlap: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SampleStats:
+class SampleStats(NamedTuple):
     """The scalars of a sample, all that the controller and the filters ever see of it.
 
     The fields before `nll_teacher` are known once it is generated, the rest once it is scored.
@@ -178,8 +188,7 @@ class Verdict:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRef:
+class SampleRef(NamedTuple):
     """Where a sample lies (`shard`), which snapshot wrote it, and how many tokens it packs to."""
 
     sample_id: int

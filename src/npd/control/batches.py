@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from npd.config import RunConfig, TrainConfig
 from npd.control.events import AskRef
-from npd.control.order import learning_rate, mix, prompt_of
+from npd.control.order import learning_rate, mix_each, prompt_of
 from npd.pack import balance, pack
 from npd.types import Row, SampleRef, SegmentReport, Step
 
 
 def make_asks(
-    sample_ids: Iterable[int], config: RunConfig, asks_per_round: int
+    sample_ids: Sequence[int], config: RunConfig, asks_per_round: int
 ) -> tuple[AskRef, ...]:
     """What is asked for under these ids: each one's prompt and seed follow from the run's seed.
 
@@ -20,14 +20,11 @@ def make_asks(
     """
     seed, per_prompt = config.seed, config.generate.samples_per_prompt
     num_prompts = asks_per_round // per_prompt
-    return tuple(
-        AskRef(
-            sample_id,
-            prompt_of(sample_id, seed=seed, num_prompts=num_prompts, samples_per_prompt=per_prompt),
-            mix(seed, 1, sample_id),
-        )
+    prompts = (
+        prompt_of(sample_id, seed=seed, num_prompts=num_prompts, samples_per_prompt=per_prompt)
         for sample_id in sample_ids
     )
+    return tuple(map(AskRef, sample_ids, prompts, mix_each((seed, 1), sample_ids)))
 
 
 def make_step(

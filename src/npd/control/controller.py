@@ -3,19 +3,22 @@
 Consumes: events from running actions. Produces: tasks, one an action, and the ledger's rows.
 Waits for: the first of the running tasks. Unblocked by: any task's end, or a request to stop.
 An event and everything decided upon it are recorded in one transaction before any of it is carried
-out; a crash at any moment is repaired by replaying the events (`_replay`).
+out, several events in one where they come at once; a crash at any moment is repaired by replaying
+the events (`_replay`). Holds what is under way, nothing of samples that have left.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npd.control import codec
 from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
-from npd.control.repair import repair
+from npd.control.repair import needed_samples, repair
 from npd.errors import RunError
 from npd.store import snapshots
 from npd.store.layout import RunLayout
@@ -47,9 +50,10 @@ class Controller:
         self._plan, self._dispatcher = plan, dispatcher
         self._ledger, self._layout, self._monitor = ledger, layout, monitor
         self._running: dict[asyncio.Task[ev.Event], ev.Action] = {}
+        self._ended: asyncio.Queue[asyncio.Task[ev.Event]] = asyncio.Queue()
         self._keep = keep_checkpoints
         self._segments: dict[int, Segment] = {}
-        self._shards: set[int] = set()
+        self._num_shards = 0
         self._makers: dict[tuple[str, int], ev.Generate | ev.Score] = {}
         # The plan's step is what has been decided; this is what has been trained.
         self._trained = 0
@@ -80,7 +84,7 @@ class Controller:
         if self._plan.is_stopped:
             return await self._finish()
         is_new = outstanding is None
-        first = self._take(ev.Started(num_prompts)) if outstanding is None else outstanding
+        first = self._take([ev.Started(num_prompts)]) if outstanding is None else outstanding
         assert first, "a run that has not stopped has something to do"
         self._monitor.message("run started" if is_new else f"resumed at step {self._trained}")
         try:
@@ -91,14 +95,13 @@ class Controller:
     async def _loop(self, actions: list[ev.Action]) -> Ending:
         self._launch(actions)
         while self._running:
-            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-            # In the order they were launched, so that ties do not depend on the event loop.
-            for task in [task for task in self._running if task in done]:
-                del self._running[task]
-                if self._stop is None:
-                    self._launch(self._take(task.result()))
+            ended = await self._next_ended()
+            failed = [task for task in ended if task.exception() is not None]
+            self._launch(self._take([task.result() for task in ended if task not in failed]))
             if self._stop is not None:
                 return await self._finish()
+            for task in failed:
+                task.result()
         await self._dispatcher.save_now(self._trained)
         self._ledger.add_checkpoint(self._trained, self._layout.checkpoint(self._trained))
         return Ending(self._trained, is_done=False)
@@ -108,7 +111,22 @@ class Controller:
             if isinstance(action, ev.Stop):
                 self._stop = action
             elif not isinstance(action, ev.Retire) and not self._interrupted.is_set():
-                self._running[asyncio.create_task(self._dispatcher.run(action))] = action
+                task = asyncio.create_task(self._dispatcher.run(action))
+                task.add_done_callback(self._ended.put_nowait)
+                self._running[task] = action
+
+    async def _next_ended(self) -> list[asyncio.Task[ev.Event]]:
+        """The tasks that have ended, at least one.
+
+        In the order they were launched, so that ties do not depend on the event loop.
+        """
+        ended = {await self._ended.get()}
+        while not self._ended.empty():
+            ended.add(self._ended.get_nowait())
+        ordered = [task for task in self._running if task in ended]
+        for task in ordered:
+            del self._running[task]
+        return ordered
 
     async def _finish(self) -> Ending:
         await self._cancel()
@@ -131,19 +149,26 @@ class Controller:
         await asyncio.gather(*self._running, return_exceptions=True)
         self._running.clear()
 
-    def _take(self, event: ev.Event) -> list[ev.Action]:
-        """Decide upon an event, and record both before anything is carried out."""
-        actions = self._plan.handle(event)
-        kind, payload = ev.encode(event)
+    def _take(self, events: Sequence[ev.Event]) -> list[ev.Action]:
+        """Decide upon events, and record all of it before anything is carried out."""
+        taken: list[tuple[ev.Event, list[ev.Action]]] = []
         with self._ledger.transaction():
-            self._ledger.append_event(kind, {**payload, "digest": ev.digest(actions)})
-            self._book_event(event)
-            for action in actions:
-                self._book_action(action)
-        self._monitor.note(event, actions, self._plan)
-        if isinstance(event, ev.SnapshotPublished | ev.CheckpointSaved):
+            for event in events:
+                if not self._plan.is_stopped:
+                    taken.append((event, self._plan.handle(event)))
+                    self._book(*taken[-1])
+        for event, actions in taken:
+            self._monitor.note(event, actions, self._plan)
+        if any(isinstance(event, ev.SnapshotPublished | ev.CheckpointSaved) for event, _ in taken):
             self._prune()
-        return actions
+        return [action for _, actions in taken for action in actions]
+
+    def _book(self, event: ev.Event, actions: list[ev.Action]) -> None:
+        kind, payload = codec.encode(event)
+        self._ledger.append_event(kind, {**payload, "digest": codec.digest(actions)})
+        self._book_event(event)
+        for action in actions:
+            self._book_action(action)
 
     def _book_event(self, event: ev.Event) -> None:
         match event:
@@ -170,10 +195,10 @@ class Controller:
     def _book_action(self, action: ev.Action) -> None:
         match action:
             case ev.Generate(shard, version, asks):
-                if shard not in self._shards:  # a second try asks for the same samples
+                if shard >= self._num_shards:  # a second try asks for the same samples
                     samples = [(a.sample_id, a.prompt, version) for a in asks]
                     self._ledger.add_samples(shard, samples)
-                    self._shards.add(shard)
+                    self._num_shards = shard + 1
             case ev.Train(segment):
                 self._segments[segment.index] = segment
             case ev.Retire(samples):
@@ -182,14 +207,16 @@ class Controller:
     def _replay(self) -> list[ev.Action] | None:
         """Bring the plan to where the ledger's events leave it; returns what was under way.
 
-        None when there is no event yet.
+        None when there is no event yet. Of what is done, what made shards that are still needed is
+        kept (`_makers`).
         """
         pending: dict[tuple[str, int], ev.Action] | None = None
+        needed = needed_samples(self._ledger)
         for seq, kind, payload in self._ledger.events():
             expected = payload.pop("digest")
-            event = ev.decode(kind, payload)
+            event = codec.decode(kind, payload)
             actions = self._plan.handle(event)
-            if ev.digest(actions) != expected:
+            if codec.digest(actions) != expected:
                 raise RunError(
                     f"event {seq} of {self._ledger.path} led to other decisions than now: the run "
                     "was made by another version of npd or another config; resume with that one"
@@ -199,17 +226,21 @@ class Controller:
                 del self._segments[event.report.segment]
             pending = pending or {}
             done = pending.pop(ev.key(event), None)
-            if isinstance(done, ev.Generate | ev.Score):
+            if isinstance(done, ev.Generate | ev.Score) and done.shard in needed:
                 self._makers[ev.key(done)] = done
-            pending |= {ev.key(a): a for a in actions if not isinstance(a, ev.Retire)}
-            self._segments |= {
-                a.segment.index: a.segment for a in actions if isinstance(a, ev.Train)
-            }
+            for action in actions:
+                self._remember(action, pending)
             self._monitor.note(event, actions, self._plan, is_replay=True)
-        if pending is None:
-            return None
-        self._shards = set(self._ledger.shards())
-        return list(pending.values())
+        return None if pending is None else list(pending.values())
+
+    def _remember(self, action: ev.Action, pending: dict[tuple[str, int], ev.Action]) -> None:
+        """A decision that is recorded already: it is under way until its event comes."""
+        if not isinstance(action, ev.Retire):
+            pending[ev.key(action)] = action
+        if isinstance(action, ev.Train):
+            self._segments[action.segment.index] = action.segment
+        elif isinstance(action, ev.Generate):
+            self._num_shards = max(self._num_shards, action.shard + 1)
 
     def _prune(self) -> None:
         """Point LATEST at the newest snapshot; remove those nobody needs, and old checkpoints."""

@@ -1,26 +1,15 @@
 """What happens (events) and what is to be done about it (actions): the plan's whole vocabulary.
 
-Events are facts a worker reported; they are stored as JSON in the ledger and replayed to resume.
-Actions are decisions; they are not stored, because the same events give the same actions.
+Events are facts a worker reported; they are stored in the ledger (`npd.control.codec`) and replayed
+to resume. Actions are decisions; they are not stored, because the same events give the same ones.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from operator import attrgetter
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
-from npd.types import (
-    EvalReport,
-    FinishReason,
-    Outcome,
-    SampleStats,
-    Segment,
-    SegmentReport,
-    StepReport,
-)
+from npd.types import EvalReport, Outcome, SampleStats, Segment, SegmentReport
 
 Stage: TypeAlias = Literal["generate", "score"]
 
@@ -103,8 +92,7 @@ Event: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AskRef:
+class AskRef(NamedTuple):
     """One sample to be written: its prompt (index into the run's prompts) and its seed."""
 
     sample_id: int
@@ -176,50 +164,6 @@ class Stop:
 
 Action: TypeAlias = Generate | Score | Train | Publish | Checkpoint | Evaluate | Retire | Stop
 
-_EVENTS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Started,
-        SnapshotPublished,
-        ShardGenerated,
-        ShardScored,
-        ShardFailed,
-        SegmentTrained,
-        CheckpointSaved,
-        Evaluated,
-    )
-}
-_STATS_NAMES = tuple(field.name for field in fields(SampleStats))
-_STATS = attrgetter(*_STATS_NAMES)
-
-
-def encode(event: Event) -> tuple[str, dict[str, Any]]:
-    """An event as its kind and a JSON-able payload; `decode` gives the same event back."""
-    kind = type(event).__name__
-    if isinstance(event, ShardGenerated | ShardScored):
-        payload = {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
-        return kind, payload | ({"failed": event.failed} if event.failed else {})
-    return kind, asdict(event)
-
-
-def decode(kind: str, payload: dict[str, Any]) -> Event:
-    """The event that `encode` gave `kind` and `payload` for."""
-    if kind in ("ShardGenerated", "ShardScored"):
-        stats = tuple(_decode_stats(values) for values in payload["stats"])
-        failed = tuple((sample_id, reason) for sample_id, reason in payload.get("failed", ()))
-        event: Event = _EVENTS[kind](payload["shard"], stats, failed)
-    elif kind == "SegmentTrained":
-        report = payload["report"]
-        steps = tuple(StepReport(**step) for step in report["steps"])
-        event = SegmentTrained(SegmentReport(**{**report, "steps": steps}))
-    elif kind == "Evaluated":
-        report = payload["report"]
-        samples = tuple((prompt, text) for prompt, text in report["samples"])
-        event = Evaluated(EvalReport(**{**report, "samples": samples}))
-    else:
-        event = _EVENTS[kind](**payload)
-    return event
-
 
 def key(item: Event | Action) -> tuple[str, int]:
     """What an action and the event that ends it have in common, e.g. ("score", shard)."""
@@ -242,13 +186,3 @@ def key(item: Event | Action) -> tuple[str, int]:
             return "evalu", report.step
         case _:
             return type(item).__name__, 0
-
-
-def digest(actions: Sequence[Action]) -> int:
-    """A checksum of decisions, stored beside the event they answer and compared on replay."""
-    return zlib.crc32(repr(actions).encode())
-
-
-def _decode_stats(values: list[Any]) -> SampleStats:
-    named = dict(zip(_STATS_NAMES, values, strict=True))
-    return SampleStats(**(named | {"finish": FinishReason(named["finish"])}))

@@ -10,7 +10,7 @@ credit / (prompts * samples_per_prompt) is the epoch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from npd.config import RunConfig
@@ -29,7 +29,7 @@ class _InFlight:
 
 
 class Flow:
-    """Where every sample is. Actions that follow at once (retire, try again) go to `actions`."""
+    """Where every sample is. What is to be done at once (ask, score, try again) is in `actions`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.actions: list[ev.Action] = []
@@ -43,6 +43,7 @@ class Flow:
         self._filter: Filter = build_filter(config.filter, config.seed)
         self._history: deque[SampleStats] = deque(maxlen=config.filter.history)
         self._left = 0
+        self._leaving: list[tuple[int, Outcome, str]] = []
         self._generating: dict[int, _InFlight] = {}
         self._unscored: deque[ev.Score] = deque()
         self._scoring: dict[int, _InFlight] = {}
@@ -66,6 +67,12 @@ class Flow:
     def is_any_on_its_way(self) -> bool:
         """Whether any sample is not in the pool yet."""
         return bool(self._generating or self._unscored or self._scoring)
+
+    def hand_over(self) -> list[ev.Action]:
+        """The actions since the last time, before them who has left, all at once."""
+        actions, self.actions = self.actions, []
+        leaving, self._leaving = self._leaving, []
+        return [ev.Retire(tuple(leaving)), *actions] if leaving else actions
 
     def oldest_version(self, newest: int) -> int:
         """The oldest snapshot that a shard on its way still needs, or else `newest`."""
@@ -152,6 +159,7 @@ class Flow:
         """Filter samples; those kept join the pool, unless they are stale already."""
         verdicts = self._filter.judge(batch, tuple(self._history))
         self._history.extend(batch)
+        kept = []
         for stats, verdict in zip(batch, verdicts, strict=True):
             if not verdict.keep:
                 self._leave([stats.sample_id], Outcome.REJECTED, verdict.reason)
@@ -159,7 +167,8 @@ class Flow:
                 self._leave([stats.sample_id], Outcome.STALE, "lag")
             else:
                 self.barren = 0
-                self.pool.add(SampleRef(stats.sample_id, shard, stats.version, stats.num_tokens))
+                kept.append(SampleRef(stats.sample_id, shard, stats.version, stats.num_tokens))
+        self.pool.add(kept)
 
     def _fail(self, failed: Iterable[tuple[int, str]], stage: ev.Stage) -> None:
         """Single samples of a shard that a stage could not do."""
@@ -173,13 +182,12 @@ class Flow:
         for sample_id in ids:
             self._leave([sample_id], outcome, reason, uses=self.pool.remove(sample_id))
 
-    def _leave(self, ids: Iterable[int], outcome: Outcome, reason: str, uses: int = 0) -> None:
-        leaving = tuple((sample_id, outcome, reason) for sample_id in ids)
-        self._left += len(leaving)
-        self.credit += len(leaving) * (self._config.schedule.reuse - uses)
-        self.barren += len(leaving) * (outcome in (Outcome.REJECTED, Outcome.FAILED))
-        if leaving:
-            self.actions.append(ev.Retire(leaving))
+    def _leave(self, ids: Sequence[int], outcome: Outcome, reason: str, *, uses: int = 0) -> None:
+        self._leaving += [(sample_id, outcome, reason) for sample_id in ids]
+        self._left += len(ids)
+        self.credit += len(ids) * (self._config.schedule.reuse - uses)
+        if outcome is Outcome.REJECTED or outcome is Outcome.FAILED:
+            self.barren += len(ids)
 
 
 def _samples(action: ev.Generate | ev.Score) -> tuple[int, ...]:

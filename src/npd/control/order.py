@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from functools import lru_cache
 
 _MASK = (1 << 64) - 1
+_START = 0x9E3779B97F4A7C15
 
 
 def mix(*values: int) -> int:
     """A 63-bit hash of integers (splitmix64 finaliser): equal inputs, equal outputs, everywhere."""
-    state = 0x9E3779B97F4A7C15
+    return _absorb(_START, values) >> 1
+
+
+def mix_each(prefix: tuple[int, ...], values: Iterable[int]) -> list[int]:
+    """`mix(*prefix, value)` for each value, with the prefix taken in once."""
+    state = _absorb(_START, prefix)
+    return [_absorb(state, (value,)) >> 1 for value in values]
+
+
+def _absorb(state: int, values: Iterable[int]) -> int:
     for value in values:
         state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
-    return state >> 1
+    return state
 
 
 @lru_cache(maxsize=2)

@@ -79,10 +79,9 @@ class Plan:
     def handle(self, event: ev.Event) -> list[ev.Action]:
         """Take note of `event`; returns what to do now, in order."""
         assert not self._stopped, "the run has stopped"
-        self._flow.actions = []
         self._note(event)
         self._decide()
-        return self._flow.actions
+        return self._flow.hand_over()
 
     def _note(self, event: ev.Event) -> None:
         match event:

@@ -7,10 +7,16 @@ choice depends on nothing but the samples and the seed. Holds references only, n
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npd.control.order import mix
+from npd.control.order import mix_each
 from npd.types import SampleRef
+
+# Places in the queue of samples that are gone, before it is swept: so many more than there are of
+# those to come.
+_MAX_GONE = 64
 
 
 @dataclass(slots=True)
@@ -51,14 +57,15 @@ class Pool:
         """Uses left over all samples."""
         return self._uses_left
 
-    def add(self, ref: SampleRef) -> None:
-        """A new sample, unused."""
-        assert ref.sample_id not in self._members, f"sample {ref.sample_id} was added twice"
-        self._members[ref.sample_id] = _Member(ref)
-        self._fresh += 1
-        self._available += 1
-        self._uses_left += self._reuse
-        self._push(ref.sample_id, 0)
+    def add(self, refs: Sequence[SampleRef]) -> None:
+        """New samples, unused."""
+        for ref in refs:
+            assert ref.sample_id not in self._members, f"sample {ref.sample_id} was added twice"
+            self._members[ref.sample_id] = _Member(ref)
+        self._fresh += len(refs)
+        self._available += len(refs)
+        self._uses_left += self._reuse * len(refs)
+        self._push([ref.sample_id for ref in refs], 0)
 
     def take(self, count: int, *, reuse: bool) -> list[SampleRef]:
         """Use up to `count` samples once each; without `reuse`, only samples never used."""
@@ -68,8 +75,7 @@ class Pool:
             member = self._members.get(sample_id)
             if member is not None and member.uses == uses < self._reuse:
                 taken.append(member)
-        for member in taken:
-            self._use(member)
+        self._use(taken)
         return [member.ref for member in taken]
 
     def remove(self, sample_id: int) -> int:
@@ -78,6 +84,8 @@ class Pool:
         self._fresh -= member.uses == 0
         self._available -= member.uses < self._reuse
         self._uses_left -= self._reuse - member.uses
+        if len(self._queue) > 2 * self._available + _MAX_GONE:
+            self._sweep()
         return member.uses
 
     def spent(self) -> list[int]:
@@ -89,16 +97,26 @@ class Pool:
         """Samples written by a snapshot before `version`, by id."""
         return sorted(i for i, member in self._members.items() if member.ref.version < version)
 
-    def _use(self, member: _Member) -> None:
-        self._fresh -= member.uses == 0
-        member.uses += 1
-        self._uses_left -= 1
-        if member.uses < self._reuse:
-            self._push(member.ref.sample_id, member.uses)
-        else:
-            self._available -= 1
-            self._spent.append(member.ref.sample_id)
+    def _use(self, members: Sequence[_Member]) -> None:
+        """One more use of each; they are out of the queue, and come back by how often used."""
+        again: defaultdict[int, list[int]] = defaultdict(list)
+        for member in members:
+            self._fresh -= member.uses == 0
+            member.uses += 1
+            kept = again[member.uses] if member.uses < self._reuse else self._spent
+            kept.append(member.ref.sample_id)
+        self._uses_left -= len(members)
+        for uses, sample_ids in again.items():
+            self._push(sample_ids, uses)
+        self._available -= len(members) - sum(map(len, again.values()))
 
-    def _push(self, sample_id: int, uses: int) -> None:
-        shuffled = mix(self._seed, uses, sample_id)
-        heapq.heappush(self._queue, (uses, shuffled, sample_id))
+    def _push(self, sample_ids: Sequence[int], uses: int) -> None:
+        for sample_id, shuffled in zip(
+            sample_ids, mix_each((self._seed, uses), sample_ids), strict=True
+        ):
+            heapq.heappush(self._queue, (uses, shuffled, sample_id))
+
+    def _sweep(self) -> None:
+        """Take samples that are gone out of the queue; else those used often pile up in it."""
+        self._queue = [place for place in self._queue if place[2] in self._members]
+        heapq.heapify(self._queue)

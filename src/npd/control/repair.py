@@ -28,7 +28,7 @@ async def repair(
     Raises:
         StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
     """
-    needed = _needed_samples(ledger)
+    needed = needed_samples(ledger)
     made = 0
     for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
         is_score = isinstance(action, ev.Score)
@@ -69,7 +69,7 @@ async def _make(
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
 
 
-def _needed_samples(ledger: Ledger) -> dict[int, set[int]]:
+def needed_samples(ledger: Ledger) -> dict[int, set[int]]:
     """By shard, samples that are live, and those of segments the trainer has to repeat."""
     saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
     redo = ledger.segments_after(max(saved, default=0))

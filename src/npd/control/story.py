@@ -12,6 +12,7 @@ from typing import Any
 
 from npd.chat import Chat
 from npd.config import RunConfig
+from npd.control import codec
 from npd.control import events as ev
 from npd.filters import bounds, delta_ifd
 from npd.observe.report import (
@@ -49,7 +50,7 @@ class Facts:
         facts = cls()
         for _, kind, payload in ledger.events():
             payload.pop("digest", None)
-            facts._note(ev.decode(kind, payload))
+            facts._note(codec.decode(kind, payload))
         return facts
 
     def _note(self, event: ev.Event) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from npd.errors import RunError, StoreError
 from npd.store import files
 
-_FORMAT = 1
+_FORMAT = 2
 # `tally` counts apart from `samples`, so that the two can contradict each other when one is wrong.
 _TABLES = """
 CREATE TABLE events(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, payload TEXT NOT NULL);

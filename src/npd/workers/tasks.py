@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ def scored_stats(scored: Scored) -> SampleStats:
     """What the filters see of a scored sample."""
     distinct = _first_of_each(scored.topk_ids)  # a sampled support holds ids more than once
     mass = (np.exp(scored.topk_logprobs.astype(np.float64)) * distinct).sum(axis=1).mean()
-    return replace(
-        generated_stats(scored.rollout),
+    return generated_stats(scored.rollout)._replace(
         nll_teacher=scored.nll_teacher,
         nll_teacher_alone=scored.nll_teacher_alone,
         nll_student=scored.nll_student,
