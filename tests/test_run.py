@@ -17,8 +17,8 @@ import npd
 from conftest import save_model
 from fake_servers import FakeVllm, make_snapshot
 from npd import probe
-from npd.control.controller import Controller
 from npd.control.codec import decode
+from npd.control.controller import Controller
 from npd.control.preparation import prepare
 from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.observe.live import LiveState

@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -183,8 +183,8 @@ class Monitor:
 
 
 def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
-    values = asdict(report)
-    return {name: value for name, value in values.items() if name not in ("step", "samples")}
+    names = [item.name for item in fields(report) if item.name not in ("step", "samples")]
+    return {name: getattr(report, name) for name in names}
 
 
 def _shard_values(

@@ -133,13 +133,14 @@ class Ledger:
     def add_uses(self, sample_ids: Iterable[int]) -> None:
         """Count one more use in training for each; they must be live. Repeated ids count twice."""
         query = "UPDATE samples SET uses = uses + 1 WHERE sample_id = ? AND outcome IS NULL"
-        self._update(query, [(sample,) for sample in sample_ids], "used, but not live")
+        # In their order, so that those of one page are changed one after another.
+        self._update(query, [(sample,) for sample in sorted(sample_ids)], "used, but not live")
 
     def set_outcomes(self, outcomes: Sequence[tuple[int, Outcome, str]]) -> None:
         """Note that samples left: (sample_id, outcome, reason). They must be live (leave once)."""
         query = "UPDATE samples SET outcome = ?, reason = ? WHERE sample_id = ? AND outcome IS NULL"
-        rows = [(outcome.value, reason, sample) for sample, outcome, reason in outcomes]
-        counts = Counter((outcome, reason) for outcome, reason, _ in rows)
+        rows = [(outcome, reason, sample) for sample, outcome, reason in outcomes]
+        counts = Counter([(outcome, reason) for _, outcome, reason in outcomes])
         with self.transaction():
             self._update(query, rows, "left, but not live")
             self._execute_many(_COUNT, [(*key, n) for key, n in counts.items()])

@@ -76,14 +76,11 @@ def decode_segment(value: dict[str, Any]) -> Segment:
 
 
 def _encode_ranks(step: Step) -> list[Any]:
-    return [[[_encode(ref) for ref in row.samples] for row in rows] for rows in step.ranks]
+    # A SampleRef is a tuple, which JSON writes as the list of its values.
+    return [[row.samples for row in rows] for rows in step.ranks]
 
 
 def _decode_ranks(ranks: list[Any]) -> tuple[tuple[Row, ...], ...]:
     return tuple(
         tuple(Row(tuple(SampleRef(*ref) for ref in row)) for row in rows) for rows in ranks
     )
-
-
-def _encode(ref: SampleRef) -> list[int]:
-    return [ref.sample_id, ref.shard, ref.version, ref.num_tokens]
