@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from npd.control.order import mix_each
 from npd.types import SampleRef
 
+# A place in the queue is one integer, which compares faster than a tuple: how often used, then where
+# the shuffle puts it (63 bits, `mix`), then the sample.
+_ID_BITS, _SHUFFLE_BITS = 63, 63
+_ID = (1 << _ID_BITS) - 1
 # Places in the queue of samples that are gone, before it is swept: so many more than there are of
 # those to come.
 _MAX_GONE = 64
@@ -32,7 +36,7 @@ class Pool:
         self._seed = seed
         self._reuse = reuse
         self._members: dict[int, _Member] = {}
-        self._queue: list[tuple[int, int, int]] = []
+        self._queue: list[int] = []
         self._spent: list[int] = []
         self._fresh = 0
         self._available = 0
@@ -70,10 +74,10 @@ class Pool:
     def take(self, count: int, *, reuse: bool) -> list[SampleRef]:
         """Use up to `count` samples once each; without `reuse`, only samples never used."""
         taken: list[_Member] = []
-        while self._queue and len(taken) < count and (reuse or self._queue[0][0] == 0):
-            uses, _, sample_id = heapq.heappop(self._queue)
-            member = self._members.get(sample_id)
-            if member is not None and member.uses == uses < self._reuse:
+        queue, below = self._queue, _places(self._reuse if reuse else 1)
+        while len(taken) < count and queue and queue[0] < below:
+            member = self._members.get(heapq.heappop(queue) & _ID)
+            if member is not None:
                 taken.append(member)
         self._use(taken)
         return [member.ref for member in taken]
@@ -111,12 +115,16 @@ class Pool:
         self._available -= len(members) - sum(map(len, again.values()))
 
     def _push(self, sample_ids: Sequence[int], uses: int) -> None:
-        for sample_id, shuffled in zip(
-            sample_ids, mix_each((self._seed, uses), sample_ids), strict=True
-        ):
-            heapq.heappush(self._queue, (uses, shuffled, sample_id))
+        first, shuffled = _places(uses), mix_each((self._seed, uses), sample_ids)
+        for sample_id, place in zip(sample_ids, shuffled, strict=True):
+            heapq.heappush(self._queue, first | place << _ID_BITS | sample_id)
 
     def _sweep(self) -> None:
         """Take samples that are gone out of the queue; else those used often pile up in it."""
-        self._queue = [place for place in self._queue if place[2] in self._members]
+        self._queue = [place for place in self._queue if place & _ID in self._members]
         heapq.heapify(self._queue)
+
+
+def _places(uses: int) -> int:
+    """The first place in the queue of samples used so often."""
+    return uses << _ID_BITS + _SHUFFLE_BITS
