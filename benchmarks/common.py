@@ -207,10 +207,16 @@ def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse
     return args
 
 
-def publish(args: argparse.Namespace, figures: Sequence[Figure], details: Any) -> None:
+def publish(
+    args: argparse.Namespace,
+    figures: Sequence[Figure],
+    details: Any,
+    *,
+    notes: Sequence[str] = (),
+) -> None:
     """Print the figures, and the details under them; write both to `args.json` if it is given.
 
-    Quick figures are too short to be held against a bar.
+    `notes` are paragraphs for the page of results. Quick figures are too short to be held against a bar.
     """
     if args.quick:
         figures = [replace(figure, bar=None) for figure in figures]
@@ -220,6 +226,7 @@ def publish(args: argparse.Namespace, figures: Sequence[Figure], details: Any) -
         settings = {name: value for name, value in vars(args).items() if name != "json"}
         record = {
             "figures": [figure_record(figure) for figure in figures],
+            "notes": list(notes),
             "settings": settings,
             "details": details,
         }

@@ -26,7 +26,7 @@ from typing import Any
 from common import COLUMNS, ROOT, Figure, commit, machine, markdown, read_figure, versions
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("startup", "pack", "controller", "train", "score", "loss", "generate", "vllm")
+NAMES = ("startup", "pack", "controller", "train", "score", "loss", "generate", "scale", "vllm")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -107,6 +107,7 @@ def as_page(results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "bfloat16, CPU time, one thread. What each benchmark does, and how its baseline is kept "
         "fair, is said at the top of `benchmarks/bench_*.py`.",
         markdown(figures_of(results)) + "".join(f"\n**{line}**\n" for line in failed),
+        *(note for result in results for note in result.get("notes", ())),
         f"- command: `{about['command']}`, {about['date']}\n"
         f"- duration: {about['seconds']:.0f} s ({times})\n"
         f"- commit: {about['commit']}\n"

@@ -12,7 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["pack", "controller"])
+@pytest.mark.parametrize("name", ["pack", "controller", "scale"])
 def test_a_quick_benchmark_prints_a_figure(name, tmp_path):
     found = tmp_path / "figures.json"
     command = [sys.executable, BENCHMARKS / f"bench_{name}.py", "--quick", "--json", found]

@@ -165,10 +165,10 @@ def test_segments(ledger):
     segments = [make_segment(0, 1), make_segment(1, 3), make_segment(2, 5, 1)]
     for segment in segments:
         ledger.add_segment(segment)
-    assert ledger.segments_after(0) == segments
-    assert ledger.segments_after(2) == segments[1:]
-    assert ledger.segments_after(3) == segments[1:]
-    assert ledger.segments_after(5) == []
+    assert list(ledger.segments_after(0)) == segments
+    assert list(ledger.segments_after(2)) == segments[1:]
+    assert list(ledger.segments_after(3)) == segments[1:]
+    assert list(ledger.segments_after(5)) == []
 
 
 def test_shard_states(ledger):

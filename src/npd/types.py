@@ -8,6 +8,7 @@ tokens, k teacher support size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -220,6 +221,13 @@ class Segment:
     index: int
     version: int
     steps: tuple[Step, ...]
+
+    @property
+    def refs(self) -> Iterator[SampleRef]:
+        """The samples trained on, step by step, each as often as it is used."""
+        return (
+            ref for step in self.steps for rows in step.ranks for row in rows for ref in row.samples
+        )
 
 
 @dataclass(frozen=True, slots=True)

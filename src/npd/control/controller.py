@@ -73,7 +73,13 @@ class Controller:
         """
         outstanding = self._replay()
         await self._dispatcher.load()
-        made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
+        made = await repair(
+            self._makers.values(),
+            self._dispatcher,
+            self._ledger,
+            self._layout,
+            is_over=self._plan.is_stopped,
+        )
         if made:
             self._monitor.message(f"{made} missing shard files were made again")
         self._makers.clear()
@@ -184,13 +190,7 @@ class Controller:
                 self._trained = report.steps[-1].step
                 segment = self._segments.pop(report.segment)
                 self._ledger.add_segment(segment)
-                self._ledger.add_uses(
-                    ref.sample_id
-                    for step in segment.steps
-                    for rows in step.ranks
-                    for row in rows
-                    for ref in row.samples
-                )
+                self._ledger.add_uses(ref.sample_id for ref in segment.refs)
 
     def _book_action(self, action: ev.Action) -> None:
         match action:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from npd.control.order import mix_each
 from npd.types import SampleRef
 
-# A place in the queue is one integer, which compares faster than a tuple: how often used, then where
-# the shuffle puts it (63 bits, `mix`), then the sample.
+# A place in the queue is one integer, which compares faster than a tuple: how often used, then
+# where the shuffle puts it (63 bits, `mix`), then the sample.
 _ID_BITS, _SHUFFLE_BITS = 63, 63
 _ID = (1 << _ID_BITS) - 1
 # Places in the queue of samples that are gone, before it is swept: so many more than there are of

@@ -22,13 +22,17 @@ async def repair(
     dispatcher: Dispatcher,
     ledger: Ledger,
     layout: RunLayout,
+    *,
+    is_over: bool = False,
 ) -> int:
     """Carry out again those of `makers` whose file is needed and missing; returns how many.
+
+    Once all is decided and done (`is_over`), only what the trainer has to repeat is needed.
 
     Raises:
         StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
     """
-    needed = needed_samples(ledger)
+    needed = needed_samples(ledger, is_over=is_over)
     made = 0
     for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
         is_score = isinstance(action, ev.Score)
@@ -69,20 +73,13 @@ async def _make(
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
 
 
-def needed_samples(ledger: Ledger) -> dict[int, set[int]]:
-    """By shard, samples that are live, and those of segments the trainer has to repeat."""
-    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
-    redo = ledger.segments_after(max(saved, default=0))
-    refs = (
-        ref
-        for segment in redo
-        for step in segment.steps
-        for rows in step.ranks
-        for row in rows
-        for ref in row.samples
-    )
+def needed_samples(ledger: Ledger, *, is_over: bool = False) -> dict[int, set[int]]:
+    """By shard, samples of segments the trainer has to repeat, and (unless `is_over`) live ones."""
     needed: dict[int, set[int]] = {}
-    live = [(row.shard, row.sample_id) for row in ledger.samples("live")]
-    for shard, sample_id in (*live, *((ref.shard, ref.sample_id) for ref in refs)):
-        needed.setdefault(shard, set()).add(sample_id)
+    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
+    for segment in ledger.segments_after(max(saved, default=0)):
+        for ref in segment.refs:
+            needed.setdefault(ref.shard, set()).add(ref.sample_id)
+    for row in [] if is_over else ledger.samples("live"):
+        needed.setdefault(row.shard, set()).add(row.sample_id)
     return needed

@@ -152,9 +152,8 @@ def _finite(value: float) -> float | None:
 def _lags(ledger: Ledger) -> Iterator[tuple[int, int]]:
     """(sample id, snapshots it was behind when last trained on)."""
     for segment in ledger.segments_after(-1):
-        for step in segment.steps:
-            for row in (row for rows in step.ranks for row in rows):
-                yield from ((ref.sample_id, segment.version - ref.version) for ref in row.samples)
+        for ref in segment.refs:
+            yield ref.sample_id, segment.version - ref.version
 
 
 def _bounds(config: RunConfig, scored: list[SampleStats]) -> FilterBounds | None:

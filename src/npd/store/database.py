@@ -33,6 +33,7 @@ CREATE TABLE shards(shard INTEGER PRIMARY KEY, state TEXT NOT NULL);
 CREATE TABLE segments(
     "index" INTEGER PRIMARY KEY, first_step INTEGER NOT NULL, last_step INTEGER NOT NULL,
     payload TEXT NOT NULL);
+CREATE INDEX segments_by_step ON segments(last_step);
 CREATE TABLE snapshots(
     version INTEGER PRIMARY KEY, step INTEGER NOT NULL, path TEXT NOT NULL, checksum TEXT NOT NULL);
 CREATE TABLE checkpoints(step INTEGER PRIMARY KEY, path TEXT NOT NULL);

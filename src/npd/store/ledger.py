@@ -36,6 +36,8 @@ from npd.types import Outcome, Segment
 
 __all__ = ["CheckpointRow", "Conservation", "Ledger", "SampleRow", "ShardState", "SnapshotRow"]
 
+# Rows read at once: an event or a segment is some kilobytes.
+_PAGE = 100
 _COUNT = "INSERT INTO tally VALUES(?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
 _DUMPS = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
@@ -115,8 +117,8 @@ class Ledger:
 
     def events(self, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """(seq, kind, payload) in order, from the one after `after`; may be long, so lazily."""
-        query = "SELECT seq, kind, payload FROM events WHERE seq > ? ORDER BY seq LIMIT 1000"
-        while rows := self._all(query, (after,)):
+        query = "SELECT seq, kind, payload FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+        while rows := self._all(query, (after, _PAGE)):
             yield from ((seq, kind, json.loads(payload)) for seq, kind, payload in rows)
             after = rows[-1][0]
 
@@ -169,10 +171,15 @@ class Ledger:
         row = (step, self._relative(path))
         self._insert("INSERT OR REPLACE INTO checkpoints VALUES(?, ?)", row, is_durable=True)
 
-    def segments_after(self, step: int) -> list[Segment]:
-        """Segments with a step above `step`, in order (steps count from 1, so 0: all of them)."""
-        query = 'SELECT payload FROM segments WHERE last_step > ? ORDER BY "index"'
-        return [decode_segment(json.loads(payload)) for (payload,) in self._all(query, (step,))]
+    def segments_after(self, step: int) -> Iterator[Segment]:
+        """Segments with a step above `step`, in order (steps count from 1, so 0: all of them).
+
+        May be long, so lazily, as events are.
+        """
+        columns = "last_step, payload FROM segments WHERE last_step > ? ORDER BY last_step LIMIT ?"
+        while rows := self._all(f"SELECT {columns}", (step, _PAGE)):
+            yield from (decode_segment(json.loads(payload)) for _, payload in rows)
+            step = rows[-1][0]
 
     def snapshots(self) -> list[SnapshotRow]:
         """Every snapshot noted, oldest first (its directory may have been pruned)."""
