@@ -360,7 +360,7 @@ def _above(found: dict[str, Any]) -> float:
 
 def notes_of(run: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
     """What the figures say, for the page."""
-    curve, asked = run["curve"], run["books"]["asked"]
+    curve = run["curve"]
     points = [curve[len(curve) * tenth // 10 - 1] for tenth in range(1, 11)]
     return [
         "Bookkeeping is deciding, recording and showing: the controller's CPU time, without what "

@@ -216,7 +216,8 @@ def publish(
 ) -> None:
     """Print the figures, and the details under them; write both to `args.json` if it is given.
 
-    `notes` are paragraphs for the page of results. Quick figures are too short to be held against a bar.
+    `notes` are paragraphs for the page of results. Quick figures are too short to be held against a
+    bar.
     """
     if args.quick:
         figures = [replace(figure, bar=None) for figure in figures]

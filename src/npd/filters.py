@@ -144,7 +144,7 @@ class DeltaIfd:
         delta = delta_ifd(stats, self.config.ratio)
         if math.isnan(delta):
             return UNSCORED
-        if _is_mastered(stats, self.config) or low <= delta <= high:
+        if low <= delta <= high or _is_mastered(stats, self.config):
             return KEEP
         return Verdict(keep=False, reason="degenerate" if delta < low else "disconnect")
 

@@ -107,16 +107,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     >>> pack([3, 9, 5, 1], capacity=10)
     [[1, 3], [2, 0]]
     """
-    array = np.asarray(lengths, dtype=np.int64)
-    _check(array, capacity)
-    order = np.argsort(-array, kind="stable")
-    if 0 < int(array.sum()) <= capacity:
-        return [order.tolist()]
+    known = list(map(int, lengths))  # not numpy's integers, which are slow one by one
+    _check(known, capacity)
+    order = _longest_first(known)
+    if known and sum(known) <= capacity:
+        return [order]
     rows: list[list[int]] = []
-    open_rows = _FewOpenRows() if len(array) <= _FEW else _OpenRows(capacity)
+    open_rows = _FewOpenRows() if len(known) <= _FEW else _OpenRows(capacity)
     # A row with less room than the shortest document is full: it need not be found again.
-    shortest = int(array.min(initial=capacity))
-    for index, length in zip(order.tolist(), array[order].tolist(), strict=True):
+    shortest = min(known, default=capacity)
+    for index in order:
+        length = known[index]
         room, row = open_rows.take(length) or (capacity, len(rows))
         if row == len(rows):
             rows.append([])
@@ -126,11 +127,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _check(lengths: np.ndarray, capacity: int) -> None:
+def _longest_first(lengths: list[int]) -> list[int]:
+    """Indices by falling length, equal ones in their order."""
+    if len(lengths) <= _FEW:
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    order: list[int] = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return order
+
+
+def _check(lengths: list[int], capacity: int) -> None:
     assert capacity >= 1, "a row holds at least one token"
-    assert lengths.min(initial=1) >= 1, "a document has at least one token"
-    if lengths.max(initial=0) > capacity:
-        index = int(lengths.argmax())
+    assert min(lengths, default=1) >= 1, "a document has at least one token"
+    if max(lengths, default=0) > capacity:
+        index = lengths.index(max(lengths))
         raise InputError(
             f"document {index} has {lengths[index]} tokens, a row holds {capacity}: raise "
             "train.row_tokens (score.row_tokens when scoring), or limit prompts and responses"

@@ -39,14 +39,18 @@ def make_step(
 
     `progress` is how much of the run is behind at the start and at the end of the step, 0 to 1.
     """
-    rows = pack([ref.num_tokens for ref in refs], train.row_tokens)
-    costs = [float(sum(refs[i].num_tokens ** 2 for i in row)) for row in rows]
-    dealt = tuple(
-        tuple(Row(tuple(refs[i] for i in rows[place])) for place in places)
-        for places in balance(costs, ranks)
-    )
+    packed = pack([ref.num_tokens for ref in refs], train.row_tokens)
+    rows = [Row(tuple([refs[i] for i in row])) for row in packed]
     lr = learning_rate(*progress, lr=train.lr, min_lr=train.min_lr, warmup=train.warmup)
-    return Step(index, lr, dealt)
+    return Step(index, lr, _deal(rows, ranks))
+
+
+def _deal(rows: Sequence[Row], ranks: int) -> tuple[tuple[Row, ...], ...]:
+    """The rows of each rank, by what attention costs them."""
+    if ranks == 1:
+        return (tuple(rows),)
+    costs = [float(sum(ref.num_tokens**2 for ref in row.samples)) for row in rows]
+    return tuple(tuple(rows[place] for place in places) for places in balance(costs, ranks))
 
 
 def has_drifted(report: SegmentReport, threshold: float | None) -> bool:

@@ -141,8 +141,9 @@ class Ledger:
     def set_outcomes(self, outcomes: Sequence[tuple[int, Outcome, str]]) -> None:
         """Note that samples left: (sample_id, outcome, reason). They must be live (leave once)."""
         query = "UPDATE samples SET outcome = ?, reason = ? WHERE sample_id = ? AND outcome IS NULL"
-        rows = [(outcome, reason, sample) for sample, outcome, reason in outcomes]
-        counts = Counter([(outcome, reason) for _, outcome, reason in outcomes])
+        # `_value_`: the same as `value`, and no descriptor's call for each of a million samples.
+        rows = [(outcome._value_, reason, sample) for sample, outcome, reason in outcomes]
+        counts = Counter([(outcome, reason) for outcome, reason, _ in rows])
         with self.transaction():
             self._update(query, rows, "left, but not live")
             self._execute_many(_COUNT, [(*key, n) for key, n in counts.items()])
