@@ -14,6 +14,9 @@ from typing import Any
 
 from npd.errors import RunError, StoreError
 
+# Made once: `json.dumps` with options makes an encoder each time.
+_ENCODE = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
 
 class JsonLines:
     """Appends to `path` (created with its folder); one writer at a time."""
@@ -26,7 +29,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and flush it. RunError when the disk does not take it."""
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+        line = _ENCODE(record)
         try:
             self._file.write(line + "\n")
             self._file.flush()
