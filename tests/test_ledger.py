@@ -171,6 +171,15 @@ def test_segments(ledger):
     assert list(ledger.segments_after(5)) == []
 
 
+def test_many_segments_come_page_by_page(ledger):
+    segments = [make_segment(i, 1 + 2 * i) for i in range(250)]
+    with ledger.transaction():
+        for segment in segments:
+            ledger.add_segment(segment)
+    assert list(ledger.segments_after(0)) == segments
+    assert list(ledger.segments_after(101)) == segments[50:]
+
+
 def test_shard_states(ledger):
     ask(ledger, 0)
     ask(ledger, 1)
@@ -244,7 +253,10 @@ def test_damaged_or_foreign_file_is_told(path):
         Ledger(path)
     path.unlink()
     with Ledger(path) as ledger:  # the refused one has let the lock go
-        ledger._db.execute("PRAGMA user_version = 99")
+        for number in (1, 99):  # an earlier one, a later one
+            ledger._db.execute(f"PRAGMA user_version = {number}")
+            with pytest.raises(StoreError, match=f"has format {number}, not 2: use the npd that"):
+                Ledger.reader(path)
     with pytest.raises(StoreError, match="has format 99"):
         Ledger(path)
 

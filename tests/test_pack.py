@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.errors import InputError
-from npd.pack import balance, efficiency, pack
+from npd.pack import _FewOpenRows, _OpenRows, balance, efficiency, pack
 
 CAPACITIES = st.integers(1, 5000)
 
@@ -78,12 +78,24 @@ def test_rows_are_within_the_bound_of_the_optimum(problem):
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 1023, 1024, 1025, 2047, 2048, 4097, 70_000])
-def test_capacities_around_word_borders(capacity):
+@pytest.mark.parametrize("count", [200, 1100])
+def test_capacities_around_word_borders(capacity, count):
+    """Few documents and many: their open rows are kept in different ways."""
     rng = random.Random(capacity)
     sizes = [1, capacity, max(1, capacity - 1), max(1, capacity // 2), max(1, capacity // 3)]
-    lengths = sizes + [rng.randint(1, capacity) for _ in range(200)]
+    lengths = sizes + [rng.randint(1, capacity) for _ in range(count)]
     rooms = [capacity - sum(lengths[i] for i in row) for row in pack(lengths, capacity)]
     assert sorted(rooms) == sorted(naive_rooms(lengths, capacity))
+
+
+@given(problems())
+def test_open_rows_of_few_and_of_many_documents_are_found_alike(problem):
+    lengths, capacity = problem
+    few, many = _FewOpenRows(), _OpenRows(capacity)
+    for row, length in enumerate(lengths):
+        assert few.take(length) == many.take(length)
+        few.add(capacity - length, row)
+        many.add(capacity - length, row)
 
 
 def test_order_is_decided_by_length_then_index():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from npd.config import RunConfig
 from npd.control import codec
 from npd.control import events as ev
-from npd.control.order import learning_rate, mix, prompt_of
+from npd.control.order import learning_rate, mix, mix_each, prompt_of
 from npd.control.plan import Plan
-from npd.types import Outcome
+from npd.types import Outcome, Row, SampleRef, Segment, Step
 from simulation import Simulation
 
 
@@ -97,6 +97,27 @@ def test_the_same_events_give_the_same_actions_also_through_json(config, num_pro
         actions = plan.handle(again)
         assert actions == expected
         assert codec.digest(actions) == codec.digest(expected)
+
+
+def test_a_checksum_of_decisions_changes_with_any_number_in_them():
+    def decide(ask=7, tokens=9, lr=0.5, version=2, ids=(0, 1), reason="short", split=2):
+        refs = [SampleRef(i, 3, version, tokens) for i in range(4)]
+        rows = Row(tuple(refs[:split])), Row(tuple(refs[split:]))
+        return [
+            ev.Retire(((5, Outcome.REJECTED, reason),)),
+            ev.Generate(1, version, (ev.AskRef(0, 1, ask), ev.AskRef(1, 2, 8))),
+            ev.Score(0, 1, ids),
+            ev.Train(Segment(4, 1, (Step(1, lr, (rows,)),))),
+            ev.Publish(1, 0),
+        ]
+
+    changed = [
+        decide(), decide()[::-1], decide()[1:], decide(ask=6), decide(tokens=8), decide(lr=0.25),
+        decide(version=1), decide(ids=(0,)), decide(ids=(1, 0)), decide(reason="shorter"),
+        decide(split=3), [],
+    ]  # fmt: skip
+    assert len({codec.digest(actions) for actions in changed}) == len(changed)
+    assert codec.digest(decide()) == codec.digest(decide())
 
 
 @settings(max_examples=60, deadline=None)
@@ -202,7 +223,9 @@ def test_prompts_come_once_a_round_in_an_order_of_the_seed():
 
 def test_mix_is_stable_and_spreads():
     assert mix(0, 1, 2) == mix(0, 1, 2)
-    values = {mix(0, 1, i) for i in range(10_000)}
+    values = set(mix_each((0, 1), range(10_000)))
+    assert values == {mix(0, 1, i) for i in range(10_000)}
+    assert mix_each((), [3, -4]) == [mix(3), mix(-4)]
     assert len(values) == 10_000
     assert all(0 <= value < 2**63 for value in values)
 

@@ -11,7 +11,7 @@ from npd.control.repair import repair
 from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.types import Outcome
+from npd.types import Outcome, Row, SampleRef, Segment, Step
 
 MAKERS = (
     ev.Score(0, 0, (0, 1)),
@@ -50,11 +50,11 @@ def layout(tmp_path):
     return layout
 
 
-def repaired(layout, *, rewrites_exactly=True, refused=()):
+def repaired(layout, *, rewrites_exactly=True, refused=(), is_over=False):
     """What was done again."""
     dispatcher = FakeDispatcher(layout, rewrites_exactly=rewrites_exactly, refused=refused)
     with Ledger(layout.ledger_db) as ledger:
-        made = asyncio.run(repair(MAKERS, dispatcher, ledger, layout))
+        made = asyncio.run(repair(MAKERS, dispatcher, ledger, layout, is_over=is_over))
     assert made == len(dispatcher.done)
     return dispatcher.done
 
@@ -67,6 +67,15 @@ def test_rollouts_come_before_their_scores(layout):
     layout.rollouts(0).unlink()
     layout.scored(0).unlink()
     assert repaired(layout) == [MAKERS[1], MAKERS[0]]
+
+
+def test_once_a_run_is_over_what_is_live_is_not_needed(layout):
+    layout.rollouts(0).unlink()
+    assert repaired(layout, is_over=True) == []
+    step = Step(1, 0.1, ((Row((SampleRef(1, 0, 0, 9),)),),))
+    with Ledger(layout.ledger_db) as ledger:
+        ledger.add_segment(Segment(0, 0, (step,)))
+    assert repaired(layout, is_over=True) == [MAKERS[1]], "the trainer has to repeat it"
 
 
 def test_what_a_server_wrote_is_not_written_again_but_scored(layout):
