@@ -153,18 +153,26 @@ class Desk:
         return self.simulation._event(action)
 
 
-def drive(layout, simulation, fails_at=0):
-    """A plan in the real controller, with the real ledger and monitor; the desk, and its books."""
+def drive(desk):
+    """The desk's plan in the real controller, with the real ledger and monitor."""
+    layout, simulation = desk.layout, desk.simulation
     layout.create()
-    monitor, desk = Monitor(simulation.config, layout, PlainView()), Desk(layout, simulation)
-    desk.fails_at = fails_at
+    monitor = Monitor(simulation.config, layout, PlainView())
     with Ledger(layout.ledger_db) as ledger:
         desk.controller = Controller(simulation.plan, desk, ledger, layout, monitor)
         try:
             asyncio.run(desk.controller.run(30, has_heldout=False))
         finally:
             monitor.close()
-    return desk
+
+
+def resumed(desk):
+    """The same run in another process, so to speak: a fresh plan, and what was written before."""
+    simulation = Simulation(desk.simulation.config, 30)
+    simulation.written = desk.simulation.written
+    again = Desk(desk.layout, simulation)
+    drive(again)
+    return again
 
 
 def events_of(layout):
@@ -175,31 +183,28 @@ def events_of(layout):
 
 def test_what_ends_together_with_a_failure_is_recorded(tmp_path):
     config = make_bounded(60, 1, 40, {}, overlap=True)
-    for fails_at in (9, 10, 11, 40):
-        layout, simulation = RunLayout(tmp_path / str(fails_at)), Simulation(config, 30)
+    for fails_at in (5, 9, 10, 11, 40):
+        desk = Desk(RunLayout(tmp_path / str(fails_at)), Simulation(config, 30), fails_at)
         with pytest.raises(RunError, match="the disk is full"):
-            drive(layout, simulation, fails_at)
-        before = events_of(layout)
-        again = Simulation(config, 30)
-        again.written = simulation.written
-        desk = drive(layout, again)
-        after = events_of(layout)
+            drive(desk)
+        before = events_of(desk.layout)
+        assert len(before) == desk.num_done, "the start, and all that ended but the failure"
+        again = resumed(desk)
+        after = events_of(desk.layout)
         assert after[: len(before)] == before
-        assert len(after) == len(before) + desk.num_done, "nothing was done twice"
-        assert again.plan.step == 60
+        assert len(after) == len(before) + again.num_done, "nothing was done twice"
+        assert again.simulation.plan.step == 60
 
 
 def test_resuming_remembers_only_what_made_shards_still_needed(tmp_path):
-    config, layout = make_bounded(400, 2, 24, {"every_steps": 3}, overlap=True), RunLayout(tmp_path)
-    simulation = Simulation(config, 30)
+    config = make_bounded(400, 2, 24, {"every_steps": 3}, overlap=True)
+    desk = Desk(RunLayout(tmp_path), Simulation(config, 30), fails_at=1200)
     with pytest.raises(RunError):
-        drive(layout, simulation, fails_at=1200)
-    again = Simulation(config, 30)
-    again.written = simulation.written
-    desk = drive(layout, again)
-    with Ledger.reader(layout.ledger_db) as ledger:
+        drive(desk)
+    again = resumed(desk)
+    with Ledger.reader(desk.layout.ledger_db) as ledger:
         num_shards = len(ledger.shards())
-    assert again.plan.step == 400
+    assert again.simulation.plan.step == 400
     assert num_shards > 300
-    assert 0 < len(desk.makers) < 40, "window and segments since the last checkpoint"
-    assert held(again.plan) < 1_500
+    assert 0 < len(again.makers) < 40, "window and segments since the last checkpoint"
+    assert held(again.simulation.plan) < 1_500
