@@ -11,7 +11,7 @@ With the store in, generators and scorers write real Arrow shards of short texts
 and the trainer reads each sample it uses, as the real workers do; what this takes is a figure of
 its own, because it is theirs. Shard files stay: nothing in a run removes them.
 
-    python benchmarks/bench_scale.py --samples 1000000 --small 60000 --repeats 3
+    python benchmarks/bench_scale.py --samples 1000000 --small 30000 --repeats 3
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def main() -> None:
     """Every case; with `--case` one, in this process."""
     parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000, help="of the long run")
-    parser.add_argument("--small", type=int, default=60_000, help="samples of the other cases")
+    parser.add_argument("--small", type=int, default=30_000, help="samples of the other cases")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--case", help="one case as JSON, in this process")
