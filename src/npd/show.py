@@ -81,16 +81,8 @@ def conservation_line(counts: Any) -> str:
 
 def config_lines(settings: Settings) -> Iterator[str]:
     """`section.key: value  # origin`, one line a value; together a config file npd reads."""
-    from npd.layers import flat
+    from npd.layers import as_yaml, flat
     from npd.settings import dump_config
 
     for key, value in flat(dump_config(settings.config)):
-        yield f"{f'{key}: {_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
-
-
-def _yaml(value: Any) -> str:
-    """A value on one line of YAML."""
-    import yaml
-
-    text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+        yield f"{f'{key}: {as_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
