@@ -18,12 +18,17 @@ _QUALITY = (
 )
 
 
-def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
-    """Quality before and after, speed by stage, what became of each sample, where it all lies."""
+def result_lines(data: ReportData, layout: RunLayout, go_on: str | None = None) -> Iterator[str]:
+    """Quality before and after, speed by stage, what became of each sample, where it all lies.
+
+    `go_on`: the command that resumes the run; default: as it was started.
+    """
     from npd.observe.live import clock_text
+    from npd.resuming import resume_command
+    from npd.wording import counted
 
     steps = {int(step["step"]) for step in data.steps}
-    yield f"{data.title}: {len(steps)} steps in {clock_text(data.wall_seconds)}"
+    yield f"{data.title}: {counted(len(steps), 'step')} in {clock_text(data.wall_seconds)}"
     yield ""
     if data.evals:
         yield from _quality(data.evals)
@@ -40,7 +45,8 @@ def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
     if layout.student.is_dir():
         yield f"student   {layout.student}"
     else:
-        yield f"not finished: after step {max(steps, default=0)}; npd run CONFIG --resume goes on"
+        go_on = go_on or resume_command(data.config, data.origins)
+        yield f"not finished: after step {max(steps, default=0)}; go on with {go_on}"
     if layout.report_html.exists():
         yield f"report    {layout.report_html}"
 

@@ -202,6 +202,7 @@ class Controller:
             if isinstance(done, ev.Generate | ev.Score):
                 self._makers[ev.key(done)] = done
             pending |= {ev.key(a): a for a in actions if not isinstance(a, ev.Retire)}
+            self._stop = next((a for a in actions if isinstance(a, ev.Stop)), None)
             self._segments |= {
                 a.segment.index: a.segment for a in actions if isinstance(a, ev.Train)
             }
@@ -209,6 +210,7 @@ class Controller:
         if pending is None:
             return None
         self._shards = set(self._ledger.shards())
+        self._monitor.resumed(self._plan)
         return list(pending.values())
 
     def _prune(self) -> None:

@@ -90,6 +90,10 @@ class Monitor:
             self._record(event, actions, plan)
             self._show(plan)
 
+    def resumed(self, plan: Plan) -> None:
+        """Everything that was recorded is noted: show where the run goes on from."""
+        self._show(plan)
+
     def close(self) -> None:
         """Close files and trackers; the view is its owner's to close."""
         self._metrics.close()
