@@ -24,6 +24,7 @@ def result_lines(data: ReportData, layout: RunLayout, go_on: str | None = None) 
     `go_on`: the command that resumes the run; default: as it was started.
     """
     from npd.observe.live import clock_text
+    from npd.observe.report.waste import wasted_line
     from npd.resuming import resume_command
     from npd.wording import counted
 
@@ -41,6 +42,8 @@ def result_lines(data: ReportData, layout: RunLayout, go_on: str | None = None) 
         yield ""
     yield conservation_line(data.conservation)
     yield from _reason_lines(layout)
+    if wasted := wasted_line(data):
+        yield f"warning   {wasted}"
     yield ""
     if layout.student.is_dir():
         yield f"student   {layout.student}"
