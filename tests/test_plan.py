@@ -14,7 +14,7 @@ from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.order import learning_rate, mix, prompt_of
 from npd.control.plan import Plan
-from npd.types import Outcome
+from npd.types import EvalReport, Outcome
 from simulation import Simulation
 
 
@@ -96,6 +96,14 @@ def test_the_same_events_give_the_same_actions_also_through_json(config, num_pro
         actions = plan.handle(again)
         assert actions == expected
         assert ev.digest(actions) == ev.digest(expected)
+
+
+def test_an_evaluation_recorded_before_it_had_sums_by_response_is_read():
+    event = ev.Evaluated(EvalReport(3, 1.0, 0.5, None, 4, 10, 0.1, kl_sums=(4.0, 6.0)))
+    kind, payload = ev.encode(event)
+    assert ev.decode(kind, json.loads(json.dumps(payload))) == event
+    before = {k: v for k, v in payload["report"].items() if k != "kl_sums"}
+    assert ev.decode(kind, {"report": before}).report.kl_sums == ()
 
 
 @settings(max_examples=60, deadline=None)

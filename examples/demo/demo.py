@@ -18,6 +18,7 @@ import npd
 from npd.__main__ import outcome
 from npd.prepare import import_gguf, prune_depth, smollm2_gguf
 from npd.settings import load_config
+from npd.wording import counted
 
 HERE = Path(__file__).parent
 MODELS, RUNS = Path("models"), Path("runs/demo")
@@ -79,7 +80,7 @@ def show(warm: list, near: list, seconds: float) -> None:
     for name, label, form in MEASURES:
         cells = [form.format(e[name]) for e in (warm[0], near[0], near[-1])]
         print(f"{label:32}{cells[0]:>10}{cells[1]:>12}{cells[2]:>10}")
-    held_out = f"{near[-1]['num_prompts']} held-out prompts"
+    held_out = counted(near[-1]["num_prompts"], "held-out prompt")
     print(f"\nmeasured on {held_out}; whole demo {seconds / 60:.1f} min on {os.cpu_count()} cores")
 
 

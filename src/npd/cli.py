@@ -137,7 +137,7 @@ def generate(
 
     settings = load_config(config, sets or ())
     made = stage(settings.config, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, f"rollouts in {out}")
+    _tell_made(made, "rollout", out)
 
 
 @app.command()
@@ -159,14 +159,17 @@ def score(
 
     settings = load_config(config, sets or ())
     made = stage(settings.config, rollouts, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, f"scored rollouts in {out}")
+    _tell_made(made, "scored rollout", out)
 
 
-def _tell_made(made: Made, where: str) -> None:
+def _tell_made(made: Made, what: str, out: Path) -> None:
+    from npd.wording import counted
+
     if made.failed:
         total = made.num_records + len(made.failed)
-        typer.echo(f"{len(made.failed)} of {total} samples failed: {made.failed[0].reason}")
-    typer.echo(f"{made.num_records} {where}")
+        failed = f"{len(made.failed)} of {counted(total, 'sample')} failed"
+        typer.echo(f"{failed}: {made.failed[0].reason}")
+    typer.echo(f"{counted(made.num_records, what)} in {out}")
 
 
 @app.command()

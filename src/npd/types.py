@@ -260,7 +260,8 @@ class EvalReport:
 
     `kl` is the tail-bucket KL(teacher || student) in nats per token on fixed held-out responses,
     `agreement` the share of their positions where both argmaxes agree, `exact_match` the share of
-    prompts with an `answer` whose greedy response contains it as its final answer.
+    prompts with an `answer` whose greedy response contains it as its final answer. `kl_sums` is the
+    KL of each response summed over its tokens: what tells a change from noise.
     """
 
     step: int
@@ -271,3 +272,4 @@ class EvalReport:
     num_tokens: int
     seconds: float
     samples: tuple[tuple[str, str], ...] = ()
+    kl_sums: tuple[float, ...] = ()

@@ -21,6 +21,7 @@ from npd.store import snapshots
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Segment
+from npd.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Controller:
         await self._dispatcher.load()
         made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
         if made:
-            self._monitor.message(f"{made} missing shard files were made again")
+            self._monitor.message(f"made again: {counted(made, 'missing shard file')}")
         self._makers.clear()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()

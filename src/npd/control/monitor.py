@@ -22,6 +22,7 @@ from npd.observe.trace import Span, TraceWriter
 from npd.observe.trackers import Tracker
 from npd.store.layout import RunLayout
 from npd.types import EvalReport, Outcome, SampleStats, StepReport
+from npd.wording import counted
 
 if TYPE_CHECKING:
     from npd.control.plan import Plan
@@ -147,7 +148,7 @@ class Monitor:
 
     def _tell_failed(self, shard: int, stage: str, failed: Sequence[tuple[int, str]]) -> None:
         if failed:
-            count = f"{len(failed)} sample{'s' * (len(failed) > 1)}"
+            count = counted(len(failed), "sample")
             self.message(f"shard {shard}: {stage} failed for {count}: {failed[0][1]}")
 
     def _write(self, step: int, values: dict[str, float | None], kind: str) -> None:
@@ -205,7 +206,9 @@ class Monitor:
 
 def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
     values = asdict(report)
-    return {name: value for name, value in values.items() if name not in ("step", "samples")}
+    return {
+        name: value for name, value in values.items() if name not in ("step", "samples", "kl_sums")
+    }
 
 
 def _delta_median(stats: tuple[SampleStats, ...], ratio: Ratio) -> float | None:

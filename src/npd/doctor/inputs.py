@@ -13,6 +13,7 @@ from npd.control.preparation import check_model, check_weights, models_read_here
 from npd.doctor.checks import Check, attempt, fail, ok, warn
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
+from npd.wording import counted
 
 
 def input_checks(config: RunConfig) -> Iterator[Check]:
@@ -60,7 +61,7 @@ def _vocabulary(config: RunConfig) -> str:
 def _data(config: RunConfig) -> str:
     prepared = prepare(config)
     dropped = ", ".join(f"{count} dropped ({why})" for why, count in prepared.dropped.items())
-    counts = f"{len(prepared.prompts):,} prompts, {len(prepared.heldout):,} held out"
+    counts = f"{counted(len(prepared.prompts), 'prompt')}, {len(prepared.heldout):,} held out"
     return f"{counts}{f', {dropped}' if dropped else ''}"
 
 

@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 
 from npd.observe.report.data import ReportData
 from npd.observe.report.html import Html, el, join
-from npd.observe.report.learning import lead, near_policy, result, training
+from npd.observe.report.learning import near_policy, training
 from npd.observe.report.machine import machine, settings
 from npd.observe.report.page import page
+from npd.observe.report.result import lead, result
 from npd.observe.report.selection import selection, texts
 from npd.observe.report.waste import wasted_line
 
