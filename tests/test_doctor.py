@@ -12,8 +12,9 @@ import pytest
 
 from conftest import make_model, make_tokenizer
 from desk import Desk
-from npd.config import LoraConfig, RunConfig, TrainConfig
+from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
+from npd.doctor.gpus import gpu_checks
 from npd.doctor.memory import over_ranks, trainer_bytes
 from npd.servers.sizes import size_of
 
@@ -191,8 +192,51 @@ def test_another_vocabulary_fails(desk, tmp_path):
     teacher = shutil.copytree(desk.teacher, tmp_path / "other")
     make_tokenizer(["some other words in here than there"] * 9).save_pretrained(teacher)
     code, checks = examined(desk, f"teacher={teacher}")
-    assert (code, "data" in checks) == (2, False)
+    assert code == 2
     assert "do not share a vocabulary" in failure(checks["vocabulary"])
+    assert [check.status for check in checks["data"]] == ["ok"]
+
+
+def statuses(checks: dict[str, list[Check]]) -> dict[str, str]:
+    """The worst status of each thing looked at."""
+    worst = ("FAIL", "warn", "ok")
+    return {what: min((c.status for c in found), key=worst.index) for what, found in checks.items()}
+
+
+def test_what_is_wrong_with_one_hides_nothing_of_another(desk):
+    run = {"config": "ok", "run directory": "ok"}
+    code, checks = examined(desk, "teacher=./nowhere", "data.train=nope.jsonl")
+    assert code == 2
+    assert statuses(checks) == {
+        **run, "student": "ok", "teacher": "FAIL", "data": "FAIL", "memory": "ok"
+    }  # fmt: skip
+    _, checks = examined(desk, "student=./nowhere", "teacher=./neither")
+    assert statuses(checks) == {**run, "student": "FAIL", "teacher": "FAIL", "data": "ok"}
+    assert "20 prompts, 4 held out; how long they are shows once" in checks["data"][0].says
+    _, checks = examined(desk, "student=./nowhere", "data.train=nope.jsonl")
+    assert statuses(checks) == {**run, "student": "FAIL", "teacher": "ok", "data": "FAIL"}
+
+
+def test_adapters_are_looked_at_by_themselves(desk):
+    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "data.train=nope.jsonl")
+    assert "which is no linear layer" in failure(checks["lora"])
+    assert failure(checks["data"])
+    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "student=./nowhere")
+    assert statuses(checks)["lora"] == "ok"
+    assert "show once the student can be read" in checks["lora"][0].says
+
+
+def test_a_teacher_that_is_not_there_leaves_the_students_server_examined(desk, serve):
+    stub = serve(desk.student)
+    _, checks = examined(desk, *on(stub), "teacher=./nowhere")
+    said = " ".join(check.says for check in checks["generate server"])
+    assert f"holds {desk.student}: log-probs within" in said
+    stub = serve(desk.teacher)
+    code, checks = examined(desk, *on(stub, where="score"), "teacher=./nowhere")
+    assert code == 2
+    said = " ".join(check.says for check in checks["score server"])
+    assert "log-probs a position" in said
+    assert "nowhere" not in said
 
 
 def test_a_directory_in_use_is_a_warning(desk):
@@ -415,6 +459,50 @@ def test_gpus_must_be_there_and_enough(desk):
     launch = f"{{command: [{sys.executable}], gpus: ['99'], tensor_parallel: 2}}"
     _, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
     assert any("no GPU 99 here" in check.says for check in checks["generate.launch"])
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """A machine whose driver lists two GPUs."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa\\n1, GPU-bbbb\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "ranks", "visible", "shared"),
+    [
+        (["1"], "cuda", 1, None, False),
+        (["0"], "cuda", 1, None, True),
+        (["1"], "cuda:1", 1, None, True),
+        (["0, 1"], "cuda:1", 1, None, True),
+        (["1"], "cuda", 2, None, True),
+        (["GPU-bb"], "cuda:1", 1, None, True),
+        (["GPU-aaaa"], "cuda:1", 1, None, False),
+        (["1"], "cuda", 1, "1", True),
+        (["0"], "cuda", 1, "1", False),
+        (["0"], "cuda", 1, "GPU-aaaa", True),
+        (["0"], "cpu", 1, None, False),
+    ],
+)
+def test_a_server_on_the_trainers_gpu_is_a_warning(
+    two_gpus, monkeypatch, gpus, device, ranks, visible, shared
+):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = RunConfig(
+        student="a",
+        teacher="b",
+        schedule={"epochs": 10},
+        runtime={"kind": "local", "device": device},
+        train={"ranks": ranks},
+    )
+    found = list(gpu_checks("generate.launch", LaunchConfig(gpus=gpus), config))
+    assert [check.status for check in found] == ["ok"] * len(gpus) + ["warn"] * shared
+    assert all("is the trainer's too" in c.says for c in found if c.status == "warn")
 
 
 # Settings of servers.
