@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -77,6 +78,8 @@ def configs(draw) -> RunConfig:
 def test_every_promise_holds_over_a_whole_run(config, num_prompts, seed, fail):
     simulation = Simulation(config, num_prompts, seed, fail).run()
     assert simulation.stop is not None
+    published = [e.step for e in simulation.events if isinstance(e, ev.SnapshotPublished)]
+    assert published == sorted(set(published)), "a snapshot of nothing new"
     if config.schedule.epochs is not None and not simulation.stop.failed:
         assert len(simulation.asked) == config.num_asks(num_prompts)
         assert set(simulation.outcomes) == set(simulation.asked), "somebody never left"
@@ -96,6 +99,29 @@ def test_the_same_events_give_the_same_actions_also_through_json(config, num_pro
         actions = plan.handle(again)
         assert actions == expected
         assert ev.digest(actions) == ev.digest(expected)
+
+
+class Unlucky(Simulation):
+    """The filter rejects every sample of the first `rejected`."""
+
+    rejected = 12
+
+    def _scored(self, sample_id):
+        found = super()._scored(sample_id)
+        bad = {"nll_teacher": 99.0, "nll_student": 0.1}
+        return replace(found, **bad) if sample_id < self.rejected else found
+
+
+def test_an_epoch_without_a_step_brings_no_snapshot():
+    config = make_config(epochs=8, reuse=2, refresh={"at_epochs": [2, 4]}, window="all")
+    simulation = Unlucky(config, 12, seed=1).run()
+    published = [e for e in simulation.events if isinstance(e, ev.SnapshotPublished)]
+    assert [e.version for e in published] == [0, 1]
+    assert 0 == published[0].step < published[1].step
+    assert simulation.stop.reason == "done"
+    assert len(simulation.asked) == 48
+    assert {v for i, v in simulation.written.items() if i < 24} == {0}
+    assert {v for i, v in simulation.written.items() if i >= 24} == {1}
 
 
 def test_an_evaluation_recorded_before_it_had_sums_by_response_is_read():
