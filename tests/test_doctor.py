@@ -7,7 +7,9 @@ import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 
+import numpy as np
 import pytest
 
 from conftest import make_model, make_tokenizer
@@ -15,8 +17,9 @@ from desk import Desk
 from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
 from npd.doctor.gpus import gpu_checks
-from npd.doctor.memory import over_ranks, trainer_bytes
+from npd.doctor.memory import heap_bytes, over_ranks, trainer_bytes
 from npd.servers.sizes import size_of
+from npd.types import FinishReason, Rollout
 
 KEY = "the-key"
 
@@ -267,6 +270,82 @@ def test_memory_counts_state_and_rows(tmp_path):
     assert trainer_bytes(adapters, size)[0] < state / 2
     assert trainer_bytes(thrifty, size)[1] < row
     assert trainer_bytes(shorter, size)[1] < row
+
+
+def forward_and_backward(model_dir, config, tokens: int):
+    """One row through the trainer's objective, as often as it is called."""
+    from npd.modeling import load_model
+    from npd.train.batch import build_row
+    from npd.train.objective import Objective
+
+    model = load_model(model_dir)
+    model.train()
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    objective = Objective(model, config.train, config.loss, is_sharded=False)
+    rollouts = []
+    for i in range(0, tokens, 128):
+        ids = np.arange(128, dtype=np.int32) % 300
+        rollouts.append(Rollout(i, i, 0, ids[:4], ids[:1], ids[4:], None, FinishReason.STOP, 0))
+    row = build_row(rollouts, version=0, device="cpu")
+
+    def once() -> None:
+        loss, _ = objective(row, tokens)
+        loss.backward()
+
+    return once
+
+
+def peak_of(work, path) -> int:
+    """The most bytes of tensors that were alive at once, of those `work` made."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    sizes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    return max(accumulate(size for _, size in sorted(sizes, key=lambda found: found[0])))
+
+
+@pytest.mark.parametrize(
+    ("is_thrifty", "vocabulary", "dtype"),
+    [(False, 512, "bfloat16"), (True, 8192, "bfloat16"), (True, 512, "float32")],
+)
+def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, vocabulary, dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        vocab_size=vocabulary, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    shape.tie_word_embeddings = True
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
+    config = RunConfig(
+        student="a",
+        schedule={"epochs": 10, "refresh": "never"},
+        train={"row_tokens": 1024, "dtype": dtype, "activation_checkpointing": is_thrifty},
+        loss={"kd_weight": 0.0, "chunk": 64},
+        filter={"name": "none"},
+        generate={"source": "dataset", "max_new_tokens": 124},
+        data={"max_prompt_tokens": 512},
+        eval={"source": "none"},
+    )
+    work = forward_and_backward(tmp_path / "model", config, 1024)
+    work()  # from here on gradients are there, as in all rows of a step but the first
+    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")))[1]
+    assert 0.8 < forecast / peak_of(work, tmp_path / "trace.json") < 1.45
+
+
+def test_what_the_heap_keeps_is_of_cpus_checkpointing_and_small_blocks(tmp_path):
+    make_model(0).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+
+    def left(device: str, is_on: bool, tokens: int) -> int:
+        train = TrainConfig(activation_checkpointing=is_on, row_tokens=tokens)
+        config = RunConfig(student="a", teacher="b", schedule={"epochs": 10})
+        return heap_bytes(config.model_copy(update={"train": train}), size, device)
+
+    assert left("cpu", True, 4096) == size.layers * 4 * 4 * 4096 * size.hidden
+    assert left("cpu", False, 4096) == left("cuda", True, 4096) == left("cpu", True, 2**24) == 0
 
 
 def test_memory_is_shared_out_over_ranks(tmp_path):
