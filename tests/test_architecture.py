@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "npd"
 
 NOUNS = {"types", "errors", "sections", "fields", "served", "rules"}
 SHARED = {"store", "observe", "data", "sources", "chat", "attention", "modeling", "settings"}
-SHARED |= {"layers", "lora", "probe", "servers", "world"}
+SHARED |= {"layers", "lora", "probe", "servers", "world", "wording", "resuming"}
 ROOMS = {"generate", "score", "train", "filters", "pack", "evaluate"}
 GROUND = NOUNS | {"config"} | SHARED
 # What each unit (a file or a folder of npd) may import of the others; a new unit needs a line.

@@ -226,7 +226,7 @@ def test_an_interrupt_drains_saves_and_exits_130(desk):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert re.search(r"not finished: after step \d+; npd run CONFIG --resume goes on", out)
+    assert re.search(r"not finished: after step \d+; go on with npd run run.yaml --resume\n", out)
     with Ledger.reader(desk.layout.ledger_db) as ledger:
         assert ledger.conservation().holds
         assert ledger.last_checkpoint() is not None

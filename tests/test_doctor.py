@@ -7,15 +7,19 @@ import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 
+import numpy as np
 import pytest
 
 from conftest import make_model, make_tokenizer
 from desk import Desk
-from npd.config import LoraConfig, RunConfig, TrainConfig
+from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
 from npd.doctor.checks import Check, summary
-from npd.doctor.memory import over_ranks, trainer_bytes
+from npd.doctor.gpus import gpu_checks
+from npd.doctor.memory import heap_bytes, over_ranks, trainer_bytes
 from npd.servers.sizes import size_of
+from npd.types import FinishReason, Rollout
 
 KEY = "the-key"
 
@@ -191,8 +195,51 @@ def test_another_vocabulary_fails(desk, tmp_path):
     teacher = shutil.copytree(desk.teacher, tmp_path / "other")
     make_tokenizer(["some other words in here than there"] * 9).save_pretrained(teacher)
     code, checks = examined(desk, f"teacher={teacher}")
-    assert (code, "data" in checks) == (2, False)
+    assert code == 2
     assert "do not share a vocabulary" in failure(checks["vocabulary"])
+    assert [check.status for check in checks["data"]] == ["ok"]
+
+
+def statuses(checks: dict[str, list[Check]]) -> dict[str, str]:
+    """The worst status of each thing looked at."""
+    worst = ("FAIL", "warn", "ok")
+    return {what: min((c.status for c in found), key=worst.index) for what, found in checks.items()}
+
+
+def test_what_is_wrong_with_one_hides_nothing_of_another(desk):
+    run = {"config": "ok", "run directory": "ok"}
+    code, checks = examined(desk, "teacher=./nowhere", "data.train=nope.jsonl")
+    assert code == 2
+    assert statuses(checks) == {
+        **run, "student": "ok", "teacher": "FAIL", "data": "FAIL", "memory": "ok"
+    }  # fmt: skip
+    _, checks = examined(desk, "student=./nowhere", "teacher=./neither")
+    assert statuses(checks) == {**run, "student": "FAIL", "teacher": "FAIL", "data": "ok"}
+    assert "20 prompts, 4 held out; how long they are shows once" in checks["data"][0].says
+    _, checks = examined(desk, "student=./nowhere", "data.train=nope.jsonl")
+    assert statuses(checks) == {**run, "student": "FAIL", "teacher": "ok", "data": "FAIL"}
+
+
+def test_adapters_are_looked_at_by_themselves(desk):
+    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "data.train=nope.jsonl")
+    assert "which is no linear layer" in failure(checks["lora"])
+    assert failure(checks["data"])
+    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "student=./nowhere")
+    assert statuses(checks)["lora"] == "ok"
+    assert "show once the student can be read" in checks["lora"][0].says
+
+
+def test_a_teacher_that_is_not_there_leaves_the_students_server_examined(desk, serve):
+    stub = serve(desk.student)
+    _, checks = examined(desk, *on(stub), "teacher=./nowhere")
+    said = " ".join(check.says for check in checks["generate server"])
+    assert f"holds {desk.student}: log-probs within" in said
+    stub = serve(desk.teacher)
+    code, checks = examined(desk, *on(stub, where="score"), "teacher=./nowhere")
+    assert code == 2
+    said = " ".join(check.says for check in checks["score server"])
+    assert "log-probs a position" in said
+    assert "nowhere" not in said
 
 
 def test_a_directory_in_use_is_a_warning(desk):
@@ -223,6 +270,82 @@ def test_memory_counts_state_and_rows(tmp_path):
     assert trainer_bytes(adapters, size)[0] < state / 2
     assert trainer_bytes(thrifty, size)[1] < row
     assert trainer_bytes(shorter, size)[1] < row
+
+
+def forward_and_backward(model_dir, config, tokens: int):
+    """One row through the trainer's objective, as often as it is called."""
+    from npd.modeling import load_model
+    from npd.train.batch import build_row
+    from npd.train.objective import Objective
+
+    model = load_model(model_dir)
+    model.train()
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    objective = Objective(model, config.train, config.loss, is_sharded=False)
+    rollouts = []
+    for i in range(0, tokens, 128):
+        ids = np.arange(128, dtype=np.int32) % 300
+        rollouts.append(Rollout(i, i, 0, ids[:4], ids[:1], ids[4:], None, FinishReason.STOP, 0))
+    row = build_row(rollouts, version=0, device="cpu")
+
+    def once() -> None:
+        loss, _ = objective(row, tokens)
+        loss.backward()
+
+    return once
+
+
+def peak_of(work, path) -> int:
+    """The most bytes of tensors that were alive at once, of those `work` made."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    sizes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    return max(accumulate(size for _, size in sorted(sizes, key=lambda found: found[0])))
+
+
+@pytest.mark.parametrize(
+    ("is_thrifty", "vocabulary", "dtype"),
+    [(False, 512, "bfloat16"), (True, 8192, "bfloat16"), (True, 512, "float32")],
+)
+def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, vocabulary, dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        vocab_size=vocabulary, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    shape.tie_word_embeddings = True
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
+    config = RunConfig(
+        student="a",
+        schedule={"epochs": 10, "refresh": "never"},
+        train={"row_tokens": 1024, "dtype": dtype, "activation_checkpointing": is_thrifty},
+        loss={"kd_weight": 0.0, "chunk": 64},
+        filter={"name": "none"},
+        generate={"source": "dataset", "max_new_tokens": 124},
+        data={"max_prompt_tokens": 512},
+        eval={"source": "none"},
+    )
+    work = forward_and_backward(tmp_path / "model", config, 1024)
+    work()  # from here on gradients are there, as in all rows of a step but the first
+    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")))[1]
+    assert 0.8 < forecast / peak_of(work, tmp_path / "trace.json") < 1.45
+
+
+def test_what_the_heap_keeps_is_of_cpus_checkpointing_and_small_blocks(tmp_path):
+    make_model(0).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+
+    def left(device: str, is_on: bool, tokens: int) -> int:
+        train = TrainConfig(activation_checkpointing=is_on, row_tokens=tokens)
+        config = RunConfig(student="a", teacher="b", schedule={"epochs": 10})
+        return heap_bytes(config.model_copy(update={"train": train}), size, device)
+
+    assert left("cpu", True, 4096) == size.layers * 4 * 4 * 4096 * size.hidden
+    assert left("cpu", False, 4096) == left("cuda", True, 4096) == left("cpu", True, 2**24) == 0
 
 
 def test_memory_is_shared_out_over_ranks(tmp_path):
@@ -415,6 +538,50 @@ def test_gpus_must_be_there_and_enough(desk):
     launch = f"{{command: [{sys.executable}], gpus: ['99'], tensor_parallel: 2}}"
     _, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
     assert any("no GPU 99 here" in check.says for check in checks["generate.launch"])
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """A machine whose driver lists two GPUs."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa\\n1, GPU-bbbb\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "ranks", "visible", "shared"),
+    [
+        (["1"], "cuda", 1, None, False),
+        (["0"], "cuda", 1, None, True),
+        (["1"], "cuda:1", 1, None, True),
+        (["0, 1"], "cuda:1", 1, None, True),
+        (["1"], "cuda", 2, None, True),
+        (["GPU-bb"], "cuda:1", 1, None, True),
+        (["GPU-aaaa"], "cuda:1", 1, None, False),
+        (["1"], "cuda", 1, "1", True),
+        (["0"], "cuda", 1, "1", False),
+        (["0"], "cuda", 1, "GPU-aaaa", True),
+        (["0"], "cpu", 1, None, False),
+    ],
+)
+def test_a_server_on_the_trainers_gpu_is_a_warning(
+    two_gpus, monkeypatch, gpus, device, ranks, visible, shared
+):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = RunConfig(
+        student="a",
+        teacher="b",
+        schedule={"epochs": 10},
+        runtime={"kind": "local", "device": device},
+        train={"ranks": ranks},
+    )
+    found = list(gpu_checks("generate.launch", LaunchConfig(gpus=gpus), config))
+    assert [check.status for check in found] == ["ok"] * len(gpus) + ["warn"] * shared
+    assert all("is the trainer's too" in c.says for c in found if c.status == "warn")
 
 
 # Settings of servers.

@@ -62,7 +62,7 @@ def reference(teacher, student, k):
 def test_heldout_kl_is_the_definition(tables, tiny_model_dir, k, row_tokens, chunk):
     teacher, student, pairs = tables
     model = load_model(tiny_model_dir)
-    kl, agreement, ce, tokens = heldout_kl(model, scored(teacher, pairs, k), row_tokens, chunk)
+    kl, agreement, ce, tokens, _ = heldout_kl(model, scored(teacher, pairs, k), row_tokens, chunk)
     assert kl == pytest.approx(reference(teacher, student, k), rel=1e-4)
     t, s = np.concatenate(teacher), np.concatenate(student)
     assert agreement == pytest.approx((t.argmax(1) == s.argmax(1)).mean())
@@ -85,9 +85,7 @@ def test_the_bound_grows_with_the_support_towards_the_full_kl(tables, tiny_model
 @pytest.mark.parametrize("k", [1, 10, 304])
 def test_a_student_that_is_the_teacher_is_perfect(tables, tiny_teacher_dir, k):
     teacher, _, pairs = tables
-    kl, agreement, _, _ = heldout_kl(
-        load_model(tiny_teacher_dir), scored(teacher, pairs, k), 64, 64
-    )
+    kl, agreement, *_ = heldout_kl(load_model(tiny_teacher_dir), scored(teacher, pairs, k), 64, 64)
     assert kl == pytest.approx(0.0, abs=1e-5)
     assert agreement == 1.0
 
@@ -165,3 +163,13 @@ def test_any_text_has_a_verdict(response, answer):
 
 def test_exact_match_is_a_share():
     assert exact_match([("4", "4"), ("5", "4"), ("#### 4", "4"), ("", "4")]) == 0.5
+
+
+def test_the_sums_by_response_are_in_the_order_given(tables, tiny_model_dir):
+    """Whatever row a response was packed into: each alone gives its own sum."""
+    teacher, _, pairs = tables
+    model, given = load_model(tiny_model_dir), scored(teacher, pairs, 10)
+    together = heldout_kl(model, given, 40, 6)
+    alone = [heldout_kl(model, [one], 500, 512) for one in given]
+    assert together.kl_sums == pytest.approx([a.kl * a.num_tokens for a in alone], rel=1e-4)
+    assert together.kl == pytest.approx(sum(together.kl_sums) / together.num_tokens)

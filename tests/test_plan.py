@@ -15,7 +15,7 @@ from npd.control import codec
 from npd.control import events as ev
 from npd.control.order import learning_rate, mix, mix_each, prompt_of
 from npd.control.plan import Plan
-from npd.types import Outcome, Row, SampleRef, Segment, Step
+from npd.types import EvalReport, Outcome, Row, SampleRef, Segment, Step
 from simulation import Simulation
 
 
@@ -78,6 +78,8 @@ def configs(draw) -> RunConfig:
 def test_every_promise_holds_over_a_whole_run(config, num_prompts, seed, fail):
     simulation = Simulation(config, num_prompts, seed, fail).run()
     assert simulation.stop is not None
+    published = [e.step for e in simulation.events if isinstance(e, ev.SnapshotPublished)]
+    assert published == sorted(set(published)), "a snapshot of nothing new"
     if config.schedule.epochs is not None and not simulation.stop.failed:
         assert len(simulation.asked) == config.num_asks(num_prompts)
         assert set(simulation.outcomes) == set(simulation.asked), "somebody never left"
@@ -118,6 +120,37 @@ def test_a_checksum_of_decisions_changes_with_any_number_in_them():
     ]  # fmt: skip
     assert len({codec.digest(actions) for actions in changed}) == len(changed)
     assert codec.digest(decide()) == codec.digest(decide())
+
+
+class Unlucky(Simulation):
+    """The filter rejects every sample of the first `rejected`."""
+
+    rejected = 12
+
+    def _scored(self, sample_id):
+        found = super()._scored(sample_id)
+        bad = {"nll_teacher": 99.0, "nll_student": 0.1}
+        return found._replace(**bad) if sample_id < self.rejected else found
+
+
+def test_an_epoch_without_a_step_brings_no_snapshot():
+    config = make_config(epochs=8, reuse=2, refresh={"at_epochs": [2, 4]}, window="all")
+    simulation = Unlucky(config, 12, seed=1).run()
+    published = [e for e in simulation.events if isinstance(e, ev.SnapshotPublished)]
+    assert [e.version for e in published] == [0, 1]
+    assert 0 == published[0].step < published[1].step
+    assert simulation.stop.reason == "done"
+    assert len(simulation.asked) == 48
+    assert {v for i, v in simulation.written.items() if i < 24} == {0}
+    assert {v for i, v in simulation.written.items() if i >= 24} == {1}
+
+
+def test_an_evaluation_recorded_before_it_had_sums_by_response_is_read():
+    event = ev.Evaluated(EvalReport(3, 1.0, 0.5, None, 4, 10, 0.1, kl_sums=(4.0, 6.0)))
+    kind, payload = codec.encode(event)
+    assert codec.decode(kind, json.loads(json.dumps(payload))) == event
+    before = {k: v for k, v in payload["report"].items() if k != "kl_sums"}
+    assert codec.decode(kind, {"report": before}).report.kl_sums == ()
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import replace
+from statistics import stdev
 from xml.etree import ElementTree
 
 import pytest
@@ -22,6 +23,7 @@ from npd.observe.report.bars import bin_edges, count
 from npd.observe.report.charts import moving_mean, thin
 from npd.observe.report.gantt import merge
 from npd.observe.report.html import Html, el
+from npd.observe.report.noise import change_error
 from npd.observe.report.scales import duration, nice_bounds, number, tick_labels, ticks, time_ticks
 from npd.observe.trace import Span
 from npd.types import FinishReason, Outcome, SampleStats
@@ -341,3 +343,60 @@ def test_durations_are_written_plainly(seconds, text):
 def test_elements_escape_strings_but_not_markup():
     assert el("p", "a < b", Html("<br/>"), class_='"') == '<p class="&quot;">a &lt; b<br/></p>'
     assert el("line", x1=1.0, stroke_width=0.126, y=None) == '<line x1="1" stroke-width="0.13"/>'
+
+
+def test_one_of_a_thing_is_not_called_many(data):
+    one = replace(
+        data,
+        steps=[dict(data.steps[0], drift=0.2)],
+        samples=[replace(data.samples[0], delta=0.5, lag=0)],
+        evals=[dict(e, num_prompts=1) for e in data.evals],
+        throughput={"train": StageRate(1, 1, 1.0)},
+    )
+    text = words(build_report(one))
+    for said in ("1 optimiser step,", "1 held-out prompt,", "1 scored sample.", "1 sample, mean",
+                 "1 token in 1 sample,", "1 of 1 measured step lies above"):  # fmt: skip
+        assert said in text
+    nodes = re.findall(r'[>"]([^<>"]*)', build_report(one))
+    many = re.compile(r"(?<![\d.,])1 (?:\w+ )?(?:steps|samples|prompts|tokens)\b")
+    assert not [node for node in nodes if many.search(node)]
+
+
+def kl_evals(before, after, tokens=100) -> list[dict]:
+    """Two evaluations of the same responses, with these sums of KL."""
+    return [
+        {"step": step, "kl": sum(sums) / tokens, "num_tokens": tokens, "kl_sums": sums}
+        for step, sums in ((0, before), (9, after))
+    ]
+
+
+def test_the_error_of_a_change_in_kl_is_that_of_its_pairs():
+    """By resampling the responses: the bootstrap's spread of the same change."""
+    rng = random.Random(5)
+    before = [rng.uniform(5, 100) for _ in range(300)]
+    after = [value - rng.gauss(1.0, 4.0) for value in before]
+    found = change_error(kl_evals(before, after, 12_000), "kl")
+    pairs = list(zip(before, after, strict=True))
+    drawn = [sum(b - a for a, b in rng.choices(pairs, k=300)) / 12_000 for _ in range(2000)]
+    assert found == pytest.approx(stdev(drawn), rel=0.1)
+    assert found < stdev(before) / 12_000 * 300**0.5, "pairs tell more than two separate means"
+
+
+def test_a_change_within_noise_is_not_called_one(data):
+    before = [10.0, 30.0, 20.0, 40.0]
+    noisy = replace(data, evals=kl_evals(before, [12.0, 27.0, 23.0, 37.0]))
+    text = words(build_report(noisy))
+    assert "did not change by more than noise: from 1.00 to 0.990 nats per token (" in text
+    assert "within noise" in text
+    assert not [e for e in tree_of(build_report(noisy)).iter("td") if "good" in e.get("class", "")]
+    clear = replace(data, evals=kl_evals(before, [9.0, 29.0, 19.1, 39.0]))
+    assert "fell 4 %: from 1.00 to 0.961" in words(build_report(clear))
+    small = replace(data, evals=kl_evals(before, [9.96, 29.95, 19.96, 39.95]))
+    assert "fell under 1 %" in words(build_report(small))
+
+
+def test_a_share_of_few_prompts_is_noise(data):
+    evals = [{"step": s, "exact_match": v, "num_prompts": 48} for s, v in ((0, 0.5), (9, 0.55))]
+    assert "+5.0 points +10 %, within noise" in words(build_report(replace(data, evals=evals)))
+    many = [dict(e, num_prompts=4800) for e in evals]
+    assert "within noise" not in words(build_report(replace(data, evals=many)))

@@ -5,7 +5,6 @@ student on teacher text (`warm.yaml`), distils it on its own text (`npd.yaml`), 
 stage brought on prompts never trained on. Starts from nothing each time but keeps the two models.
 """
 
-import logging
 import os
 import shutil
 import sys
@@ -16,8 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import npd
+from npd.__main__ import outcome
 from npd.prepare import import_gguf, prune_depth, smollm2_gguf
 from npd.settings import load_config
+from npd.wording import counted
 
 HERE = Path(__file__).parent
 MODELS, RUNS = Path("models"), Path("runs/demo")
@@ -33,8 +34,6 @@ MEASURES = (
 
 def main() -> None:
     """Make the models, run both stages, print the table."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("npd").setLevel(logging.INFO)
     started = time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
     teacher, pruned = prepare_models()
@@ -66,10 +65,12 @@ def stage(title: str, name: str, student: Path, teacher: Path) -> npd.RunResult:
         "run_dir": RUNS / name,
     }
     overrides = [f"{key}={value}" for key, value in values.items()]
-    settings = load_config(HERE / f"{name}.yaml", [*overrides, *sys.argv[1:]])
+    overrides += (argument for argument in sys.argv[1:] if argument != "--debug")
+    settings = load_config(HERE / f"{name}.yaml", overrides)
     result = npd.run(settings.config, origins=settings.origins)
     if not result.is_done:
-        sys.exit(f"interrupted; {RUNS} is started anew by the next `make demo`")
+        say(f"interrupted: the next `make demo` starts {RUNS} anew")
+        raise KeyboardInterrupt
     return result
 
 
@@ -79,7 +80,7 @@ def show(warm: list, near: list, seconds: float) -> None:
     for name, label, form in MEASURES:
         cells = [form.format(e[name]) for e in (warm[0], near[0], near[-1])]
         print(f"{label:32}{cells[0]:>10}{cells[1]:>12}{cells[2]:>10}")
-    held_out = f"{near[-1]['num_prompts']} held-out prompts"
+    held_out = counted(near[-1]["num_prompts"], "held-out prompt")
     print(f"\nmeasured on {held_out}; whole demo {seconds / 60:.1f} min on {os.cpu_count()} cores")
 
 
@@ -89,4 +90,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome(main, debug="--debug" in sys.argv))

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 from npd.errors import NpdError
 
@@ -41,9 +42,20 @@ def main() -> None:
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run the command line; returns the exit code. `debug` shows the traceback of an error."""
-    import typer
-
     from npd.cli import app
+
+    return outcome(
+        lambda: app(arguments or ["--help"], prog_name="npd", standalone_mode=False), debug=debug
+    )
+
+
+def outcome(work: Callable[[], object], *, debug: bool = False) -> int:
+    """Do `work` with log lines on; returns the exit code it ends in (what it returns, or 0).
+
+    An error or an interrupt becomes one line at most, as the command line has it; scripts that
+    call the library may end in this too.
+    """
+    import typer
 
     # Its public name differs between the versions of typer that we allow.
     usage_error = typer.BadParameter.__mro__[1]
@@ -52,7 +64,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
     logging.getLogger("npd").setLevel(logging.INFO)
     try:
-        code = app(arguments or ["--help"], prog_name="npd", standalone_mode=False)
+        code = work()
     except (typer.Abort, KeyboardInterrupt):
         return _INTERRUPTED
     except NpdError as error:

@@ -58,7 +58,9 @@ def run(
 
     settings = load_config(config, sets or ())
     result = run_config(settings.config, resume=resume, origins=settings.origins)
-    for line in result_lines(result.data, RunLayout(result.directory)):
+    if result.was_done:
+        typer.echo(f"{result.directory} has finished already: nothing was done")
+    for line in result_lines(result.data, RunLayout(result.directory), result.go_on):
         typer.echo(line)
     if not result.is_done:
         raise typer.Exit(130)
@@ -135,7 +137,7 @@ def generate(
 
     settings = load_config(config, sets or ())
     made = stage(settings.config, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, f"rollouts in {out}")
+    _tell_made(made, "rollout", out)
 
 
 @app.command()
@@ -157,14 +159,17 @@ def score(
 
     settings = load_config(config, sets or ())
     made = stage(settings.config, rollouts, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, f"scored rollouts in {out}")
+    _tell_made(made, "scored rollout", out)
 
 
-def _tell_made(made: Made, where: str) -> None:
+def _tell_made(made: Made, what: str, out: Path) -> None:
+    from npd.wording import counted
+
     if made.failed:
         total = made.num_records + len(made.failed)
-        typer.echo(f"{len(made.failed)} of {total} samples failed: {made.failed[0].reason}")
-    typer.echo(f"{made.num_records} {where}")
+        failed = f"{len(made.failed)} of {counted(total, 'sample')} failed"
+        typer.echo(f"{failed}: {made.failed[0].reason}")
+    typer.echo(f"{counted(made.num_records, what)} in {out}")
 
 
 @app.command()
@@ -227,14 +232,16 @@ def export(
     from npd.control.opening import load_run
     from npd.errors import InputError
     from npd.export import export_model
+    from npd.resuming import resume_command
+    from npd.store.files import read_json
     from npd.store.layout import RunLayout
 
     layout = RunLayout(run)
     trust = load_run(layout).trust_remote_code
     if not layout.student.is_dir():
-        raise InputError(
-            f"{run} has no student yet: finish the run first (npd run CONFIG --resume)"
-        )
+        about = read_json(layout.config_json)
+        go_on = resume_command(about["config"], about["origins"])
+        raise InputError(f"{run} has no student yet: finish the run first ({go_on})")
     typer.echo(f"model directory {export_model(layout.student, out, trust_remote_code=trust)}")
 
 

@@ -19,6 +19,7 @@ from npd.config import DataConfig
 from npd.errors import ConfigError, DataError
 from npd.sources import Unreadable, read_records
 from npd.types import EncodedPrompt, Message, Prompt
+from npd.wording import counted
 
 COLUMNS = ("prompt", "messages", "completion", "answer", "teacher")
 # What other data sets call their prompts, to put the likely rename into the error.
@@ -87,10 +88,10 @@ def encode_prompts(
         longest = max(encoded, key=lambda e: len(e.prompt_ids))
         text = _question(next(p for p in prompts if p.index == longest.index))[-1][1]
         raise DataError(
-            f"{num_long} of {len(encoded)} prompts have more than data.max_prompt_tokens "
-            f"({config.max_prompt_tokens}) tokens; the longest has {len(longest.prompt_ids)}: "
-            f"prompt {longest.index}, {text[:60]!r}; raise data.max_prompt_tokens, or set "
-            "data.on_long_prompt: drop"
+            f"{num_long} of {counted(len(encoded), 'prompt')} have more than "
+            f"data.max_prompt_tokens ({config.max_prompt_tokens}) tokens; the longest has "
+            f"{len(longest.prompt_ids)}: prompt {longest.index}, {text[:60]!r}; raise "
+            "data.max_prompt_tokens, or set data.on_long_prompt: drop"
         )
     return fitting, {"long_prompt": num_long} if num_long else {}
 
@@ -109,9 +110,9 @@ def _check_columns(columns: Mapping[str, str]) -> None:
 def _split(found: list[Prompt], config: DataConfig) -> tuple[list[Prompt], list[Prompt]]:
     if len(found) <= config.heldout_size:
         raise DataError(
-            f"{config.train} has {len(found)} prompts, too few to hold out data.heldout_size "
-            f"({config.heldout_size}) and train on the rest: lower data.heldout_size, or name "
-            "other prompts in data.heldout"
+            f"{config.train} has {counted(len(found), 'prompt')}, too few to hold out "
+            f"data.heldout_size ({config.heldout_size}) and train on the rest: lower "
+            "data.heldout_size, or name other prompts in data.heldout"
         )
     at = len(found) - config.heldout_size
     return found[:at], found[at:]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,46 +29,62 @@ _NUMBER = re.compile(
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
-def heldout_kl(
-    model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
-) -> tuple[float, float, float, int]:
+class Match(NamedTuple):
+    """How well a student matches its teacher: means over all response tokens.
+
+    `kl`: tail-bucket KL(teacher || student) in nats, `sum_topk p_T (log p_T - log p_S) + (1 - M_T)
+    log((1 - M_T) / (1 - M_S))`, a lower bound of the full KL and never negative. `agreement`: share
+    of positions where both argmaxes agree. `ce`: the student's NLL in nats. `kl_sums`: the KL of
+    each response, summed over its tokens, in the order they came in.
+    """
+
+    kl: float
+    agreement: float
+    ce: float
+    num_tokens: int
+    kl_sums: tuple[float, ...]
+
+
+def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int) -> Match:
     """How well `model` (packed) matches the teacher on fixed responses with a top-k support.
 
-    Returns (kl, agreement, ce, num_tokens), means over all response tokens: tail-bucket
-    KL(teacher || student) in nats, `sum_topk p_T (log p_T - log p_S) + (1 - M_T) log((1 - M_T) /
-    (1 - M_S))`, a lower bound of the full KL and never negative; the share of positions where both
-    argmaxes agree; the student's NLL in nats. Documents are packed into rows of `row_tokens`, and
-    at most `chunk` positions have logits at once.
+    Documents are packed into rows of `row_tokens`, and at most `chunk` positions have logits at
+    once.
     """
     assert scored, "nothing to evaluate on"
     head, was_training = head_of(model), model.training
     pairs = [(s.rollout.prompt_ids, s.rollout.response_ids) for s in scored]
-    total = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(len(scored), 3, dtype=torch.float64)
     model.eval()
     with torch.inference_mode():
         for row, hidden in response_hidden(model, pairs, row_tokens):
-            total += _row_sums(head, hidden, [scored[i] for i in row], chunk)
+            values = _row_values(head, hidden, [scored[i] for i in row], chunk)
+            lengths = [len(pairs[i][1]) for i in row]
+            for i, part in zip(row, torch.split(values, lengths), strict=True):
+                sums[i] = part.sum(dim=0)
     model.train(was_training)
     num_tokens = sum(len(response) for _, response in pairs)
-    kl, agreement, ce = (total / num_tokens).tolist()
-    return kl, agreement, ce, num_tokens
+    kl, agreement, ce = (sums.sum(dim=0) / num_tokens).tolist()
+    return Match(kl, agreement, ce, num_tokens, tuple(sums[:, 0].tolist()))
 
 
-def _row_sums(head: Head, hidden: Tensor, scored: Sequence[Scored], chunk: int) -> Tensor:
+def _row_values(head: Head, hidden: Tensor, scored: Sequence[Scored], chunk: int) -> Tensor:
     device = hidden.device
     ids = torch.from_numpy(np.concatenate([s.topk_ids for s in scored])).long().to(device)
     logprobs = np.concatenate([s.topk_logprobs for s in scored]).astype(np.float32)
     teacher = torch.from_numpy(logprobs).to(device)
     labels = np.concatenate([s.rollout.response_ids for s in scored])
     targets = torch.from_numpy(labels).long().to(device)
-    total = torch.zeros(3, dtype=torch.float64)
-    for part in head.slices(len(hidden), chunk):
-        total += _chunk_sums(head.logits(hidden[part]), ids[part], teacher[part], targets[part])
-    return total
+    return torch.cat(
+        [
+            _chunk_values(head.logits(hidden[part]), ids[part], teacher[part], targets[part])
+            for part in head.slices(len(hidden), chunk)
+        ]
+    )
 
 
-def _chunk_sums(logits: Tensor, ids: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    """Sums of KL, agreement and NLL over a chunk: logits [C, V], ids and teacher [C, k]."""
+def _chunk_values(logits: Tensor, ids: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """KL, agreement and NLL by position [C, 3]: logits [C, V], ids and teacher [C, k]."""
     norm = logits.logsumexp(dim=1, keepdim=True)
     student = logits.gather(1, ids) - norm
     p = teacher.exp()
@@ -77,7 +93,7 @@ def _chunk_sums(logits: Tensor, ids: Tensor, teacher: Tensor, targets: Tensor) -
     kl += tail_t * (tail_t.log() - tail_s.log())
     agree = logits.argmax(dim=1) == ids[:, 0]
     nll = norm[:, 0] - logits.gather(1, targets[:, None])[:, 0]
-    return torch.stack([kl.double().sum(), agree.double().sum(), nll.double().sum()]).cpu()
+    return torch.stack([kl.double(), agree.double(), nll.double()], dim=1).cpu()
 
 
 def _tail(probabilities: Tensor) -> Tensor:

@@ -148,6 +148,12 @@ def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+def as_yaml(value: Any) -> str:
+    """A value on one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -145,7 +145,7 @@ def _server_problems(
         ),
         (
             bool(urls) and workers > len(urls),
-            f"{where}.workers ({workers}) is more than the {len(urls)} servers of {where}.urls: "
+            f"{where}.workers ({workers}) is more than {where}.urls has servers ({len(urls)}): "
             "each worker has servers of its own",
         ),
         (
@@ -158,7 +158,7 @@ def _server_problems(
         ),
         (
             bool(gpus) and len(gpus) < workers,
-            f"{where}.launch.gpus names the GPUs of {len(gpus)} servers, but {where}.workers is "
+            f"{where}.launch.gpus has too few entries ({len(gpus)}), as {where}.workers is "
             f"{workers}: one entry a worker",
         ),
         (

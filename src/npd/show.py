@@ -18,12 +18,18 @@ _QUALITY = (
 )
 
 
-def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
-    """Quality before and after, speed by stage, what became of each sample, where it all lies."""
+def result_lines(data: ReportData, layout: RunLayout, go_on: str | None = None) -> Iterator[str]:
+    """Quality before and after, speed by stage, what became of each sample, where it all lies.
+
+    `go_on`: the command that resumes the run; default: as it was started.
+    """
     from npd.observe.live import clock_text
+    from npd.observe.report.waste import wasted_line
+    from npd.resuming import resume_command
+    from npd.wording import counted
 
     steps = {int(step["step"]) for step in data.steps}
-    yield f"{data.title}: {len(steps)} steps in {clock_text(data.wall_seconds)}"
+    yield f"{data.title}: {counted(len(steps), 'step')} in {clock_text(data.wall_seconds)}"
     yield ""
     if data.evals:
         yield from _quality(data.evals)
@@ -36,11 +42,14 @@ def result_lines(data: ReportData, layout: RunLayout) -> Iterator[str]:
         yield ""
     yield conservation_line(data.conservation)
     yield from _reason_lines(layout)
+    if wasted := wasted_line(data):
+        yield f"warning   {wasted}"
     yield ""
     if layout.student.is_dir():
         yield f"student   {layout.student}"
     else:
-        yield f"not finished: after step {max(steps, default=0)}; npd run CONFIG --resume goes on"
+        go_on = go_on or resume_command(data.config, data.origins)
+        yield f"not finished: after step {max(steps, default=0)}; go on with {go_on}"
     if layout.report_html.exists():
         yield f"report    {layout.report_html}"
 
@@ -81,16 +90,8 @@ def conservation_line(counts: Any) -> str:
 
 def config_lines(settings: Settings) -> Iterator[str]:
     """`section.key: value  # origin`, one line a value; together a config file npd reads."""
-    from npd.layers import flat
+    from npd.layers import as_yaml, flat
     from npd.settings import dump_config
 
     for key, value in flat(dump_config(settings.config)):
-        yield f"{f'{key}: {_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
-
-
-def _yaml(value: Any) -> str:
-    """A value on one line of YAML."""
-    import yaml
-
-    text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+        yield f"{f'{key}: {as_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"

@@ -25,6 +25,7 @@ from npd.generate import build_generator
 from npd.modeling import resolve_device
 from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
 from npd.types import Ask, Failed, Rollout, SampleRef, SampleStats, Scored, Segment, Step
+from npd.wording import counted
 from npd.workers import generated_stats, scored_stats
 from npd.workers.generator import stop_ids
 
@@ -144,8 +145,8 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     by_id = {_stats(sample).sample_id: sample for sample in samples}
     refs = _filtered(config, [_stats(sample) for sample in samples])
     if not refs:
-        raise DataError(f"{data}: the filter keeps none of its {len(samples)} samples")
-    yield f"kept {len(refs)} of {len(samples)} samples"
+        raise DataError(f"{data}: the filter keeps none of its {counted(len(samples), 'sample')}")
+    yield f"kept {len(refs)} of {counted(len(samples), 'sample')}"
     trainer = Trainer(
         config.train,
         config.loss,

@@ -275,8 +275,8 @@ class EvalReport:
     """Held-out quality at a step.
 
     `kl` is the tail-bucket KL(teacher || student) in nats per token on fixed held-out responses,
-    `agreement` the share of their positions where both argmaxes agree, `exact_match` the share of
-    prompts with an `answer` whose greedy response contains it as its final answer.
+    `kl_sums` that of each response in all, `agreement` the share of positions where both argmaxes
+    agree, `exact_match` the share of prompts with an `answer` that end in it when greedy.
     """
 
     step: int
@@ -287,6 +287,7 @@ class EvalReport:
     num_tokens: int
     seconds: float
     samples: tuple[tuple[str, str], ...] = ()
+    kl_sums: tuple[float, ...] = ()
 
 
 def _prompt_of(index: int, answer: str | None, teacher: str, *ids: bytes | None) -> EncodedPrompt:

@@ -65,7 +65,8 @@ def decode(kind: str, payload: dict[str, Any]) -> ev.Event:
     elif kind == "Evaluated":
         report = payload["report"]
         samples = tuple((prompt, text) for prompt, text in report["samples"])
-        event = ev.Evaluated(EvalReport(**{**report, "samples": samples}))
+        kl_sums = tuple(report.get("kl_sums", ()))
+        event = ev.Evaluated(EvalReport(**{**report, "samples": samples, "kl_sums": kl_sums}))
     else:
         event = _EVENTS[kind](**payload)
     return event

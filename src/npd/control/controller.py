@@ -24,6 +24,7 @@ from npd.store import snapshots
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Segment
+from npd.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Controller:
             is_over=self._plan.is_stopped,
         )
         if made:
-            self._monitor.message(f"{made} missing shard files were made again")
+            self._monitor.message(f"made again: {counted(made, 'missing shard file')}")
         self._makers.clear()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
@@ -230,8 +231,12 @@ class Controller:
                 self._makers[ev.key(done)] = done
             for action in actions:
                 self._remember(action, pending)
+            self._stop = next((a for a in actions if isinstance(a, ev.Stop)), None)
             self._monitor.note(event, actions, self._plan, is_replay=True)
-        return None if pending is None else list(pending.values())
+        if pending is None:
+            return None
+        self._monitor.resumed(self._plan)
+        return list(pending.values())
 
     def _remember(self, action: ev.Action, pending: dict[tuple[str, int], ev.Action]) -> None:
         """A decision that is recorded already: it is under way until its event comes."""

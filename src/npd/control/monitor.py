@@ -22,6 +22,7 @@ from npd.observe.trace import Span, TraceWriter
 from npd.observe.trackers import Tracker
 from npd.store.layout import RunLayout
 from npd.types import EvalReport, Outcome, SampleStats, StepReport
+from npd.wording import counted
 
 if TYPE_CHECKING:
     from npd.control.plan import Plan
@@ -39,7 +40,7 @@ class Monitor:
         self._metrics = MetricsWriter(layout.metrics_jsonl)
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
-        self._ratio = config.filter.ratio
+        self._ratio, self._needs_scores = config.filter.ratio, config.needs_scores
         self._started = time.time()
         self._first_progress: float | None = None
         self._doing: dict[str, WorkerState] = {}
@@ -47,6 +48,7 @@ class Monitor:
         self._tokens: Counter[str] = Counter()
         self._outcomes: Counter[Outcome] = Counter()
         self._trained_here = 0
+        self._kept = self._cut = 0
         self._last: StepReport | None = None
         self._state = LiveState(elapsed=0.0, step=0, title=config.name)
 
@@ -90,6 +92,10 @@ class Monitor:
             self._record(event, actions, plan)
             self._show(plan)
 
+    def resumed(self, plan: Plan) -> None:
+        """Everything that was recorded is noted: show where the run goes on from."""
+        self._show(plan)
+
     def close(self) -> None:
         """Close files and trackers; the view is its owner's to close."""
         self._metrics.close()
@@ -102,15 +108,18 @@ class Monitor:
             case ev.ShardGenerated(shard, stats, failed):
                 self._tell_failed(shard, "generate", failed)
                 self._tokens["generate"] += sum(s.response_tokens for s in stats)
+                self._judged(0 if self._needs_scores else len(stats), actions)
             case ev.ShardScored(shard, stats, failed):
                 self._tell_failed(shard, "score", failed)
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
-                self._write(plan.step, _shard_values(stats, actions, self._ratio), "score")
+                self._judged(len(stats), actions)
+                self._write(plan.step, {"delta_median": _delta_median(stats, self._ratio)}, "score")
             case ev.SegmentTrained(report):
                 self._tokens["train"] += sum(s.total_tokens for s in report.steps)
                 for step in report.steps:
                     self._write(step.step, _numbers(step), "train")
                 values = {"peak_memory/trainer": report.peak_memory_mib, **self._rates(plan)}
+                values["kept_share"] = self._take_kept_share()
                 self._write(report.steps[-1].step, values, "run")
             case ev.Evaluated(report):
                 self._write(report.step, _numbers(report), "eval")
@@ -124,9 +133,22 @@ class Monitor:
             case _:
                 pass
 
+    def _judged(self, passed: int, actions: list[ev.Action]) -> None:
+        """Count what filters kept (`passed`, but for those rejected now) and what they cut."""
+        outcomes = Counter(o for a in actions if isinstance(a, ev.Retire) for _, o, _ in a.samples)
+        rejected = outcomes[Outcome.REJECTED]
+        self._kept += max(0, passed - rejected)
+        self._cut += rejected
+
+    def _take_kept_share(self) -> float | None:
+        """The share kept of what was judged since this was asked last; None where nothing was."""
+        kept, judged = self._kept, self._kept + self._cut
+        self._kept = self._cut = 0
+        return kept / judged if judged else None
+
     def _tell_failed(self, shard: int, stage: str, failed: Sequence[tuple[int, str]]) -> None:
         if failed:
-            count = f"{len(failed)} sample{'s' * (len(failed) > 1)}"
+            count = counted(len(failed), "sample")
             self.message(f"shard {shard}: {stage} failed for {count}: {failed[0][1]}")
 
     def _write(self, step: int, values: dict[str, float | None], kind: str) -> None:
@@ -183,25 +205,13 @@ class Monitor:
 
 
 def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
-    names = [item.name for item in fields(report) if item.name not in ("step", "samples")]
+    names = [f.name for f in fields(report) if f.name not in ("step", "samples", "kl_sums")]
     return {name: getattr(report, name) for name in names}
 
 
-def _shard_values(
-    stats: tuple[SampleStats, ...], actions: list[ev.Action], ratio: Ratio
-) -> dict[str, float | None]:
-    """The shard's median Δ-IFD and the share of it that the filter kept."""
+def _delta_median(stats: tuple[SampleStats, ...], ratio: Ratio) -> float | None:
     deltas = [delta for s in stats if math.isfinite(delta := delta_ifd(s, ratio))]
-    rejected = sum(
-        outcome is Outcome.REJECTED
-        for action in actions
-        if isinstance(action, ev.Retire)
-        for _, outcome, _ in action.samples
-    )
-    return {
-        "delta_median": median(deltas) if deltas else None,
-        "kept_share": 1 - rejected / len(stats) if stats else None,
-    }
+    return median(deltas) if deltas else None
 
 
 def _eval_line(report: EvalReport) -> str:

@@ -16,6 +16,7 @@ from npd.config import RunConfig
 from npd.control.preparation import Prepared, model_fingerprint
 from npd.errors import ConfigError, DataError, ModelError
 from npd.layers import flat
+from npd.resuming import resume_command
 from npd.served import looks_secret
 from npd.settings import dump_config
 from npd.store.files import read_json, write_json
@@ -44,8 +45,9 @@ def open_directory(
     if layout.config_json.exists():
         if not resume:
             raise ConfigError(
-                f"{layout.root} holds a run already: go on with it (--resume), or choose another "
-                "place (--set name=... or --set run_dir=...)"
+                f"{layout.root} holds a run already: go on with it "
+                f"({resume_command(dump_config(config), origins)}), or choose another place (--set "
+                "name=... or --set run_dir=...)"
             )
         _check_same(config, prepared, layout)
         layout.create()

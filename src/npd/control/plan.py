@@ -25,16 +25,12 @@ class Plan:
         self._uses_snapshots = config.generate.source == "student" or config.needs_ifd
         self._asks_per_round = 0
         self._total_asks: int | None = None
-        self._trainer_busy = 0
-        self._num_segments = 0
+        self._trainer_busy = self._num_segments = 0
         self._filled = False
-        self._version = 0
-        self._publishing = False
-        self._drifted = False
-        self._step = 0
-        self._refreshed_at = 0
-        self._saved_at = 0
-        self._evaluated_at = 0
+        self._version = self._skipped = 0
+        self._publishing = self._drifted = False
+        self._step = self._refreshed_at = 0
+        self._saved_at = self._evaluated_at = 0
         self._stopped = False
 
     @property
@@ -157,8 +153,11 @@ class Plan:
 
     def _tend_trainer(self) -> None:
         """Refresh the snapshot, save, evaluate, as each falls due."""
-        if self._is_refresh_due():
-            self._publish(self._version + 1)
+        while self._is_refresh_due():
+            if self._step > self._refreshed_at:
+                self._publish(self._version + 1)
+                break
+            self._skipped += 1  # it would be the snapshot there is
         save, evaluate = self._config.checkpoint.every_steps, self._config.eval.every_steps
         if save is not None and self._step - self._saved_at >= save:
             self._to_trainer(ev.Checkpoint(self._step))
@@ -178,7 +177,8 @@ class Plan:
 
     def _next_refresh_epoch(self) -> int | None:
         epochs = self._schedule.refresh.at_epochs or ()
-        return epochs[self._version] if self._version < len(epochs) else None
+        passed = self._version + self._skipped
+        return epochs[passed] if passed < len(epochs) else None
 
     def _publish(self, version: int) -> None:
         self._publishing = True

@@ -61,7 +61,19 @@ def prepare(config: RunConfig) -> Prepared:
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
     if config.teacher is not None and config.needs_teacher:
         check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
-    found = load_prompts(_data(config))
+    prepared = read_data(config, chat)
+    for model in models_read_here(config):
+        check_weights(model)
+    return prepared
+
+
+def read_data(config: RunConfig, chat: Chat) -> Prepared:
+    """The prompts as the student's `chat` has them, checked for what the run needs of them.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    found = load_prompts(data_section(config))
     prompts, dropped = encode_prompts(found.train, chat, config.data)
     heldout, dropped_heldout = encode_prompts(found.heldout, chat, config.data)
     if config.generate.source == "dataset":
@@ -74,8 +86,6 @@ def prepare(config: RunConfig) -> Prepared:
             "no training prompt is left after dropping: see data.on_long_prompt and "
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens})"
         )
-    for model in models_read_here(config):
-        check_weights(model)
     counts = [found.dropped, dropped, dropped_heldout]
     reasons = sorted({reason for count in counts for reason in count})
     total = {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
@@ -162,7 +172,7 @@ def model_fingerprint(model: str) -> str | None:
     return digest.hexdigest()
 
 
-def _data(config: RunConfig) -> DataConfig:
+def data_section(config: RunConfig) -> DataConfig:
     """The data section; nothing is held out where nothing is evaluated."""
     if config.eval.source != "none":
         return config.data

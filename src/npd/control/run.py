@@ -19,6 +19,7 @@ from npd.config import RunConfig
 from npd.control.controller import Controller, Ending
 from npd.control.crew import num_scorers, spawn_crew
 from npd.control.dispatch import Dispatcher
+from npd.control.finished import finished_at
 from npd.control.monitor import Monitor
 from npd.control.opening import open_directory
 from npd.control.plan import Plan
@@ -29,7 +30,9 @@ from npd.observe.live import View, make_view
 from npd.observe.report import ReportData, build_report
 from npd.observe.trace import export_perfetto
 from npd.observe.trackers import build_trackers
+from npd.resuming import resume_command
 from npd.runtime import build_runtime
+from npd.settings import dump_config
 from npd.store.files import write_atomic
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -39,7 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run left. `student` is None when it was interrupted; then `resume` goes on."""
+    """What a run left. `student` is None when it was interrupted; then `resume` goes on.
+
+    `go_on`: the command that does so. `was_done`: it had finished before, and nothing was done.
+    """
 
     directory: Path
     is_done: bool
@@ -47,6 +53,8 @@ class RunResult:
     student: Path | None
     report: Path | None
     data: ReportData
+    go_on: str
+    was_done: bool = False
 
 
 def run(
@@ -66,11 +74,15 @@ def run(
         RunError: the run could not go on; what was done is kept, `resume` goes on from it.
     """
     prepared = prepare(config)
+    go_on = resume_command(dump_config(config), origins or {})
     layout = open_directory(config, prepared, resume=resume, origins=origins or {})
+    last_step = finished_at(config, layout) if resume else None
+    if last_step is not None:
+        return _conclude(config, layout, Ending(last_step, is_done=True), go_on, was_done=True)
     ending = _outside_loops(
-        lambda: _session(config, prepared, layout, view if view is not None else make_view())
+        lambda: _session(config, prepared, layout, view if view is not None else make_view(), go_on)
     )
-    return _conclude(config, layout, ending)
+    return _conclude(config, layout, ending, go_on)
 
 
 async def _drive(
@@ -104,7 +116,9 @@ async def _drive(
         await runtime.close()
 
 
-def _session(config: RunConfig, prepared: Prepared, layout: RunLayout, view: View) -> Ending:
+def _session(
+    config: RunConfig, prepared: Prepared, layout: RunLayout, view: View, go_on: str
+) -> Ending:
     """Hold the run's ledger and drive the run; the view is closed whatever happens."""
     try:
         with Ledger(layout.ledger_db) as ledger:
@@ -114,7 +128,7 @@ def _session(config: RunConfig, prepared: Prepared, layout: RunLayout, view: Vie
             try:
                 return asyncio.run(_drive(config, prepared, layout, ledger, monitor))
             except asyncio.CancelledError:
-                raise RunError(f"stopped at once: go on with --resume ({layout.root})") from None
+                raise RunError(f"stopped at once: go on with {go_on}") from None
             finally:
                 monitor.close()
     finally:
@@ -155,15 +169,24 @@ def _signals(controller: Controller) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _conclude(config: RunConfig, layout: RunLayout, ending: Ending) -> RunResult:
+def _conclude(
+    config: RunConfig, layout: RunLayout, ending: Ending, go_on: str, *, was_done: bool = False
+) -> RunResult:
+    """What there is now; of a run that was done before, nothing is written anew."""
     data = tell(layout, config)
+    if was_done:
+        report = layout.report_html if layout.report_html.exists() else None
+    else:
+        report = write_report(config, layout, data) if config.observe.report else None
     return RunResult(
         directory=layout.root,
         is_done=ending.is_done,
         step=ending.step,
         student=layout.student if ending.is_done else None,
-        report=write_report(config, layout, data) if config.observe.report else None,
+        report=report,
         data=data,
+        go_on=go_on,
+        was_done=was_done,
     )
 
 

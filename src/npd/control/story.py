@@ -6,6 +6,7 @@ Reads the ledger, the trace and the shards; needs no model and no tokenizer but 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -102,6 +103,7 @@ def tell(layout: RunLayout, config: RunConfig) -> ReportData:
         samples=samples,
         bounds=_bounds(config, facts.scored),
         conservation=asdict(conservation),
+        unused=Counter((r.outcome, r.reason) for r in rows if r.outcome and not r.uses),
         spans=spans,
         snapshots=facts.snapshots,
         throughput=throughput(spans, facts, config),

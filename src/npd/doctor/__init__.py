@@ -1,7 +1,8 @@
 """Looks over a run before it is started: config, models, data, memory, servers.
 
-Promises: one line a check, each failure with its remedy; nothing is started, written or changed,
-here or on a server. What passes here can still fail later: sizes are estimates.
+Promises: one line a check, each failure with its remedy, and none hides another; nothing is
+started, written or changed, here or on a server. What passes here can still fail later: sizes are
+estimates.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def _examine(config: RunConfig) -> Iterator[Check]:
     from npd.doctor.reach import server_checks
     from npd.doctor.served import served_checks
 
-    inputs = list(input_checks(config))
-    yield from inputs
+    sound = set()
+    for check in input_checks(config):
+        yield check
+        if check.status != "FAIL":
+            sound.add(check.what)
     yield from run_directory_checks(config)
-    models_are_fine = not any(check.status == "FAIL" for check in inputs)
-    if models_are_fine:
+    if "student" in sound:
         yield from memory_checks(config)
     yield from served_checks(config)
     yield from launch_checks(config)
-    yield from server_checks(config, knows_models=models_are_fine)
+    yield from server_checks(config, sound)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from npd.errors import NpdError
+from npd.wording import counted
 
 Status: TypeAlias = Literal["ok", "warn", "FAIL"]
 
@@ -51,10 +52,11 @@ def summary(checks: Iterable[Check]) -> str:
     """The last line: `2 of 14 checks failed, 1 warning`."""
     listed = list(checks)
     failed, warned = (sum(c.status == status for c in listed) for status in ("FAIL", "warn"))
-    warnings = f", {warned} warning{'s' * (warned != 1)}" if warned else ""
+    warnings = f", {counted(warned, 'warning')}" if warned else ""
+    checked = counted(len(listed), "check")
     if failed:
-        return f"{failed} of {len(listed)} checks failed{warnings}"
-    return f"nothing failed in {len(listed)} checks{warnings}"
+        return f"{failed} of {checked} failed{warnings}"
+    return f"nothing failed in {checked}{warnings}"
 
 
 def as_json(checks: Iterable[Check]) -> dict[str, Any]:

@@ -7,31 +7,41 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from npd import lora
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
-from npd.control.preparation import check_model, check_weights, models_read_here, prepare
+from npd.control.preparation import (
+    check_model,
+    check_weights,
+    data_section,
+    models_read_here,
+    read_data,
+)
+from npd.data import load_prompts
 from npd.doctor.checks import Check, attempt, fail, ok, warn
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
+from npd.wording import counted
 
 
 def input_checks(config: RunConfig) -> Iterator[Check]:
-    """Student, teacher, their vocabularies, and the data; what rests on a failure is left out."""
-    models = [("student", config.student), ("teacher", config.teacher)]
-    checks = [
-        attempt(role, lambda role=role, model=model: _model(role, model, config))  # type: ignore[misc]
-        for role, model in models
-        if model is not None
-    ]
-    if config.teacher is not None and config.needs_teacher and not _failed(checks):
-        checks.append(attempt("vocabulary", lambda: _vocabulary(config)))
-    yield from checks
-    if not _failed(checks):
-        yield attempt("data", lambda: _data(config))
+    """Student, teacher, their vocabularies, adapters, and the data: each that can be looked at.
 
-
-def _failed(checks: list[Check]) -> bool:
-    return any(check.status == "FAIL" for check in checks)
+    What is wrong with one hides nothing that can be said of another: only the vocabularies need
+    both models, and without a student the data is read but not tokenised.
+    """
+    student = attempt("student", lambda: _model("student", config.student, config))
+    yield student
+    has_student = student.status != "FAIL"
+    if config.teacher is not None:
+        path = config.teacher
+        teacher = attempt("teacher", lambda: _model("teacher", path, config))
+        yield teacher
+        if config.needs_teacher and has_student and teacher.status != "FAIL":
+            yield attempt("vocabulary", lambda: _vocabulary(config))
+    if config.train.lora is not None:
+        yield attempt("lora", lambda: _lora(config, has_student))
+    yield attempt("data", lambda: _data(config) if has_student else _records(config))
 
 
 def _model(role: str, model: str, config: RunConfig) -> str:
@@ -58,10 +68,28 @@ def _vocabulary(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    prepared = prepare(config)
+    trust = config.trust_remote_code
+    chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
+    prepared = read_data(config, chat)
     dropped = ", ".join(f"{count} dropped ({why})" for why, count in prepared.dropped.items())
-    counts = f"{len(prepared.prompts):,} prompts, {len(prepared.heldout):,} held out"
+    counts = f"{counted(len(prepared.prompts), 'prompt')}, {len(prepared.heldout):,} held out"
     return f"{counts}{f', {dropped}' if dropped else ''}"
+
+
+def _records(config: RunConfig) -> str:
+    """The data as far as it goes without a tokenizer."""
+    found = load_prompts(data_section(config))
+    counts = f"{counted(len(found.train), 'prompt')}, {len(found.heldout):,} held out"
+    return f"{counts}; how long they are shows once the student can be read"
+
+
+def _lora(config: RunConfig, has_student: bool) -> str:
+    assert config.train.lora is not None
+    lora.require("train.lora")
+    if not has_student:
+        return "peft is installed; the targets show once the student can be read"
+    lora.check_targets(config.train.lora, config.student)
+    return "peft is installed, and the student has the layers that train.lora.targets names"
 
 
 def run_directory_checks(config: RunConfig) -> Iterator[Check]:

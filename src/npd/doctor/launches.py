@@ -12,6 +12,7 @@ from pathlib import Path
 
 from npd.config import LaunchConfig, RunConfig
 from npd.doctor.checks import Check, fail, ok, warn
+from npd.doctor.gpus import gpu_checks
 from npd.errors import ConfigError
 from npd.servers.commands import (
     ServerSpec,
@@ -66,7 +67,7 @@ def _launch(
         yield fail(what, f"there is no program {program[0]}: correct {what}.command or {what}.venv")
         return
     yield _version(what, engine, Path(found))
-    yield from _gpu_checks(what, launch, config)
+    yield from gpu_checks(what, launch, config)
     yield ok(what, f"would run: {' '.join(_shown(command))}")
 
 
@@ -95,43 +96,3 @@ def _version(what: str, engine: str, program: Path) -> Check:
         says = f"{python} has no {' or '.join(names)}: install it there (pip install {names[0]})"
         return fail(what, says)
     return ok(what, f"{program}: {', '.join(f'{name} {version}' for name, version in installed)}")
-
-
-def _gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
-    from npd.modeling import resolve_device
-
-    if not launch.gpus:
-        if resolve_device(config.runtime.device).startswith("cuda"):
-            yield warn(
-                what,
-                "its server takes most of the GPU that npd's own workers use: name another in "
-                f"{what}.gpus, or bound it by --gpu-memory-utilization in {what}.args",
-            )
-        return
-    there = gpus()
-    for entry in launch.gpus:
-        named = [part.strip() for part in entry.split(",") if part.strip()]
-        missing = [gpu for gpu in named if not any(known.startswith(gpu) for known in there)]
-        if missing:
-            listed = ", ".join(sorted(k for k in there if k.isdigit())) or "none"
-            yield fail(what, f"no GPU {missing[0]} here (there are: {listed}): correct {what}.gpus")
-        elif len(named) < launch.tensor_parallel:
-            yield fail(
-                what,
-                f"a model over {launch.tensor_parallel} GPUs does not fit on {entry!r}: name "
-                f"as many in {what}.gpus, or lower {what}.tensor_parallel",
-            )
-        else:
-            yield ok(what, f"GPU {entry} is there")
-
-
-def gpus() -> set[str]:
-    """Indices and unique ids of the GPUs that the driver lists; empty where there is no driver."""
-    ask = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return set()
-    if done.returncode != 0:
-        return set()
-    return {part.strip() for line in done.stdout.splitlines() for part in line.split(",")}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -41,23 +41,29 @@ class _Need:
     expected: Expected
 
 
-def server_checks(config: RunConfig, *, knows_models: bool) -> Iterator[Check]:
-    """Checks of every server at `urls`; without models that can be read, of its limits only."""
-    for need in _needs(config, knows_models):
+def server_checks(config: RunConfig, sound: Collection[str]) -> Iterator[Check]:
+    """Checks of every server at `urls`; of its limits only where its model is not in `sound`.
+
+    `sound`: which of `student` and `teacher` can be read. Both models' ids are the student's.
+    """
+    for need in _needs(config, sound):
         yield from asyncio.run(_section_checks(need))
         if need.is_refreshed:
             yield from _path_checks(need, config)
 
 
-def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
+def _needs(config: RunConfig, sound: Collection[str]) -> Iterator[_Need]:
     trust = config.trust_remote_code
-    size = 0
-    if knows_models:
+    sizes = {"student": 0, "teacher": 0}
+    if "student" in sound:
         size = Chat.load(config.student, trust_remote_code=trust).vocab_size
+        sizes = {role: size if role in sound else 0 for role in sizes}
     generate, score = config.generate, config.score
     if generate.urls:
         is_student = generate.source == "student"
-        model = config.student if is_student else config.teacher or ""
+        role, model = (
+            ("student", config.student) if is_student else ("teacher", config.teacher or "")
+        )
         yield _Need(
             where="generate",
             engine=generate.engine,
@@ -68,7 +74,7 @@ def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
             is_student=is_student,
             is_refreshed=is_student and not config.schedule.refresh.is_never,
             has_adapters=is_student and config.train.lora is not None,
-            expected=Expected(model, size, generate.probe_tolerance, trust),
+            expected=Expected(model, sizes[role], generate.probe_tolerance, trust),
         )
     if score.urls:
         yield _Need(
@@ -80,7 +86,9 @@ def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
             is_student=False,
             is_refreshed=False,
             has_adapters=False,
-            expected=Expected(config.teacher or "", size, generate.probe_tolerance, trust),
+            expected=Expected(
+                config.teacher or "", sizes["teacher"], generate.probe_tolerance, trust
+            ),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from npd.config import RunConfig
 from npd.doctor.checks import Check, warn
 from npd.served import looks_secret
+from npd.wording import counted
 
 
 def served_checks(config: RunConfig) -> Iterator[Check]:
@@ -33,7 +34,7 @@ def _shard_checks(config: RunConfig) -> Iterator[Check]:
         whose = "its server takes" if servers == 1 else f"its {servers} servers take"
         yield warn(
             "shard size",
-            f"a generator has one shard of {generate.shard_size} samples at a time, but {whose} "
-            f"{at_once} (generate.batch_size each): set generate.shard_size to {2 * at_once}, or "
-            "lower generate.batch_size",
+            f"a generator has one shard of {counted(generate.shard_size, 'sample')} at a time, "
+            f"but {whose} {at_once} (generate.batch_size each): set "
+            f"generate.shard_size to {2 * at_once}, or lower generate.batch_size",
         )

@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     "stale": Metric("samples", "samples that grew older than max_lag"),
     "failed": Metric("samples", "samples given up after errors"),
     "delta_median": Metric("1", "median Δ-IFD of a scored shard"),
-    "kept_share": Metric("share", "samples of a scored shard that the filter kept"),
+    "kept_share": Metric("share", "samples judged since the last line that all filters kept"),
 }
 
 

@@ -37,7 +37,8 @@ class FilterConfig(Section):
     """Which samples are trained on. The pre-filters run before the teacher is paid for."""
 
     name: Literal["none", "delta_ifd", "random", "teacher_nll", "overlap", "length"] = "delta_ifd"
-    """Δ-IFD, or a control that keeps as many by something simpler."""
+    """Δ-IFD, or a control that keeps as many by something simpler; with every one, `none` too, the
+    pre-filters below stay on (`drop_truncated`, `min_response_tokens`, `max_repeat`)."""
     ratio: Literal["nll", "ppl"] = "nll"
     """IFD divides mean NLLs, or perplexities."""
     bounds: Literal["fixed", "quantile"] = "fixed"
@@ -59,8 +60,8 @@ class FilterConfig(Section):
     keep: Share | None = None
     """Share a control keeps; None keeps as many as delta_ifd would of the same samples."""
     drop_truncated: bool = True
-    """Reject responses that reached `generate.max_new_tokens`."""
+    """Pre-filter: reject responses that reached `generate.max_new_tokens`; `false` turns it off."""
     min_response_tokens: Positive = 4
-    """Reject shorter responses."""
+    """Pre-filter: reject shorter responses; 1 turns it off."""
     max_repeat: Share = 0.5
-    """Largest share of repeated 4-grams."""
+    """Pre-filter: largest share of repeated 4-grams; 1 turns it off."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
-from npd.evaluate import exact_match, heldout_kl
+from npd.evaluate import Match, exact_match, heldout_kl
 from npd.modeling import decoding, resolve_device
 from npd.store.files import remove
 from npd.store.layout import RunLayout
@@ -131,26 +131,24 @@ class TrainerWorker:
 
     def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
         started = time.monotonic()
-        kl = agreement = None
-        tokens = 0
+        match: Match | None = None
         if self._layout.heldout.exists():
             heldout = read_scored(self._layout.heldout)
             with self._autocast(self._config.train.dtype):
-                kl, agreement, _, tokens = heldout_kl(
-                    model, heldout, self._config.train.row_tokens, 512
-                )
+                match = heldout_kl(model, heldout, self._config.train.row_tokens, 512)
         texts = self._greedy(prompts, model)
         pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
         shown = texts[: self._config.eval.num_samples]
         return EvalReport(
             step=step,
-            kl=kl,
-            agreement=agreement,
+            kl=match.kl if match else None,
+            agreement=match.agreement if match else None,
             exact_match=exact_match(pairs) if pairs else None,
             num_prompts=len(prompts),
-            num_tokens=tokens,
+            num_tokens=match.num_tokens if match else 0,
             seconds=time.monotonic() - started,
             samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),
+            kl_sums=match.kl_sums if match else (),
         )
 
     def _autocast(self, dtype: str) -> AbstractContextManager[object]:

@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 
 from npd.observe.report.data import ReportData
 from npd.observe.report.html import Html, el, join
-from npd.observe.report.learning import lead, near_policy, result, training
+from npd.observe.report.learning import near_policy, training
 from npd.observe.report.machine import machine, settings
 from npd.observe.report.page import page
+from npd.observe.report.result import lead, result
 from npd.observe.report.selection import selection, texts
+from npd.observe.report.waste import wasted_line
 
 _SECTIONS = (
     ("result", "Result"),
@@ -41,12 +43,14 @@ def build_report(data: ReportData) -> str:
 
 
 def _header(data: ReportData) -> Html:
+    wasted = wasted_line(data)
     links = (el("a", title, href=f"#{anchor}") for anchor, title in _SECTIONS)
     return join(
         el("p", "Near-policy distillation", class_="eyebrow"),
         el("h1", data.title),
         el("div", _subtitle(data), class_="soft"),
         el("p", lead(data), class_="lead"),
+        el("p", wasted, class_="warning") if wasted else None,
         el("nav", *links),
     )
 

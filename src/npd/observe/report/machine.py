@@ -12,6 +12,7 @@ from npd.observe.report.html import Html, el
 from npd.observe.report.page import figure, flat, grid, note, section, table
 from npd.observe.report.scales import duration, number
 from npd.observe.trace import busy_seconds, idle_shares, overlap_intervals, overlap_seconds, total
+from npd.wording import counted
 
 _KINDS = {"generate": "c1", "score": "c2", "train": "c3", "evaluate": "c4"}
 _OTHER = "c6"
@@ -70,7 +71,7 @@ def _rates(data: ReportData) -> Html | None:
 
 
 def _told(stage: str, rate: StageRate) -> str:
-    done = f"{rate.tokens:,} tokens in {rate.samples:,} samples"
+    done = f"{counted(rate.tokens, 'token')} in {counted(rate.samples, 'sample')}"
     return f"{stage} {done}, busy {duration(rate.busy_seconds)}"
 
 

@@ -16,6 +16,7 @@ from npd.observe.report.html import Html, el
 from npd.observe.report.page import figure, grid, note, section
 from npd.observe.report.scales import number
 from npd.types import Outcome
+from npd.wording import counted
 
 _LEAVES = (
     ("trained_out", "trained out", "c3"),
@@ -95,7 +96,8 @@ def _quantiles(data: ReportData) -> str:
     shares = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
     found = [(share, ordered[round(share * (len(ordered) - 1))]) for share in shares]
     told = ", ".join(f"{100 * share:.0f} %: {number(value, 2)}" for share, value in found)
-    return f"{len(ordered):,} scored samples. Quantiles {told}. Outer bins hold what lies beyond."
+    scored = counted(len(ordered), "scored sample")
+    return f"{scored}. Quantiles {told}. Outer bins hold what lies beyond."
 
 
 def _reasons(data: ReportData) -> Html | None:
@@ -146,7 +148,7 @@ def _stack(counts: Mapping[str, int], total: int) -> Html:
         for name, title, color in _LEAVES
         if (n := counts.get(name, 0))
     ]
-    return el("div", *pieces, class_="stack", title=f"{total:,} samples")
+    return el("div", *pieces, class_="stack", title=counted(total, "sample"))
 
 
 def texts(data: ReportData) -> Html:

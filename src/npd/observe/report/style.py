@@ -24,6 +24,7 @@ p{margin:0 0 12px;max-width:78ch}
 .intro{margin-bottom:16px}
 .eyebrow{font-size:12px;font-weight:600;letter-spacing:.09em;text-transform:uppercase;color:var(--c1);
 margin:0 0 8px}
+.warning{margin:14px 0 0;padding-left:12px;border-left:3px solid var(--bad)}
 .lead{font-size:18px;line-height:1.5;margin:18px 0 0;max-width:70ch}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:22px 0 0;padding:12px 0;
 border-block:1px solid var(--line);font-size:14px}
