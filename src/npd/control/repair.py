@@ -1,4 +1,4 @@
-"""On resuming: make again the shard files that are still needed and no longer there.
+"""On resuming: make again the shard files that are needed and missing or damaged.
 
 A task is made from its seeds and its snapshot, so what comes back is what was lost. Text that a
 server wrote is not made again: it would be other text, under the lengths and versions that the
@@ -13,8 +13,10 @@ from pathlib import Path
 from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
 from npd.errors import RunError, StoreError
+from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.store.shards import verify_shard
 
 
 async def repair(
@@ -23,32 +25,50 @@ async def repair(
     ledger: Ledger,
     layout: RunLayout,
 ) -> int:
-    """Carry out again those of `makers` whose file is needed and missing; returns how many.
+    """Carry out again those of `makers` whose file is needed and missing or damaged; how many.
 
     Raises:
-        StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
+        StoreError: such a shard was written by a server, or by a snapshot that is pruned.
     """
     needed = _needed_samples(ledger)
     made = 0
     for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
         is_score = isinstance(action, ev.Score)
         path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
-        if action.shard not in needed or path.exists():
+        if action.shard not in needed or (what := _problem(path, is_score=is_score)) is None:
             continue
-        if not is_score and not dispatcher.rewrites_exactly:
-            raise StoreError(
-                f"{path} is missing, and what a server wrote is not written the same again: bring "
-                "the file back, or start a new run"
-            )
-        has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
-        if not is_score and not has_snapshot:
-            raise StoreError(
-                f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
-                "bring the file back, or start a new run"
-            )
+        if isinstance(action, ev.Generate):
+            _check_is_makeable(action, dispatcher, ledger, layout, f"{path} is {what}")
+        remove(path)
         await _make(action, dispatcher, path, needed[action.shard])
         made += 1
     return made
+
+
+def _problem(path: Path, *, is_score: bool) -> str | None:
+    """What is wrong with a shard's file, if anything."""
+    if not path.exists():
+        return "missing"
+    try:
+        verify_shard(path, "scored" if is_score else "rollouts")
+    except StoreError:
+        return "damaged"
+    return None
+
+
+def _check_is_makeable(
+    action: ev.Generate, dispatcher: Dispatcher, ledger: Ledger, layout: RunLayout, what: str
+) -> None:
+    if not dispatcher.rewrites_exactly:
+        raise StoreError(
+            f"{what}, and what a server wrote is not written the same again: bring the file back, "
+            "or start a new run"
+        )
+    if ledger.snapshots() and not layout.snapshot(action.version).exists():
+        raise StoreError(
+            f"{what} and snapshot v{action.version}, which wrote it, is pruned: bring the file "
+            "back, or start a new run"
+        )
 
 
 async def _make(

@@ -117,6 +117,8 @@ def _session(config: RunConfig, prepared: Prepared, layout: RunLayout, view: Vie
                 raise RunError(f"stopped at once: go on with --resume ({layout.root})") from None
             finally:
                 monitor.close()
+                # Workers have ended: what those that were killed left half written goes too.
+                layout.sweep()
     finally:
         view.close()
 

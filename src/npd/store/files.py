@@ -29,6 +29,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path has a name that `temporary` gives: a killed writer's, if nobody writes."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
 def sweep(directory: Path) -> list[Path]:
     """Remove what killed writers left directly in `directory`; returns what was removed."""
     left = sorted(directory.glob(f".*{_SUFFIX}"))
