@@ -93,7 +93,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder / "student", seed=0)
         save_model(folder / "teacher", seed=1, layers=3)
-        undisturbed = [_undisturbed(args, folder / f"calm-{i}") for i in range(args.baselines)]
+        undisturbed = _undisturbed(args, folder)
         soak = _disturbed(args, folder / "killed", undisturbed)
     text = _markdown(args, soak)
     print(text)
@@ -133,18 +133,20 @@ def _make(args: argparse.Namespace, folder: Path, *, kind: str, ranks: int = 2) 
     )  # fmt: skip
 
 
-def _undisturbed(args: argparse.Namespace, folder: Path) -> float:
-    """The final held-out KL of a run that nobody disturbs.
+def _undisturbed(args: argparse.Namespace, folder: Path) -> list[float]:
+    """The final held-out KLs of runs that nobody disturbs.
 
-    Its workers are threads and its trainer is one rank, which is quicker: the plan is the same, and
-    the numbers of two ranks agree with it to float noise.
+    Their workers are threads and their trainer is one rank, which is quicker: the plan is the same,
+    and the numbers of two ranks agree with it to float noise.
     """
-    run = _make(args, folder, kind="inline", ranks=1)
-    started = time.monotonic()
-    run.finish()
-    kl = _final_kl(run)
-    print(f"undisturbed: held-out KL {kl:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-    return kl
+    runs = [
+        _make(args, folder / f"calm-{i}", kind="inline", ranks=1) for i in range(args.baselines)
+    ]
+    for run, process in [(run, run.start()) for run in runs]:
+        run.finish(process)
+    found = [_final_kl(run) for run in runs]
+    print("undisturbed: held-out KL", ", ".join(f"{kl:.4f}" for kl in found), flush=True)
+    return found
 
 
 def _disturbed(args: argparse.Namespace, folder: Path, undisturbed: Sequence[float]) -> Soak:
