@@ -99,10 +99,14 @@ def main() -> int:
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        record = {**asdict(soak), "seed": args.seed, "commit": commit(), "machine": machine()}
+        record = {**asdict(soak), "seed": args.seed, **_about()}
         (args.out / "soak.json").write_text(json.dumps(record, indent=2) + "\n")
         (args.out / "soak.md").write_text(text)
     return 1 if soak.problems else 0
+
+
+def _about() -> dict[str, Any]:
+    return {"commit": commit(), "machine": machine(), "versions": versions()}
 
 
 def _make(args: argparse.Namespace, folder: Path, *, kind: str, ranks: int = 2) -> Run:
@@ -157,6 +161,8 @@ def _disturbed(args: argparse.Namespace, folder: Path, undisturbed: Sequence[flo
     try:
         Killer(args, run, around, soak).drive()
         _check(args, run, around, soak, undisturbed)
+    except RuntimeError as error:
+        soak.problems.append(str(error))
     finally:
         for pid in around.processes():
             os.kill(pid, signal.SIGKILL)
@@ -305,27 +311,45 @@ def _repeated(run: Run) -> dict[str, Any]:
 
 def _markdown(args: argparse.Namespace, soak: Soak) -> str:
     kinds = Counter(kill.kind for kill in soak.kills)
-    steps = max((kill.step for kill in soak.kills), default=0)
-    facts = soak.facts
-    kl = facts["kl"]
+    about, steps = _about(), max((kill.step for kill in soak.kills), default=0)
+    host = about["machine"]
     lines = [
         "# A run under `kill -9`",
         "",
-        f"`benchmarks/soak.py --kills {args.kills} --seed {args.seed} --steps {args.steps}`, "
-        f"commit {commit()}, {machine()}, {versions()}",
+        "Made by `benchmarks/soak.py`; do not edit. What each line rests on is said there.",
         "",
         "| killed | how often | what was lost |",
         "| --- | --- | --- |",
-        *(f"| {kind} | {kinds[kind]} | {_lost(kind, facts)} |" for kind in sorted(kinds)),
+        *(f"| {kind} | {kinds[kind]} | {_lost(kind, soak.facts)} |" for kind in sorted(kinds)),
         "",
-        f"{len(soak.kills)} kills up to step {steps} of {args.steps}; ended by itself after "
-        f"{soak.seconds:.0f} s. Samples: {facts.get('samples')}. Held-out KL {kl['killed']:.4f}; "
-        f"undisturbed {', '.join(f'{value:.4f}' for value in kl['undisturbed'])}, of which a 99 % "
-        f"prediction is {kl['expected'][0]:.4f} to {kl['expected'][1]:.4f}.",
+        f"{len(soak.kills)} kills, the last after step {steps} of {args.steps}; the run took "
+        f"{soak.seconds:.0f} s.",
+        *_told(soak.facts),
         "",
         *([f"- PROBLEM: {problem}" for problem in soak.problems] or ["Nothing was wrong."]),
+        "",
+        f"- command: `python benchmarks/soak.py --kills {args.kills} --seed {args.seed} --steps "
+        f"{args.steps}{' --vllm VENV' if args.vllm else ''}`",
+        f"- commit: {about['commit']}",
+        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
+        f"{host['load'][0]} at the end",
+        f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _told(facts: dict[str, Any]) -> list[str]:
+    if "kl" not in facts:
+        return []
+    kl = facts["kl"]
+    samples = ", ".join(f"{count} {what}" for what, count in facts.get("samples", {}).items())
+    return [
+        f"Samples: {samples}. Each was trained on at most {REUSE} times, each step counts once, "
+        "every file matches its checksum.",
+        f"Held-out KL {kl['killed']:.4f}; of undisturbed runs "
+        f"{', '.join(f'{value:.4f}' for value in kl['undisturbed'])}, which foretell "
+        f"{kl['expected'][0]:.4f} to {kl['expected'][1]:.4f} (99 %, Student's t).",
+    ]
 
 
 def _lost(kind: str, facts: dict[str, Any]) -> str:
