@@ -13,10 +13,10 @@ from typing import NamedTuple
 CONTROLLER = "controller"
 # Of a command line's arguments, one that shows the kind; the first kind that fits counts.
 KINDS = {
+    "server": re.compile(r"vllm\.entrypoints\S+|VLLM::\S+"),
     "generator": re.compile(r"(ray::)?\S*\bgenerator-\d+\S*"),
     "scorer": re.compile(r"(ray::)?\S*\bscorer-\d+\S*"),
     "trainer rank": re.compile(r"(ray::)?\S*\btrainer(-\d+)?\b\S*"),
-    "server": re.compile(r"vllm\.entrypoints\S+|VLLM::\S+"),
 }
 
 
