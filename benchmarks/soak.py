@@ -147,7 +147,8 @@ def _undisturbed(args: argparse.Namespace, folder: Path) -> list[float]:
         _make(args, folder / f"calm-{i}", kind="inline", ranks=1) for i in range(args.baselines)
     ]
     for run, process in [(run, run.start()) for run in runs]:
-        run.finish(process)
+        if process.wait() != 0:
+            raise RuntimeError(f"an undisturbed run failed: {run.log.read_text()[-3000:]}")
     found = [_final_kl(run) for run in runs]
     print("undisturbed: held-out KL", ", ".join(f"{kl:.4f}" for kl in found), flush=True)
     return found

@@ -1,7 +1,8 @@
 """The processes of a run that may be killed, by kind, found among the run's own only.
 
-A kind is a row of `KINDS`: what its command lines look like. Ray actors show their name in the
-title that Ray gives their process; what has another title gets a row of its own here.
+A kind is a row of `KINDS`: what one of its command line's arguments looks like. Another runtime's
+or another engine's processes get a row of their own. A Ray actor's title says its class, not its
+role.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ CONTROLLER = "controller"
 # Of a command line's arguments, one that shows the kind; the first kind that fits counts.
 KINDS = {
     "server": re.compile(r"vllm\.entrypoints\S+|VLLM::\S+"),
-    "generator": re.compile(r"(ray::)?\S*\bgenerator-\d+\S*"),
-    "scorer": re.compile(r"(ray::)?\S*\bscorer-\d+\S*"),
-    "trainer rank": re.compile(r"(ray::)?\S*\btrainer(-\d+)?\b\S*"),
+    "generator": re.compile(r"generator-\d+"),
+    "scorer": re.compile(r"scorer-\d+"),
+    "trainer rank": re.compile(r"trainer(-\d+)?"),
+    "ray actor": re.compile(r"ray::Seat\S*"),
 }
 
 

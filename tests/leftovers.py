@@ -31,17 +31,22 @@ class Surroundings:
         return {_MARK: self._token, "TMPDIR": str(self._tmp)}
 
     def processes(self) -> dict[int, list[str]]:
-        """The living processes of the run and their command lines."""
+        """The living processes of the run and their command lines.
+
+        Those with the mark and what descends from them: a process that gives itself a title (Ray's
+        and vLLM's do) writes it over its environment.
+        """
         mark = f"{_MARK}={self._token}".encode()
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    arguments = (folder / "cmdline").read_bytes().split(b"\0")
-                    found[int(folder.name)] = [a.decode(errors="replace") for a in arguments]
-            except OSError:
-                continue  # it ended, or is another user's
-        return found
+        parents = {int(folder.name): _parent(folder) for folder in Path("/proc").glob("[0-9]*")}
+        found = {pid for pid in parents if mark in _words(pid, "environ")}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        lines = {pid: _words(pid, "cmdline") for pid in sorted(found)}
+        return {
+            pid: [word.decode(errors="replace") for word in words]
+            for pid, words in lines.items()
+            if words != [b""]  # it has ended, and its parent has not looked yet
+        }
 
     def look(self) -> None:
         """Note the shared memory that the run's processes hold at this moment."""
@@ -65,3 +70,18 @@ class Surroundings:
                     if (Path("/dev/shm") / name).exists()]  # fmt: skip
         unfinished = [str(path) for place in places for path in place.rglob("*.tmp")]
         return [*processes, *segments, *unfinished, *map(str, self._tmp.rglob("*"))]
+
+
+def _words(pid: int, file: str) -> list[bytes]:
+    """A file of a process as words; nothing of one that ended or is another user's."""
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
+    except OSError:
+        return [b""]
+
+
+def _parent(folder: Path) -> int:
+    try:
+        return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -40,14 +40,14 @@ def test_victims_are_the_runs_workers_and_servers_by_their_command_lines():
         105: ["python", "nanny.py", "9", *server],
         106: server,
         107: ["VLLM::EngineCore"],
-        108: ["ray::generator-1"],
+        108: ["ray::Seat.answer"],
         109: ["tail", "-f", "notes.txt"],
     }
     found = {v.pid: v.kind for v in find_victims(100, processes, [CONTROLLER, *KINDS])}
     rank = "trainer rank"
     assert found == {
         100: "controller", 101: "generator", 102: "scorer", 103: rank, 104: rank,
-        106: "server", 107: "server", 108: "generator",
+        106: "server", 107: "server", 108: "ray actor",
     }  # fmt: skip
     assert find_victims(100, processes, ["server"])[0].pid == 106
     assert find_victims(1, processes, [CONTROLLER]) == []
