@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from npd.errors import StoreError
+from npd.errors import NpdError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
@@ -38,13 +38,24 @@ class Run:
         self.config = folder / "run.yaml"
         self.config.write_text(yaml.safe_dump(settings))
         self.log = folder / "out.log"
+        self._started: list[subprocess.Popen] = []
 
     def start(self) -> subprocess.Popen:
         resume = ["--resume"] if self.layout.config_json.exists() else []
         command = [*self.prefix, sys.executable, "-m", "npd", "run", str(self.config), *resume]
         environment = {**os.environ, **self.environment}
         with self.log.open("ab") as out:
-            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what is still running of it, after a test that failed."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def finish(self, process: subprocess.Popen | None = None) -> None:
         process = process or self.start()
@@ -56,7 +67,7 @@ class Run:
         try:
             with Ledger.reader(self.layout.ledger_db) as ledger:
                 return sum(1 for _ in ledger.events())
-        except StoreError:
+        except NpdError:
             return 0  # the file is there, its tables not yet
 
     def wait_for(self, events: int, process: subprocess.Popen) -> bool:

@@ -17,7 +17,7 @@ import pytest
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from own_disk import OwnDisk
+from own_disk import DyingDisk, SmallDisk
 from run_process import LIMIT, Run, check_books, child_named
 
 FAULTY = Path(__file__).parent / "faulty"
@@ -31,14 +31,19 @@ OVERLAPPED = {
 def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
     """Makes the run in `tmp_path`; `disk` is where its directory lies."""
 
-    def build(disk: OwnDisk | None = None, **sections) -> Run:
+    runs = []
+
+    def build(disk: SmallDisk | DyingDisk | None = None, **sections) -> Run:
         run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, **sections)
+        runs.append(run)
         if disk is not None:
             run.prefix = disk.prefix
             run.layout = RunLayout(disk.view(run.layout.root))
         return run
 
-    return build
+    yield build
+    for run in runs:
+        run.end()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def flip(path: Path) -> None:
 
 
 def test_a_disk_that_is_always_too_small_costs_nothing_but_time(make, tmp_path, expected):
-    with OwnDisk(tmp_path / "run", kib=4) as disk:
+    with SmallDisk(tmp_path / "run", kib=4) as disk:
         run = make(disk)
         tries = 0
         while (process := run.start()).wait(LIMIT) != 0:
@@ -95,7 +100,7 @@ def test_a_disk_that_is_always_too_small_costs_nothing_but_time(make, tmp_path, 
 
 
 def test_what_cannot_be_written_is_named_and_mended(make, tmp_path, expected):
-    with OwnDisk(tmp_path / "run", kib=24) as disk:
+    with SmallDisk(tmp_path / "run", kib=24) as disk:
         run = make(disk)
         assert "ledger" in complaint(run), "room for the record of the run and no more"
         disk.resize(64 * 1024)
@@ -189,3 +194,16 @@ def test_a_ledger_that_takes_no_more_stops_the_run_in_one_line(make):
     with Ledger.reader(run.layout.ledger_db) as ledger:
         steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
     assert steps == list(range(1, 25)), "each step counts once"
+
+
+def test_a_disk_that_dies_costs_only_what_it_had_not_taken_in(make, tmp_path, expected):
+    with DyingDisk(tmp_path / "run") as disk:
+        run = make(disk)
+        process = run.start()
+        assert run.wait_for(int(0.5 * expected[1]), process)
+        disk.die()
+        assert str(tmp_path / "run") in complaint(run, process)
+        disk.revive()
+        run.finish()
+        check_books(run.layout, reuse=2)
+        assert student_bytes(run) == expected[0]

@@ -117,8 +117,10 @@ def _session(config: RunConfig, prepared: Prepared, layout: RunLayout, view: Vie
                 raise RunError(f"stopped at once: go on with --resume ({layout.root})") from None
             finally:
                 monitor.close()
-                # Workers have ended: what those that were killed left half written goes too.
-                layout.sweep()
+                # Workers have ended: what those that were killed left half written goes too, or
+                # when the run is resumed, if the disk is what ended it.
+                with suppress(RunError):
+                    layout.sweep()
     finally:
         view.close()
 
