@@ -55,7 +55,7 @@ class _Disk:
 
     def view(self, path: Path) -> Path:
         """Where this process sees what the disk's commands see at `path`."""
-        return Path(f"/proc/{self._holder.pid}/root{path}")
+        return Path("/proc", str(self._holder.pid), "root") / path.relative_to("/")
 
     def do(self, *command: str) -> None:
         """Run a command that sees the disk."""
