@@ -12,7 +12,7 @@ from npd.chat import Chat
 from npd.config import RunConfig
 from npd.evaluate import exact_match, heldout_kl
 from npd.modeling import decoding, resolve_device
-from npd.store.files import remove
+from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import is_whole, publish
@@ -117,7 +117,8 @@ class TrainerWorker:
                 remove(new)
                 publish(new, lambda into: self._trainer.save_pretrained(into, whole=model))
                 remove(student)
-                new.rename(student)
+                with explain_write(student):
+                    new.rename(student)
         return str(student)
 
     def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport | None:
