@@ -18,7 +18,8 @@ from npd.store.shards import read_rollouts
 from npd.types import Outcome
 from tiny_run import tiny_settings, write_prompts
 
-LIMIT = 180.0
+# A run of seconds may take minutes on a machine that others use too.
+LIMIT = 600.0
 
 
 class Run:

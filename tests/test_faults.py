@@ -20,6 +20,7 @@ from npd.types import Outcome
 from own_disk import DyingDisk, SmallDisk
 from run_process import LIMIT, Run, check_books, child_named
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FAULTY = Path(__file__).parent / "faulty"
 OVERLAPPED = {
     "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
@@ -168,7 +169,7 @@ def _with_faults() -> str:
 
 
 def test_workers_that_hang_are_replaced(make):
-    run = make(runtime={"kind": "local", "call_timeout": 12.0},
+    run = make(runtime={"kind": "local", "call_timeout": 20.0},
                schedule={**OVERLAPPED, "max_tries": 9})  # fmt: skip
     process = run.start()
     assert run.wait_for(8, process)

@@ -13,6 +13,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+import pytest
+
 from leftovers import Surroundings
 from npd.servers import nanny
 from run_process import LIMIT, Run, check_books, child_named
@@ -23,6 +25,8 @@ SCHEDULE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_leaves_nothing_behind_however_it_ends(tmp_path, tiny_model_dir, tiny_teacher_dir):
     run = Run(
         tmp_path,
