@@ -54,8 +54,13 @@ class _Disk:
         return ["nsenter", *keep, *self._spaces, f"--target={self._holder.pid}"]
 
     def view(self, path: Path) -> Path:
-        """Where this process sees what the disk's commands see at `path`."""
+        """Where this process sees what the disk's commands see at `path` (but SQLite does not: it
+        resolves what it opens)."""
         return Path("/proc", str(self._holder.pid), "root") / path.relative_to("/")
+
+    def copied(self, into: Path) -> Path:
+        """A copy of all that is on the disk, for this process."""
+        return Path(shutil.copytree(self.view(self.place), into))
 
     def do(self, *command: str) -> None:
         """Run a command that sees the disk."""

@@ -20,14 +20,16 @@ from npd.servers import nanny
 from run_process import LIMIT, Run, check_books, child_named
 
 SCHEDULE = {
-    "epochs": None, "steps": 40, "window": 20, "reuse": 2, "max_lag": 2,
+    "epochs": None, "steps": 400, "window": 20, "reuse": 2, "max_lag": 2,
     "refresh": {"every_steps": 6},
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_leaves_nothing_behind_however_it_ends(tmp_path, tiny_model_dir, tiny_teacher_dir):
+def test_a_run_leaves_nothing_behind_however_it_ends(
+    request, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
     run = Run(
         tmp_path,
         tiny_model_dir,
@@ -36,6 +38,7 @@ def test_a_run_leaves_nothing_behind_however_it_ends(tmp_path, tiny_model_dir, t
         train={"row_tokens": 112, "ranks": 2},
         schedule=SCHEDULE,
     )
+    request.addfinalizer(run.end)
     around = Surroundings(tmp_path)
     run.environment = around.environment
 

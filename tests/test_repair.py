@@ -56,7 +56,10 @@ def repaired(layout, *, rewrites_exactly=True, refused=()):
     dispatcher = FakeDispatcher(layout, rewrites_exactly=rewrites_exactly, refused=refused)
     with Ledger(layout.ledger_db) as ledger:
         made = asyncio.run(repair(MAKERS, dispatcher, ledger, layout))
-    assert made == len(dispatcher.done)
+    assert made == [
+        f"{len(dispatcher.done)} shard files were missing or damaged, and are made again"
+    ] * bool(made)
+    assert bool(made) == bool(dispatcher.done)
     return dispatcher.done
 
 

@@ -16,7 +16,6 @@ from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.control.repair import repair
-from npd.control.republish import repair_snapshots
 from npd.errors import RunError
 from npd.store import snapshots
 from npd.store.layout import RunLayout
@@ -70,11 +69,7 @@ class Controller:
         """
         outstanding = self._replay()
         await self._dispatcher.load()
-        await self._repair_snapshots()
-        made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
-        if made:
-            self._monitor.message(f"{made} missing shard files were made again")
-        self._makers.clear()
+        await self._repair()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
         if self._trained:
@@ -90,11 +85,13 @@ class Controller:
         finally:
             await self._cancel()
 
-    async def _repair_snapshots(self) -> None:
-        needed = range(self._plan.oldest_version_needed, self._plan.version + 1)
-        made = await repair_snapshots(needed, self._dispatcher, self._ledger, self._layout)
-        for version in made:
-            self._monitor.message(f"snapshot v{version} was missing or damaged, and is made again")
+    async def _repair(self) -> None:
+        versions = range(self._plan.oldest_version_needed, self._plan.version + 1)
+        makers = self._makers.values()
+        made = await repair(makers, self._dispatcher, self._ledger, self._layout, versions=versions)
+        for what in made:
+            self._monitor.message(what)
+        self._makers.clear()
 
     async def _loop(self, actions: list[ev.Action]) -> Ending:
         self._launch(actions)

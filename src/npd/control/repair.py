@@ -1,22 +1,23 @@
-"""On resuming: make again the shard files that are needed and missing or damaged.
+"""On resuming: make again the shards and snapshots that are needed and missing or damaged.
 
-A task is made from its seeds and its snapshot, so what comes back is what was lost. Text that a
-server wrote is not made again: it would be other text, under the lengths and versions that the
-ledger has of the old. Consumes the actions that once made the shards; decides nothing.
+A task is made from its seeds and its snapshot, so what comes back is what was lost; a snapshot from
+the trainer, which repeats recorded segments exactly. Text that a server wrote is not made again: it
+would be other text, under the lengths and versions that the ledger has of the old. Consumes the
+actions that once made the shards; decides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from npd.control import events as ev
+from npd.control.damage import Damage, survey
 from npd.control.dispatch import Dispatcher
 from npd.errors import RunError, StoreError
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.store.shards import verify_shard
 
 
 async def repair(
@@ -24,51 +25,40 @@ async def repair(
     dispatcher: Dispatcher,
     ledger: Ledger,
     layout: RunLayout,
-) -> int:
-    """Carry out again those of `makers` whose file is needed and missing or damaged; how many.
+    *,
+    versions: Collection[int] = (),
+) -> list[str]:
+    """Carry out again those of `makers` whose file is needed and missing or damaged.
+
+    Snapshots in `versions`, and those that it takes, are published again first. Oldest first: a
+    snapshot rests on shards of those before it. Returns what was made, in words.
 
     Raises:
-        StoreError: such a shard was written by a server, or by a snapshot that is pruned.
+        StoreError: such a shard was written by a server.
     """
-    needed = _needed_samples(ledger)
-    made = 0
-    for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
-        is_score = isinstance(action, ev.Score)
-        path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
-        if action.shard not in needed or (what := _problem(path, is_score=is_score)) is None:
-            continue
-        if isinstance(action, ev.Generate):
-            _check_is_makeable(action, dispatcher, ledger, layout, f"{path} is {what}")
-        remove(path)
-        await _make(action, dispatcher, path, needed[action.shard])
-        made += 1
+    damage = survey(tuple(makers), ledger, layout, versions)
+    if not dispatcher.rewrites_exactly:
+        _check_is_makeable(damage)
+    made = []
+    for version in damage.versions:
+        if version in damage.steps:
+            await dispatcher.republish(version, damage.steps[version])
+            made.append(f"snapshot v{version} was missing or damaged, and is made again")
+        for action, path in damage.of(version):
+            remove(path)
+            await _make(action, dispatcher, path, damage.needed[action.shard])
+    if damage.shards:
+        made.append(f"{len(damage.shards)} shard files were missing or damaged, and are made again")
     return made
 
 
-def _problem(path: Path, *, is_score: bool) -> str | None:
-    """What is wrong with a shard's file, if anything."""
-    if not path.exists():
-        return "missing"
-    try:
-        verify_shard(path, "scored" if is_score else "rollouts")
-    except StoreError:
-        return "damaged"
-    return None
-
-
-def _check_is_makeable(
-    action: ev.Generate, dispatcher: Dispatcher, ledger: Ledger, layout: RunLayout, what: str
-) -> None:
-    if not dispatcher.rewrites_exactly:
-        raise StoreError(
-            f"{what}, and what a server wrote is not written the same again: bring the file back, "
-            "or start a new run"
-        )
-    if ledger.snapshots() and not layout.snapshot(action.version).exists():
-        raise StoreError(
-            f"{what} and snapshot v{action.version}, which wrote it, is pruned: bring the file "
-            "back, or start a new run"
-        )
+def _check_is_makeable(damage: Damage) -> None:
+    for action, path in damage.shards:
+        if isinstance(action, ev.Generate):
+            raise StoreError(
+                f"{path} is missing or damaged, and what a server wrote is not written the same "
+                "again: bring the file back, or start a new run"
+            )
 
 
 async def _make(
@@ -87,22 +77,3 @@ async def _make(
         assert isinstance(event, ev.ShardFailed)
         cause = event.error
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
-
-
-def _needed_samples(ledger: Ledger) -> dict[int, set[int]]:
-    """By shard, samples that are live, and those of segments the trainer has to repeat."""
-    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
-    redo = ledger.segments_after(max(saved, default=0))
-    refs = (
-        ref
-        for segment in redo
-        for step in segment.steps
-        for rows in step.ranks
-        for row in rows
-        for ref in row.samples
-    )
-    needed: dict[int, set[int]] = {}
-    live = [(row.shard, row.sample_id) for row in ledger.samples("live")]
-    for shard, sample_id in (*live, *((ref.shard, ref.sample_id) for ref in refs)):
-        needed.setdefault(shard, set()).add(sample_id)
-    return needed
