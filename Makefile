@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install vllm demo test lint types check bench docs clean
+.PHONY: help install vllm demo test lint types check bench soak docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
+
+soak: install  ## a run under 100 random kill -9, in about 20 minutes
+	$(BIN)/python benchmarks/soak.py --out benchmarks/results/faults
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py

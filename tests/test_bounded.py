@@ -18,6 +18,8 @@ from npd.errors import RunError
 from npd.observe.live import PlainView
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.store.shards import write_rollouts, write_scored
+from npd.store.snapshots import publish
 from npd.types import SampleRef
 from simulation import Simulation
 from test_plan import make_config
@@ -143,13 +145,13 @@ class Desk:
             raise RunError("the disk is full")
         match action:
             case ev.Generate(shard):
-                self.layout.rollouts(shard).touch()
+                write_rollouts(self.layout.rollouts(shard), [])
             case ev.Score(shard):
-                self.layout.scored(shard).touch()
+                write_scored(self.layout.scored(shard), [])
             case ev.Publish(version):
-                self.layout.snapshot(version).mkdir()
+                publish(self.layout.snapshot(version), lambda into: (into / "weights").touch())
             case ev.Checkpoint(step):
-                self.layout.checkpoint(step).mkdir()
+                publish(self.layout.checkpoint(step), lambda into: (into / "state").touch())
         return self.simulation._event(action)
 
 

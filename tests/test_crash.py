@@ -8,75 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
 
-from npd.errors import StoreError
-from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from test_run import check_books
-from tiny_run import tiny_settings, write_prompts
-
-LIMIT = 180.0
-
-
-class Run:
-    """One run directory, driven by as many `npd run` processes as it takes."""
-
-    def __init__(self, folder: Path, student: Path, teacher: Path, **sections) -> None:
-        prompts = write_prompts(folder / "prompts.jsonl")
-        self.layout = RunLayout(folder / "run")
-        settings = tiny_settings(student, teacher, prompts, self.layout.root, **sections)
-        self.config = folder / "run.yaml"
-        self.config.write_text(yaml.safe_dump(settings))
-        self.log = folder / "out.log"
-
-    def start(self) -> subprocess.Popen:
-        resume = ["--resume"] if self.layout.config_json.exists() else []
-        command = [sys.executable, "-m", "npd", "run", str(self.config), *resume]
-        with self.log.open("ab") as out:
-            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-
-    def finish(self, process: subprocess.Popen | None = None) -> None:
-        process = process or self.start()
-        assert process.wait(LIMIT) == 0, self.log.read_text()[-3000:]
-
-    def num_events(self) -> int:
-        if not self.layout.ledger_db.exists():
-            return 0
-        try:
-            with Ledger.reader(self.layout.ledger_db) as ledger:
-                return sum(1 for _ in ledger.events())
-        except StoreError:
-            return 0  # the file is there, its tables not yet
-
-    def wait_for(self, events: int, process: subprocess.Popen) -> bool:
-        """Wait until so many events are recorded; False when the run ended before."""
-        deadline = time.monotonic() + LIMIT
-        while self.num_events() < events and time.monotonic() < deadline:
-            if process.poll() is not None:
-                return False
-            time.sleep(0.01)
-        return process.poll() is None
-
-
-def child_named(parent: int, name: str) -> int | None:
-    """The process id of `parent`'s worker called `name`."""
-    for task in Path(f"/proc/{parent}/task").glob("*/children"):
-        for pid in task.read_text().split():
-            try:
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if name.encode() in arguments:
-                return int(pid)
-    return None
+from run_process import LIMIT, Run, check_books, child_named, is_alive
 
 
 def student_bytes(run: Run) -> bytes:
@@ -153,19 +91,12 @@ def test_a_killed_local_controller_takes_its_workers_along_and_resumes(
         process.kill()
         process.wait()
         deadline = time.monotonic() + 15
-        while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(_is_alive(pid) for pid in pids), "a worker outlived its controller"
+        assert not any(is_alive(pid) for pid in pids), "a worker outlived its controller"
         process = run.start()
     run.finish(process)
     check_books(run.layout, reuse=2)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_sigterm_drains_saves_and_resumes_and_a_second_signal_stops_at_once(

@@ -1,6 +1,7 @@
 """A ledger whose writer is ended by kill -9, at random moments: nothing acknowledged is lost."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,3 +83,14 @@ def test_the_next_writer_is_let_in_after_kill_9(path):
         run.stdout.read()
     with Ledger(path) as ledger:
         assert ledger.conservation().holds
+
+
+def test_a_reader_needs_no_index_of_the_log_that_a_power_cut_took(path, tmp_path):
+    with Ledger(path) as ledger:
+        ledger.add_samples(0, [(0, 0, 0), (1, 1, 0)])
+        for name in ("ledger.db", "ledger.db-wal"):
+            shutil.copy(path.with_name(name), tmp_path / name)
+    with Ledger.reader(tmp_path / "ledger.db") as reader:
+        assert reader.conservation() == Conservation(2, 0, 0, 0, 0, 2)
+        with pytest.raises(RunError, match="readonly"):
+            reader.add_samples(1, [(2, 0, 0)])

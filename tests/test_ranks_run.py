@@ -13,8 +13,8 @@ from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from test_crash import Run, _is_alive, child_named
-from test_run import QuietView, check_books, weights
+from run_process import Run, check_books, child_named, is_alive
+from test_run import QuietView, weights
 from tiny_run import tiny_config, write_prompts
 
 # Two or three rows a step, so that both ranks have work, and sometimes one has not.
@@ -90,5 +90,5 @@ def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
         steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
     assert steps == list(range(1, 25)), "each step counts once"
     assert len(seen) == 4, "the whole group was replaced"
-    assert not [pid for pid in seen if _is_alive(pid)]
+    assert not [pid for pid in seen if is_alive(pid)]
     assert not list(run.layout.root.glob(".meeting*"))

@@ -11,6 +11,7 @@ from npd.control.repair import repair
 from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.store.shards import write_rollouts, write_scored
 from npd.types import Outcome, Row, SampleRef, Segment, Step
 
 MAKERS = (
@@ -32,9 +33,9 @@ class FakeDispatcher:
     async def run(self, action):
         self.done.append(action)
         if isinstance(action, ev.Score):
-            self.layout.scored(action.shard).touch()
+            write_scored(self.layout.scored(action.shard), [])
             return ev.ShardScored(action.shard, (), self.refused)
-        self.layout.rollouts(action.shard).touch()
+        write_rollouts(self.layout.rollouts(action.shard), [])
         return ev.ShardGenerated(action.shard, ())
 
 
@@ -43,8 +44,8 @@ def layout(tmp_path):
     """A run whose shard 0 is live, with both of its files there."""
     layout = RunLayout(tmp_path)
     layout.create()
-    for path in (layout.rollouts(0), layout.scored(0)):
-        path.touch()
+    write_rollouts(layout.rollouts(0), [])
+    write_scored(layout.scored(0), [])
     with Ledger(layout.ledger_db) as ledger:
         ledger.add_samples(0, [(0, 0, 0), (1, 1, 0)])
     return layout
@@ -54,8 +55,10 @@ def repaired(layout, *, rewrites_exactly=True, refused=(), is_over=False):
     """What was done again."""
     dispatcher = FakeDispatcher(layout, rewrites_exactly=rewrites_exactly, refused=refused)
     with Ledger(layout.ledger_db) as ledger:
-        made = asyncio.run(repair(MAKERS, dispatcher, ledger, layout, is_over=is_over))
-    assert made == len(dispatcher.done)
+        work = repair(lambda _: MAKERS, dispatcher, ledger, layout, is_over=is_over)
+        made = asyncio.run(work)
+    assert all("missing or damaged" in line for line in made)
+    assert bool(made) == bool(dispatcher.done)
     return dispatcher.done
 
 
@@ -76,6 +79,17 @@ def test_once_a_run_is_over_what_is_live_is_not_needed(layout):
     with Ledger(layout.ledger_db) as ledger:
         ledger.add_segment(Segment(0, 0, (step,)))
     assert repaired(layout, is_over=True) == [MAKERS[1]], "the trainer has to repeat it"
+
+
+@pytest.mark.parametrize("keep", [0, 20, -1])
+def test_a_damaged_file_is_made_again_like_a_missing_one(layout, keep):
+    for path in (layout.rollouts(0), layout.scored(0)):
+        path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StoreError, match="damaged, and what a server wrote"):
+        repaired(layout, rewrites_exactly=False)
+    assert layout.rollouts(0).exists(), "what cannot be made again is left as it is"
+    assert repaired(layout) == [MAKERS[1], MAKERS[0]]
+    assert repaired(layout) == []
 
 
 def test_what_a_server_wrote_is_not_written_again_but_scored(layout):

@@ -30,6 +30,7 @@ from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
+from run_process import check_books
 from tiny_run import tiny_config, tiny_settings, write_prompts
 
 
@@ -60,21 +61,6 @@ def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
         return tiny_config(student, tiny_teacher_dir, prompts, tmp_path / name, **sections)
 
     return build
-
-
-def check_books(layout: RunLayout, *, reuse: int) -> Counter:
-    """The conservation law, and the uses of every sample; returns the outcomes."""
-    with Ledger.reader(layout.ledger_db) as ledger:
-        conservation, rows = ledger.conservation(), ledger.samples()
-    assert conservation.holds
-    assert conservation.asked == len(rows)
-    for row in rows:
-        assert row.uses <= reuse
-        assert (row.outcome is Outcome.TRAINED_OUT) == (row.uses == reuse)
-    files = [r.sample_id for path in sorted(layout.rollouts(0).parent.glob("*.arrow"))
-             for r in read_rollouts(path)]  # fmt: skip
-    assert len(files) == len(set(files)), "a sample was generated twice"
-    return Counter(row.outcome for row in rows)
 
 
 def weights(directory):

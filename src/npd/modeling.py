@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from npd.attention import ATTENTION, packed_attention
 from npd.errors import ModelError
 from npd.types import IntArray
 
+_LOADING = Lock()  # one thread at a time: transformers makes models on a device set for all
 # 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
 # page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
 _CPU_LOGITS = 2**23
@@ -107,11 +109,10 @@ def load_model(
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    if packed:
-        AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionInterface.register(ATTENTION, packed_attention)
     base = lora.base_of(path)
     try:
-        with quiet():
+        with quiet(), _LOADING:
             model = AutoModelForCausalLM.from_pretrained(
                 str(base or path),
                 dtype=getattr(torch, "float32" if base else dtype),

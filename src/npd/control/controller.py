@@ -10,21 +10,23 @@ the events (`_replay`). Holds what is under way, nothing of samples that have le
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from npd.control import codec
 from npd.control import events as ev
+from npd.control.damage import needed_samples
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
-from npd.control.repair import needed_samples, repair
+from npd.control.repair import repair
+from npd.control.replay import Maker, Makers, makers_of, retold
 from npd.errors import RunError
 from npd.store import snapshots
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Segment
-from npd.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,10 @@ class Controller:
         self._keep = keep_checkpoints
         self._segments: dict[int, Segment] = {}
         self._num_shards = 0
-        self._makers: dict[tuple[str, int], ev.Generate | ev.Score] = {}
+        self._makers: Makers = {}
         # The plan's step is what has been decided; this is what has been trained.
         self._trained = 0
+        self._covered: frozenset[int] = frozenset()
         self._stop: ev.Stop | None = None
         self._interrupted = asyncio.Event()
 
@@ -74,16 +77,7 @@ class Controller:
         """
         outstanding = self._replay()
         await self._dispatcher.load()
-        made = await repair(
-            self._makers.values(),
-            self._dispatcher,
-            self._ledger,
-            self._layout,
-            is_over=self._plan.is_stopped,
-        )
-        if made:
-            self._monitor.message(f"made again: {counted(made, 'missing shard file')}")
-        self._makers.clear()
+        await self._repair()
         if has_heldout and not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
         if self._trained:
@@ -98,6 +92,27 @@ class Controller:
             return await self._loop(first)
         finally:
             await self._cancel()
+
+    async def _repair(self) -> None:
+        is_over = self._plan.is_stopped
+        versions = range(self._plan.oldest_version_needed, self._plan.version + 1)
+        made = await repair(
+            self._makers_of,
+            self._dispatcher,
+            self._ledger,
+            self._layout,
+            versions=() if is_over else versions,
+            is_over=is_over,
+        )
+        for what in made:
+            self._monitor.message(what)
+        self._makers.clear()
+
+    def _makers_of(self, shards: AbstractSet[int]) -> Collection[Maker]:
+        if not shards <= self._covered:
+            self._makers = makers_of(shards, self._ledger, self._plan)
+            self._covered = frozenset(shards)
+        return self._makers.values()
 
     async def _loop(self, actions: list[ev.Action]) -> Ending:
         self._launch(actions)
@@ -212,22 +227,15 @@ class Controller:
         kept (`_makers`).
         """
         pending: dict[tuple[str, int], ev.Action] | None = None
-        needed = needed_samples(self._ledger)
-        for seq, kind, payload in self._ledger.events():
-            expected = payload.pop("digest")
-            event = codec.decode(kind, payload)
-            actions = self._plan.handle(event)
-            if codec.digest(actions) != expected:
-                raise RunError(
-                    f"event {seq} of {self._ledger.path} led to other decisions than now: the run "
-                    "was made by another version of npd or another config; resume with that one"
-                )
+        saved = [row.step for row in self._ledger.checkpoints() if row.path.exists()]
+        self._covered = frozenset(needed_samples(self._ledger, saved))
+        for event, actions in retold(self._ledger, self._plan):
             if isinstance(event, ev.SegmentTrained):
                 self._trained = event.report.steps[-1].step
                 del self._segments[event.report.segment]
             pending = pending or {}
             done = pending.pop(ev.key(event), None)
-            if isinstance(done, ev.Generate | ev.Score) and done.shard in needed:
+            if isinstance(done, ev.Generate | ev.Score) and done.shard in self._covered:
                 self._makers[ev.key(done)] = done
             for action in actions:
                 self._remember(action, pending)

@@ -102,6 +102,24 @@ class Dispatcher:
         self._is_trainer_behind = True
         await self._with_trainer(_nothing)
 
+    async def republish(self, version: int, step: int) -> str:
+        """Have the student as it was after `step` published again; returns the checksum.
+
+        The trainer must be as it came. It is so again afterwards, and behind.
+        """
+        self._is_trainer_behind = True
+        trainer = self._crew.trainer
+
+        async def attempt() -> str:
+            await self._catch_up(step)
+            return str(await self._call(trainer, "publish", version, doing="publish"))
+
+        async with self._trainer_turn:
+            checksum = await self._persist(attempt, trainer.restart)
+            await trainer.restart()
+        self._is_trainer_behind = True
+        return checksum
+
     async def export(self) -> str:
         """Write the final student; returns its directory."""
         return str(await self._with_trainer(self._on_trainer("export", "export")))
@@ -185,18 +203,22 @@ class Dispatcher:
                 await recover()
         raise AssertionError("unreachable")
 
-    async def _catch_up(self) -> None:
+    async def _catch_up(self, until: int | None = None) -> None:
+        """Bring a trainer that is as it came to where the ledger ends, or to step `until`."""
         trainer = self._crew.trainer
-        step = await self._restore_newest()
+        step = await self._restore_newest(until)
         for segment in self._ledger.segments_after(step):
+            if until is not None and segment.steps[0].index > until:
+                break
             await self._call(trainer, "train", segment, doing="redo", segment=segment.index)
         self._is_trainer_behind = False
 
-    async def _restore_newest(self) -> int:
-        """Restore the newest checkpoint that is whole; its step, or 0 to repeat everything."""
+    async def _restore_newest(self, until: int | None) -> int:
+        """Restore the newest checkpoint (not after `until`) that is whole; its step, or 0 to repeat
+        everything."""
         trainer = self._crew.trainer
         for saved in reversed(self._ledger.checkpoints()):
-            if not saved.path.exists():
+            if not saved.path.exists() or (until is not None and saved.step > until):
                 continue
             try:
                 await self._call(trainer, "restore", saved.step, doing="restore")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from npd.config import RunConfig
-from npd.control import codec
 from npd.control import events as ev
 from npd.control.plan import Plan
+from npd.control.replay import retold
+from npd.errors import RunError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 
@@ -19,12 +22,8 @@ def finished_at(config: RunConfig, layout: RunLayout) -> int | None:
     if not (layout.student.is_dir() and layout.ledger_db.exists()):
         return None
     plan = Plan(config, num_ranks=config.train.ranks)
-    actions: list[ev.Action] = []
-    with Ledger.reader(layout.ledger_db) as ledger:
-        for _, kind, payload in ledger.events():
-            expected = payload.pop("digest")
-            actions = plan.handle(codec.decode(kind, payload))
-            if codec.digest(actions) != expected:
-                return None
-    is_done = any(isinstance(action, ev.Stop) and not action.failed for action in actions)
+    is_done = False
+    with Ledger.reader(layout.ledger_db) as ledger, suppress(RunError):
+        for _, actions in retold(ledger, plan):
+            is_done = any(isinstance(a, ev.Stop) and not a.failed for a in actions)
     return plan.step if is_done else None

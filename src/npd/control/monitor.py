@@ -41,7 +41,7 @@ class Monitor:
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
         self._ratio, self._needs_scores = config.filter.ratio, config.needs_scores
-        self._started = time.time()
+        self._started = time.monotonic()
         self._first_progress: float | None = None
         self._doing: dict[str, WorkerState] = {}
         self._seconds: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
@@ -62,7 +62,7 @@ class Monitor:
         self._state = replace(
             self._state,
             workers=tuple(self._doing.values()),
-            elapsed=time.time() - self._started,
+            elapsed=time.monotonic() - self._started,
         )
         self._view.update(self._state)
 
@@ -166,12 +166,12 @@ class Monitor:
             "window_live": float(plan.num_live),
             "version": float(plan.version),
             "asked": float(plan.num_asked),
-            "samples_per_hour": 3600 * self._trained_here / (time.time() - self._started),
+            "samples_per_hour": 3600 * self._trained_here / (time.monotonic() - self._started),
             **{outcome.value: float(self._outcomes[outcome]) for outcome in Outcome},
         }
 
     def _show(self, plan: Plan) -> None:
-        elapsed, progress, last = time.time() - self._started, plan.progress, self._last
+        elapsed, progress, last = time.monotonic() - self._started, plan.progress, self._last
         if self._first_progress is None:
             self._first_progress = progress
         gained = progress - self._first_progress

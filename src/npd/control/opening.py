@@ -19,7 +19,7 @@ from npd.layers import flat
 from npd.resuming import resume_command
 from npd.served import looks_secret
 from npd.settings import dump_config
-from npd.store.files import read_json, write_json
+from npd.store.files import is_temporary, read_json, write_json
 from npd.store.layout import RunLayout
 from npd.versions import versions
 
@@ -54,7 +54,7 @@ def open_directory(
         return layout
     if resume:
         raise ConfigError(f"{layout.root} holds no run to resume: start it without --resume")
-    if layout.root.exists() and any(layout.root.iterdir()):
+    if layout.root.exists() and not all(map(is_temporary, layout.root.iterdir())):
         raise ConfigError(f"{layout.root} is not empty and not a run: choose another run_dir")
     record = {
         "config": _without_secrets(dump_config(config)),

@@ -18,8 +18,8 @@ class Plan:
     """The decisions of one run; `num_ranks` trainer ranks share each step's rows."""
 
     def __init__(self, config: RunConfig, *, num_ranks: int = 1) -> None:
-        self._config, self._schedule = config, config.schedule
-        self._ranks = num_ranks
+        self.config, self._schedule = config, config.schedule
+        self.ranks = num_ranks
         self._flow = Flow(config)
         self._evaluates = config.eval.source != "none"
         self._uses_snapshots = config.generate.source == "student" or config.needs_ifd
@@ -102,8 +102,8 @@ class Plan:
                 self._trainer_busy -= 1
 
     def _start(self, num_prompts: int) -> None:
-        self._asks_per_round = num_prompts * self._config.generate.samples_per_prompt
-        self._total_asks = self._config.num_asks(num_prompts)
+        self._asks_per_round = num_prompts * self.config.generate.samples_per_prompt
+        self._total_asks = self.config.num_asks(num_prompts)
         if self._uses_snapshots:
             self._publish(0)
         if self._evaluates:
@@ -124,7 +124,7 @@ class Plan:
 
     def _patience(self) -> int:
         """Samples rejected in a row after which going on is pointless."""
-        return max(512, 8 * self._config.train.batch_size, 4 * self._config.generate.shard_size)
+        return max(512, 8 * self.config.train.batch_size, 4 * self.config.generate.shard_size)
 
     def _is_finished(self) -> bool:
         if self._trainer_busy:
@@ -158,7 +158,7 @@ class Plan:
                 self._publish(self._version + 1)
                 break
             self._skipped += 1  # it would be the snapshot there is
-        save, evaluate = self._config.checkpoint.every_steps, self._config.eval.every_steps
+        save, evaluate = self.config.checkpoint.every_steps, self.config.eval.every_steps
         if save is not None and self._step - self._saved_at >= save:
             self._to_trainer(ev.Checkpoint(self._step))
         if self._evaluates and evaluate is not None and self._step - self._evaluated_at >= evaluate:
@@ -198,14 +198,14 @@ class Plan:
         """Ask for as many shards as the window and the generators take."""
         while self._may_generate() and (size := self._shard_size()) > 0:
             ids = range(self._flow.num_asked, self._flow.num_asked + size)
-            self._flow.ask(self._version, make_asks(ids, self._config, self._asks_per_round))
+            self._flow.ask(self._version, make_asks(ids, self.config, self._asks_per_round))
         is_live = self._flow.num_live > 0
         self._filled = is_live and (self._filled or self._shard_size() == 0)
 
     def _may_generate(self) -> bool:
-        if self._publishing or self._flow.num_generating >= self._config.generate.workers:
+        if self._publishing or self._flow.num_generating >= self.config.generate.workers:
             return False
-        return self._config.is_overlapped or not (self._flow.num_scoring or self._trainer_busy)
+        return self.config.is_overlapped or not (self._flow.num_scoring or self._trainer_busy)
 
     def _shard_size(self) -> int:
         """Samples of the next shard: a whole one, or what is left to ask, or 0 to wait for room.
@@ -213,9 +213,9 @@ class Plan:
         Less than a whole shard is asked for only at the end of what may be asked at all, and when
         nothing is on its way and the pool cannot make a batch.
         """
-        whole = self._config.generate.shard_size
+        whole = self.config.generate.shard_size
         askable, room = self._askable(), self._window() - self._flow.num_live
-        short = self._flow.pool.num_available < self._config.train.batch_size
+        short = self._flow.pool.num_available < self.config.train.batch_size
         is_starving = short and not self._flow.is_any_on_its_way
         if min(askable, room) >= whole or askable <= room or is_starving:
             return max(0, min(whole, askable, room))
@@ -231,11 +231,11 @@ class Plan:
         limit = self._total_asks
         if limit is None:
             assert self._schedule.steps is not None, "checked by the config"
-            needed = (self._schedule.steps - self._step) * self._config.train.batch_size
+            needed = (self._schedule.steps - self._step) * self.config.train.batch_size
             coming = flow.num_live - len(flow.pool)
             by_uses = -((coming * reuse + flow.pool.uses_left - needed) // reuse)
             # However often each may be used, a batch takes that many different ones.
-            by_batch = self._config.train.batch_size - coming - flow.pool.num_available
+            by_batch = self.config.train.batch_size - coming - flow.pool.num_available
             limit = flow.num_asked + max(by_uses, by_batch)
         epoch = self._next_refresh_epoch()
         if epoch is not None:
@@ -243,14 +243,14 @@ class Plan:
         return max(0, limit - flow.num_asked)
 
     def _score(self) -> None:
-        in_turn = not self._config.is_overlapped
+        in_turn = not self.config.is_overlapped
         if not (in_turn and (self._flow.num_generating or self._trainer_busy)):
             self._flow.score_all()
 
     # Training.
 
     def _train(self) -> None:
-        if not self._config.is_overlapped and self._flow.is_any_on_its_way:
+        if not self.config.is_overlapped and self._flow.is_any_on_its_way:
             return
         steps: list[Step] = []
         for _ in range(self._segment_budget()):
@@ -268,8 +268,8 @@ class Plan:
         due = [
             (self._schedule.steps, 0),
             (self._schedule.refresh.every_steps, self._refreshed_at),
-            (self._config.checkpoint.every_steps, self._saved_at),
-            (self._config.eval.every_steps, self._evaluated_at),
+            (self.config.checkpoint.every_steps, self._saved_at),
+            (self.config.eval.every_steps, self._evaluated_at),
         ]
         left = [since + every - self._step for every, since in due if every is not None]
         # A refresh that is overdue (nobody left to sample it) must not hold up training.
@@ -282,7 +282,7 @@ class Plan:
         all of it; fewer than a batch are used only when no more can come. Within a segment, those
         used up still hold their place in the window, so room may come after it.
         """
-        size, pool = self._config.train.batch_size, self._flow.pool
+        size, pool = self.config.train.batch_size, self._flow.pool
         if pool.num_fresh >= size:
             return pool.take(size, reuse=False)
         none_left = self._shard_size() == 0 if is_first else self._askable() == 0
@@ -296,4 +296,4 @@ class Plan:
         self._step += 1
         self._flow.use(refs)
         progress = (before, self.progress)
-        return make_step(self._step, refs, self._config.train, progress=progress, ranks=self._ranks)
+        return make_step(self._step, refs, self.config.train, progress=progress, ranks=self.ranks)

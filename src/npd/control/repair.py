@@ -1,58 +1,69 @@
-"""On resuming: make again the shard files that are still needed and no longer there.
+"""On resuming: make again the shards and snapshots that are needed and missing or damaged.
 
-A task is made from its seeds and its snapshot, so what comes back is what was lost. Text that a
-server wrote is not made again: it would be other text, under the lengths and versions that the
-ledger has of the old. Consumes the actions that once made the shards; decides nothing.
+A task is made from its seeds and its snapshot, so what comes back is what was lost; a snapshot from
+the trainer, which repeats recorded segments exactly. Text that a server wrote is not made again: it
+would be other text, under the lengths and versions that the ledger has of the old. Consumes the
+actions that once made the shards; decides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from npd.control import events as ev
+from npd.control.damage import Damage, survey
 from npd.control.dispatch import Dispatcher
+from npd.control.replay import Maker
 from npd.errors import RunError, StoreError
+from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.wording import counted
 
 
 async def repair(
-    makers: Iterable[ev.Generate | ev.Score],
+    makers_of: Callable[[AbstractSet[int]], Collection[Maker]],
     dispatcher: Dispatcher,
     ledger: Ledger,
     layout: RunLayout,
     *,
+    versions: Collection[int] = (),
     is_over: bool = False,
-) -> int:
-    """Carry out again those of `makers` whose file is needed and missing; returns how many.
+) -> list[str]:
+    """Carry out again what made the shards (`makers_of` them) that are needed and not whole.
 
-    Once all is decided and done (`is_over`), only what the trainer has to repeat is needed.
+    Snapshots in `versions`, and those that it takes, are published again first. Oldest first: a
+    snapshot rests on shards of those before it. Once all is decided and done (`is_over`), only what
+    the trainer has to repeat is needed. Returns what was made, in words.
 
     Raises:
-        StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
+        StoreError: such a shard was written by a server.
     """
-    needed = needed_samples(ledger, is_over=is_over)
-    made = 0
-    for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
-        is_score = isinstance(action, ev.Score)
-        path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
-        if action.shard not in needed or path.exists():
-            continue
-        if not is_score and not dispatcher.rewrites_exactly:
-            raise StoreError(
-                f"{path} is missing, and what a server wrote is not written the same again: bring "
-                "the file back, or start a new run"
-            )
-        has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
-        if not is_score and not has_snapshot:
-            raise StoreError(
-                f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
-                "bring the file back, or start a new run"
-            )
-        await _make(action, dispatcher, path, needed[action.shard])
-        made += 1
+    damage = survey(makers_of, ledger, layout, versions, is_over=is_over)
+    if not dispatcher.rewrites_exactly:
+        _check_is_makeable(damage)
+    made = []
+    for version in damage.versions:
+        if version in damage.steps:
+            await dispatcher.republish(version, damage.steps[version])
+            made.append(f"made again: snapshot v{version}, which was missing or damaged")
+        for action, path in damage.of(version):
+            remove(path)
+            await _make(action, dispatcher, path, damage.needed[action.shard])
+    if damage.shards:
+        made.append(f"made again: {counted(len(damage.shards), 'missing or damaged shard file')}")
     return made
+
+
+def _check_is_makeable(damage: Damage) -> None:
+    for action, path in damage.shards:
+        if isinstance(action, ev.Generate):
+            raise StoreError(
+                f"{path} is missing or damaged, and what a server wrote is not written the same "
+                "again: bring the file back, or start a new run"
+            )
 
 
 async def _make(
@@ -71,15 +82,3 @@ async def _make(
         assert isinstance(event, ev.ShardFailed)
         cause = event.error
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
-
-
-def needed_samples(ledger: Ledger, *, is_over: bool = False) -> dict[int, set[int]]:
-    """By shard, samples of segments the trainer has to repeat, and (unless `is_over`) live ones."""
-    needed: dict[int, set[int]] = {}
-    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
-    for segment in ledger.segments_after(max(saved, default=0)):
-        for ref in segment.refs:
-            needed.setdefault(ref.shard, set()).add(ref.sample_id)
-    for row in [] if is_over else ledger.samples("live"):
-        needed.setdefault(row.shard, set()).add(row.sample_id)
-    return needed

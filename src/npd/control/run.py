@@ -131,6 +131,10 @@ def _session(
                 raise RunError(f"stopped at once: go on with {go_on}") from None
             finally:
                 monitor.close()
+                # Workers have ended: what those that were killed left half written goes too, or
+                # when the run is resumed, if the disk is what ended it.
+                with suppress(RunError):
+                    layout.sweep()
     finally:
         view.close()
 

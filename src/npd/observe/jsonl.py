@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from npd.errors import RunError, StoreError
+from npd.errors import StoreError
+from npd.store.files import explain_write
 
 # Made once: `json.dumps` with options makes an encoder each time.
 _ENCODE = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
@@ -22,21 +23,19 @@ class JsonLines:
     """Appends to `path` (created with its folder); one writer at a time."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_tail(path)
+        with explain_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_tail(path)
+            # Unbuffered: what a full disk refuses must not come again when the file is closed.
+            self._file = path.open("ab", buffering=0)
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record and flush it. RunError when the disk does not take it."""
-        line = _ENCODE(record)
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self._path}: {error.strerror}; free space, then resume"
-            ) from error
+        """Write one record. RunError when the disk does not take it."""
+        data = memoryview(f"{_ENCODE(record)}\n".encode())
+        with explain_write(self._path):
+            while data:  # a disk that fills up takes a part, and refuses the rest
+                data = data[self._file.write(data) :]
 
     def close(self) -> None:
         """Close the file; appending afterwards is an error."""

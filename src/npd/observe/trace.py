@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from npd.observe.jsonl import JsonLines, read_json_lines
+from npd.store.files import write_atomic
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -71,7 +72,7 @@ def export_perfetto(source: Path, target: Path) -> int:
     events += [_metadata("thread_name", lane, worker) for worker, lane in lanes.items()]
     events += [_event(span, lanes[span.worker], origin) for span in spans]
     document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"origin": origin}}
-    target.write_text(json.dumps(document), encoding="utf-8")
+    write_atomic(target, lambda file: file.write(json.dumps(document).encode()))
     return len(spans)
 
 

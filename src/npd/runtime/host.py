@@ -69,7 +69,8 @@ class Host:
             with self._log_file.open("a", encoding="utf-8") as log:
                 log.write(text)
         except OSError:  # full, or on a machine that does not see the folder: Ray keeps this
-            sys.stderr.write(text)
+            with suppress(OSError):
+                sys.stderr.write(text)
 
 
 def _one_line(error: Exception) -> str:

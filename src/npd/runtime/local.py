@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from npd.errors import RunError
 from npd.runtime.base import NOTHING, Environment, Factory, Needs, Reply, SerialWorker
 from npd.runtime.child import HEADER
 from npd.runtime.wire import opened
@@ -48,8 +49,17 @@ class _Process:
     ) -> None:
         self._greeting = pickle.dumps(factory)
         self._socket, theirs = socket.socketpair()
-        with theirs, log_file.open("ab") as log:
-            self.popen = _launch(theirs.fileno(), name, log_file, log, environment)
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            with theirs, log_file.open("ab") as log:
+                self.popen = _launch(theirs.fileno(), name, log_file, log, environment)
+        except OSError as error:
+            self._socket.close()
+            theirs.close()
+            raise RunError(
+                f"cannot start worker {name} with its log in {log_file} ({error}): check that "
+                "place and the machine's limits, then resume the run"
+            ) from error
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> bytes:
@@ -181,7 +191,6 @@ class LocalRuntime:
     ) -> LocalWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert name not in self._workers, f"worker {name} exists"
-        self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{name}.log"
         set_first = {**dict.fromkeys(THREAD_VARIABLES, str(threads)), **(environment or {})}
         worker = LocalWorker(name, factory, log_file, set_first, self._call_timeout)

@@ -4,7 +4,9 @@
 server's own children included, when the pipe FD closes (npd ended, even by kill -9), when it is
 asked to (SIGTERM; SIGQUIT: at once, without the grace to end by itself), or when the server itself
 ends; its exit code is the server's. When it has ended, so has all of the group, and what the group
-held (memory, ports) is free. Standard library only: it is run as a file, in whatever Python started
+held (memory, ports) is free; shared memory too, which the system keeps of processes that are
+killed: segments made since the start that the group had mapped and nobody else has. Standard
+library only: it is run as a file, in whatever Python started
 npd.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -27,6 +30,10 @@ from typing import NoReturn
 _GRACE_SECONDS, _GONE_SECONDS = 5.0, 7.0
 _POLL_SECONDS = 0.2
 _REAP_SECONDS = 0.02
+# Reading the maps of a server's processes takes some milliseconds.
+_LOOK_SECONDS = 2.0
+_SHARED = "/dev/shm"
+_SEGMENT = re.compile(rf"{_SHARED}/(\S+)$", re.MULTILINE)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -42,6 +49,7 @@ def main(fd: int, command: list[str]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, stop)
     _adopt_orphans()
+    foreign, mapped, looked = _segments(), set[str](), time.monotonic()
     # vLLM keeps its sockets there; killed, it leaves them.
     place = tempfile.mkdtemp(prefix="npd-server-")
     server = subprocess.Popen(
@@ -53,6 +61,10 @@ def main(fd: int, command: list[str]) -> NoReturn:
     )
     while server.poll() is None and not stopped:
         stopped = bool(select.select([fd], [], [], _POLL_SECONDS)[0]) or stopped
+        if time.monotonic() > looked + _LOOK_SECONDS:
+            mapped |= _mapped(server.pid)
+            looked = time.monotonic()
+    mapped |= _mapped(server.pid)
     asked = time.monotonic()
     if server.poll() is None and grace:
         _signal_group(server.pid, signal.SIGTERM)
@@ -64,6 +76,9 @@ def main(fd: int, command: list[str]) -> NoReturn:
     while _is_group(server.pid) and time.monotonic() < asked + _GONE_SECONDS:
         time.sleep(_REAP_SECONDS)
     shutil.rmtree(place, ignore_errors=True)
+    for name in (mapped & _segments()) - foreign - _mapped():
+        with suppress(OSError):
+            os.unlink(f"{_SHARED}/{name}")
     sys.exit(128 - status if status < 0 else status)
 
 
@@ -82,6 +97,25 @@ def _is_group(group: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _segments() -> set[str]:
+    """The names of shared memory on this machine (Linux; elsewhere none)."""
+    try:
+        return set(os.listdir(_SHARED))
+    except OSError:
+        return set()
+
+
+def _mapped(group: int | None = None) -> set[str]:
+    """The segments that a group's processes have mapped, or any that we may look at."""
+    found: set[str] = set()
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with suppress(OSError):
+            if group is None or os.getpgid(int(name)) == group:
+                with open(f"/proc/{name}/maps", encoding="utf-8", errors="replace") as maps:
+                    found.update(_SEGMENT.findall(maps.read()))
+    return found
 
 
 def _adopt_orphans() -> None:

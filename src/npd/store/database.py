@@ -67,15 +67,24 @@ def lock(path: Path) -> int:
 
 def connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
     """Open the database, made and set up when missing; a reader cannot change it."""
-    mode = "ro" if is_reader else "rwc"
-    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
     with explain(path):
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
+        if not is_reader:
+            return _open(path, "rwc", is_reader=False)
         try:
-            _prepare(db, path, is_reader)
-        except BaseException:
-            db.close()
-            raise
+            return _open(path, "ro", is_reader=True)
+        except sqlite3.OperationalError:
+            # A power cut took the index of the log; only who may write makes that again.
+            return _open(path, "rw", is_reader=True)
+
+
+def _open(path: Path, mode: str, *, is_reader: bool) -> sqlite3.Connection:
+    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
+    try:
+        _prepare(db, path, is_reader)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
@@ -85,6 +94,7 @@ def _prepare(db: sqlite3.Connection, path: Path, is_reader: bool) -> None:
     if found not in ((_FORMAT,) if is_reader else (0, _FORMAT)):
         raise StoreError(f"{path} has format {found}, not {_FORMAT}: use the npd that wrote it")
     if is_reader:
+        db.execute("PRAGMA query_only = ON")
         return
     db.execute("PRAGMA journal_mode = WAL")
     # NORMAL: a commit is in the kernel, safe from kill -9, without a disk flush for each.

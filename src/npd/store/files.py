@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path has a name that `temporary` gives: a killed writer's, if nobody writes."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
 def sweep(directory: Path) -> list[Path]:
     """Remove what killed writers left directly in `directory`; returns what was removed."""
     left = sorted(directory.glob(f".*{_SUFFIX}"))
@@ -38,11 +43,15 @@ def sweep(directory: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or directory tree; nothing there is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, link or directory tree, as far as the disk lets it; nothing there is fine.
+
+    It cleans up after errors, mostly, and must not hide them by one of its own.
+    """
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -61,7 +70,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.replace(tmp, path)
             sync(path.parent)
         finally:
-            tmp.unlink(missing_ok=True)
+            remove(tmp)
 
 
 def sync(path: Path) -> None:

@@ -113,4 +113,5 @@ class RunLayout:
         Only for the holder of the run's ledger, before it starts any worker: a live writer's
         unfinished file looks just the same.
         """
-        return [path for directory in self.directories for path in files.sweep(directory)]
+        with files.explain_write(self.root):
+            return [path for directory in self.directories for path in files.sweep(directory)]

@@ -89,6 +89,11 @@ def read_scored(path: Path) -> list[Scored]:
     return [shard.scored(row) for row in range(len(shard))]
 
 
+def verify_shard(path: Path, kind: Kind) -> None:
+    """Check a whole shard against its checksum. Raises StoreError."""
+    _map(path, kind, is_verified=False)
+
+
 class ShardReader:
     """Single samples out of many shards, by reference; at most `capacity` shards stay mapped.
 

@@ -63,6 +63,15 @@ def verify(directory: Path) -> str:
     return _checksum(listed)
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether `verify` finds nothing wrong."""
+    try:
+        verify(directory)
+    except StoreError:
+        return False
+    return True
+
+
 def set_latest(root: Path, version: int) -> None:
     """Point `root`/LATEST at a published version, atomically."""
     assert _directory(root, version).is_dir(), f"version {version} is not published"
@@ -99,7 +108,8 @@ def _discard(directory: Path) -> None:
     """Remove a directory so that no half of it is ever seen under its name."""
     if directory.exists():
         tmp = files.temporary(directory)
-        os.replace(directory, tmp)
+        with files.explain_write(directory):
+            os.replace(directory, tmp)
         files.remove(tmp)
 
 

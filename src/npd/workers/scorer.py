@@ -15,6 +15,7 @@ from npd.score.base import Scorer, Support
 from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
+from npd.store.snapshots import verify
 from npd.types import EncodedPrompt, Failed, Rollout, Scored
 from npd.workers.heldout import heldout_rollouts
 from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult, scored_stats
@@ -105,6 +106,7 @@ class ScorerWorker:
             support: Support = "sampled" if config.loss.target == "sampled" else "topk"
             self._scorer = self._build(config.score.top_k, support, is_for_filter=True)
         if (config.needs_ifd or config.needs_student_pass) and self._loaded != version:
+            verify(self._layout.snapshot(version))
             self._scorer.load_student(self._layout.snapshot(version), version)
             self._loaded = version
         return self._scorer

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from npd.chat import Chat
 from npd.config import RunConfig
-from npd.errors import StoreError
 from npd.evaluate import Match, exact_match, heldout_kl
 from npd.modeling import decoding, resolve_device
-from npd.store.files import remove
+from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
-from npd.store.snapshots import publish, verify
+from npd.store.snapshots import is_whole, publish
 from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class TrainerWorker:
     def checkpoint(self, step: int) -> None:
         """Save everything needed to go on from `step`, unless that is done."""
         directory = self._layout.checkpoint(step)
-        if not self._trainer.world.decided(lambda: _is_whole(directory)):
+        if not self._trainer.world.decided(lambda: is_whole(directory)):
             self._trainer.save_checkpoint(directory)
 
     def export(self) -> str:
@@ -118,7 +117,8 @@ class TrainerWorker:
                 remove(new)
                 publish(new, lambda into: self._trainer.save_pretrained(into, whole=model))
                 remove(student)
-                new.rename(student)
+                with explain_write(student):
+                    new.rename(student)
         return str(student)
 
     def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport | None:
@@ -193,11 +193,3 @@ class TrainerWorker:
         self._reader.close()
         if self._world is not None:
             self._world.close()
-
-
-def _is_whole(directory: Path) -> bool:
-    try:
-        verify(directory)
-    except StoreError:
-        return False
-    return True

@@ -1,0 +1,104 @@
+"""What is missing or damaged of a run's files, and needed: looks, changes nothing.
+
+One want leads to another: a snapshot is made by repeating segments, which takes their shards; a
+shard is made with its snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from npd.control import events as ev
+from npd.control.replay import Maker
+from npd.errors import StoreError
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.store.shards import Kind, verify_shard
+from npd.store.snapshots import is_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What has to be made again: `shards` with their makers, snapshots with their `steps`.
+
+    `needed` are the samples, by shard, that something goes on with.
+    """
+
+    shards: tuple[tuple[Maker, Path], ...]
+    steps: dict[int, int]
+    needed: dict[int, set[int]]
+
+    @property
+    def versions(self) -> list[int]:
+        """The snapshots, lost or not, that something of it belongs to; oldest first."""
+        return sorted({action.version for action, _ in self.shards} | set(self.steps))
+
+    def of(self, version: int) -> list[tuple[Maker, Path]]:
+        """The shards of a snapshot, rollouts before their scores."""
+        found = [item for item in self.shards if item[0].version == version]
+        return sorted(found, key=lambda item: isinstance(item[0], ev.Score))
+
+
+def survey(
+    makers_of: Callable[[AbstractSet[int]], Collection[Maker]],
+    ledger: Ledger,
+    layout: RunLayout,
+    wanted: Collection[int],
+    *,
+    is_over: bool,
+) -> Damage:
+    """Everything to be made again so that `wanted` snapshots and all needed samples are there."""
+    published = {row.version: row.step for row in ledger.snapshots()}
+    saved = [row.step for row in ledger.checkpoints() if is_whole(row.path)]
+
+    @cache
+    def is_lost(version: int) -> bool:
+        return version in published and not is_whole(layout.snapshot(version))
+
+    @cache
+    def is_broken(path: Path, kind: Kind) -> bool:
+        try:
+            verify_shard(path, kind)
+        except StoreError:
+            return True
+        return False
+
+    lost: set[int] = set()
+    while True:
+        steps = {version: published[version] for version in lost}
+        until = min(steps.values(), default=None)
+        needed = needed_samples(ledger, saved, until=until, is_over=is_over)
+        makers = [maker for maker in makers_of(needed.keys()) if maker.shard in needed]
+        files = [(maker, *_file(maker, layout)) for maker in makers]
+        broken = [(maker, path) for maker, path, kind in files if is_broken(path, kind)]
+        more = set(filter(is_lost, {*wanted, *(maker.version for maker, _ in broken)}))
+        if more == lost:
+            return Damage(tuple(broken), steps, needed)
+        lost = more
+
+
+def _file(maker: Maker, layout: RunLayout) -> tuple[Path, Kind]:
+    if isinstance(maker, ev.Score):
+        return layout.scored(maker.shard), "scored"
+    return layout.rollouts(maker.shard), "rollouts"
+
+
+def needed_samples(
+    ledger: Ledger, saved: Sequence[int], *, until: int | None = None, is_over: bool = False
+) -> dict[int, set[int]]:
+    """By shard, samples of segments the trainer has to repeat, and (unless `is_over`) live ones.
+
+    It goes back to the newest checkpoint in `saved`, and first to one not after `until`.
+    """
+    start = max((step for step in saved if until is None or step <= until), default=0)
+    needed: dict[int, set[int]] = {}
+    for segment in ledger.segments_after(start):
+        for ref in segment.refs:
+            needed.setdefault(ref.shard, set()).add(ref.sample_id)
+    for row in [] if is_over else ledger.samples("live"):
+        needed.setdefault(row.shard, set()).add(row.sample_id)
+    return needed

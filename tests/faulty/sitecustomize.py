@@ -1,0 +1,35 @@
+"""Faults for every process of a run: Python imports this at its start where it is on the path.
+
+`NPD_TEST_SLOW_DISK`: seconds that each flush and each rename takes. `NPD_TEST_CLOCK`: seconds by
+which the wall clock jumps, forwards and backwards in turn, at every 20th look at it.
+"""
+
+import itertools
+import os
+import time
+
+SLOW = float(os.environ.get("NPD_TEST_SLOW_DISK", "0"))
+JUMP = float(os.environ.get("NPD_TEST_CLOCK", "0"))
+
+
+def _slowly(call):
+    def slow(*args, **kwargs):
+        time.sleep(SLOW)
+        return call(*args, **kwargs)
+
+    return slow
+
+
+def _jumping(call):
+    looks = itertools.count()
+
+    def clock():
+        return call() + (JUMP if next(looks) // 20 % 2 else -JUMP)
+
+    return clock
+
+
+if SLOW:
+    os.fsync, os.replace = _slowly(os.fsync), _slowly(os.replace)
+if JUMP:
+    time.time = _jumping(time.time)

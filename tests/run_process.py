@@ -1,0 +1,116 @@
+"""A real `npd run` in a process of its own, on tiny models, and what the kernel says of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from npd.errors import NpdError
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.store.shards import read_rollouts
+from npd.types import Outcome
+from tiny_run import tiny_settings, write_prompts
+
+# A run of seconds may take minutes on a machine that others use too.
+LIMIT = 600.0
+
+
+class Run:
+    """One run directory, driven by as many `npd run` processes as it takes.
+
+    `prefix` is put before the command, `environment` over this process's own.
+    """
+
+    def __init__(
+        self, folder: Path, student: Path, teacher: Path, *, num_prompts: int = 24, **sections
+    ) -> None:
+        prompts = write_prompts(folder / "prompts.jsonl", num_prompts)
+        self.prefix: list[str] = []
+        self.environment: dict[str, str] = {}
+        self.layout = RunLayout(folder / "run")
+        settings = tiny_settings(student, teacher, prompts, self.layout.root, **sections)
+        self.config = folder / "run.yaml"
+        self.config.write_text(yaml.safe_dump(settings))
+        self.log = folder / "out.log"
+        self._started: list[subprocess.Popen] = []
+
+    def start(self) -> subprocess.Popen:
+        resume = ["--resume"] if self.layout.config_json.exists() else []
+        command = [*self.prefix, sys.executable, "-m", "npd", "run", str(self.config), *resume]
+        environment = {**os.environ, **self.environment}
+        with self.log.open("ab") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what is still running of it, after a test that failed."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+    def finish(self, process: subprocess.Popen | None = None) -> None:
+        process = process or self.start()
+        assert process.wait(LIMIT) == 0, self.log.read_text()[-3000:]
+
+    def num_events(self) -> int:
+        if not self.layout.ledger_db.exists():
+            return 0
+        try:
+            with Ledger.reader(self.layout.ledger_db) as ledger:
+                return sum(1 for _ in ledger.events())
+        except NpdError:
+            return 0  # the file is there, its tables not yet
+
+    def wait_for(self, events: int, process: subprocess.Popen) -> bool:
+        """Wait until so many events are recorded; False when the run ended before."""
+        deadline = time.monotonic() + LIMIT
+        while self.num_events() < events and time.monotonic() < deadline:
+            if process.poll() is not None:
+                return False
+            time.sleep(0.01)
+        return process.poll() is None
+
+
+def child_named(parent: int, name: str) -> int | None:
+    """The process id of `parent`'s worker called `name`."""
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in task.read_text().split():
+            try:
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if name.encode() in arguments:
+                return int(pid)
+    return None
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def check_books(layout: RunLayout, *, reuse: int) -> Counter:
+    """The conservation law, and the uses of every sample; returns the outcomes."""
+    with Ledger.reader(layout.ledger_db) as ledger:
+        conservation, rows = ledger.conservation(), ledger.samples()
+    assert conservation.holds
+    assert conservation.asked == len(rows)
+    for row in rows:
+        assert row.uses <= reuse
+        assert (row.outcome is Outcome.TRAINED_OUT) == (row.uses == reuse)
+    files = [r.sample_id for path in sorted(layout.rollouts(0).parent.glob("*.arrow"))
+             for r in read_rollouts(path)]  # fmt: skip
+    assert len(files) == len(set(files)), "a sample was generated twice"
+    return Counter(row.outcome for row in rows)

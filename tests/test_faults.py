@@ -1,0 +1,214 @@
+"""Everything but `kill -9` that a machine does to a run, by real means: disks, clocks, hangs.
+
+A run either goes on, or stops with one line that says what, where and what to do, and `--resume`
+ends it once the cause is mended: books balanced, and in one process the student of an undisturbed
+run bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
+from npd.types import Outcome
+from own_disk import DyingDisk, SmallDisk
+from run_process import LIMIT, Run, check_books, child_named
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+FAULTY = Path(__file__).parent / "faulty"
+OVERLAPPED = {
+    "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
+    "refresh": {"every_steps": 6},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    """Makes the run in `tmp_path`; `disk` is where its directory lies."""
+
+    runs = []
+
+    def build(disk: SmallDisk | DyingDisk | None = None, **sections) -> Run:
+        run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, **sections)
+        runs.append(run)
+        if disk is not None:
+            run.prefix = disk.prefix
+            run.layout = RunLayout(disk.view(run.layout.root))
+        return run
+
+    yield build
+    for run in runs:
+        run.end()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
+    """The student of an undisturbed inline run, and how many events that takes."""
+    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
+    run.finish()
+    return student_bytes(run), run.num_events()
+
+
+def student_bytes(run: Run) -> bytes:
+    return (run.layout.student / "model.safetensors").read_bytes()
+
+
+def complaint(run: Run, process=None) -> str:
+    """The one line with which the run stops, now."""
+    before = run.log.read_text() if process is None and run.log.exists() else ""
+    process = process or run.start()
+    assert process.wait(LIMIT) == 1, run.log.read_text()[-2000:]
+    said = run.log.read_text()[len(before) :]
+    assert "Traceback" not in said
+    assert "a bug of npd" not in said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert said.rstrip().endswith(errors[0])
+    return errors[0]
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file, under its old time of change."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_disk_that_is_always_too_small_costs_nothing_but_time(make, tmp_path, expected):
+    with SmallDisk(tmp_path / "run", kib=4) as disk:
+        run = make(disk)
+        tries = 0
+        while (process := run.start()).wait(LIMIT) != 0:
+            tries += 1
+            lines = run.log.read_text().splitlines()
+            assert "no space left" in lines[-1] or "free disk space" in lines[-1], lines[-1]
+            assert lines[-1].startswith("error: ")
+            assert str(tmp_path / "run") in lines[-1]
+            disk.resize(int(disk.kib * 2.5))
+        assert process.returncode == 0
+        assert tries >= 3
+        assert "Traceback" not in run.log.read_text()
+        assert student_bytes(run) == expected[0]
+        run.layout = RunLayout(disk.copied(tmp_path / "copy"))
+        check_books(run.layout, reuse=2)
+        assert run.num_events() == expected[1]
+
+
+def test_what_cannot_be_written_is_named_and_mended(make, tmp_path, expected):
+    with SmallDisk(tmp_path / "run", kib=24) as disk:
+        run = make(disk)
+        assert "ledger" in complaint(run), "room for the record of the run and no more"
+        disk.resize(64 * 1024)
+        for folder in (".", "rollouts", "checkpoints"):
+            disk.set_read_only(tmp_path / "run" / folder)
+            line = complaint(run)
+            assert f"cannot write {(tmp_path / 'run' / folder).resolve()}" in line
+            assert "Read-only file system" in line
+            assert "check that place and its permissions" in line
+            disk.set_writable(tmp_path / "run" / folder)
+        run.finish()
+        check_books(RunLayout(disk.copied(tmp_path / "copy")), reuse=2)
+        assert student_bytes(run) == expected[0]
+
+
+def test_damaged_files_are_found_named_and_made_again(make, expected):
+    run = make()
+    run.environment = {"PYTHONPATH": _with_faults(), "NPD_TEST_SLOW_DISK": "0.05"}
+    process = run.start()
+    assert run.wait_for(int(0.7 * expected[1]), process)
+    process.kill()
+    process.wait()
+    run.environment = {}
+    flip(run.layout.heldout)
+    assert f"{run.layout.heldout} does not match its checksum: delete it" in complaint(run)
+    run.layout.heldout.unlink()
+    [checkpoint] = run.layout.checkpoints.glob("step-*")
+    flip(checkpoint / "optimizer.safetensors")
+    snapshots = sorted(run.layout.snapshots.glob("v*"))
+    flip(snapshots[-1] / "model.safetensors")
+    for shard, path in enumerate(sorted(run.layout.rollouts(0).parent.glob("*.arrow"))):
+        path.write_bytes(path.read_bytes()[: 8 * shard])
+    for path in run.layout.scored(0).parent.glob("*.arrow"):
+        flip(path)
+    run.finish()
+    said = run.log.read_text()
+    assert f"{checkpoint} is damaged" in said
+    assert f"snapshot v{int(snapshots[-1].name[1:])} was missing or damaged" in said
+    assert "shard files were missing or damaged, and are made again" in said
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == expected[0]
+
+
+def test_a_slow_disk_only_takes_longer(make, expected):
+    run = make()
+    run.environment = {"PYTHONPATH": _with_faults(), "NPD_TEST_SLOW_DISK": "0.05"}
+    run.finish()
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == expected[0]
+
+
+def test_a_clock_that_jumps_changes_nothing(make):
+    run = make(runtime={"kind": "local"}, schedule=OVERLAPPED)
+    run.environment = {"PYTHONPATH": _with_faults(), "NPD_TEST_CLOCK": "100000"}
+    run.finish()
+    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
+    assert run.layout.report_html.exists()
+    starts = [float(line.partition('"start": ')[2].partition(",")[0])
+              for line in run.layout.trace_jsonl.read_text().splitlines()]  # fmt: skip
+    assert max(starts) - min(starts) > 100000, "the clock did jump"
+
+
+def _with_faults() -> str:
+    return os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")])
+
+
+def test_workers_that_hang_are_replaced(make):
+    run = make(runtime={"kind": "local", "call_timeout": 20.0},
+               schedule={**OVERLAPPED, "max_tries": 9})  # fmt: skip
+    process = run.start()
+    assert run.wait_for(8, process)
+    pids = {name: child_named(process.pid, name) for name in ("generator-0", "scorer-0", "trainer")}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)
+    run.finish(process)
+    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_a_ledger_that_takes_no_more_stops_the_run_in_one_line(make):
+    run = make(runtime={"kind": "local"}, schedule=OVERLAPPED)
+    process = run.start()
+    assert run.wait_for(8, process)
+    size = run.layout.ledger_db.with_name("ledger.db-wal").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    line = complaint(run, process)
+    assert f"cannot write {run.layout.ledger_db} (" in line
+    assert "then resume" in line
+    run.finish()
+    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
+    assert steps == list(range(1, 25)), "each step counts once"
+
+
+def test_a_disk_that_dies_costs_only_what_it_had_not_taken_in(make, tmp_path, expected):
+    with DyingDisk(tmp_path / "run") as disk:
+        run = make(disk)
+        process = run.start()
+        while len(list(run.layout.scored(0).parent.glob("*.arrow"))) < 5:
+            assert process.poll() is None, run.log.read_text()[-2000:]
+            time.sleep(0.01)
+        disk.die()
+        assert str(tmp_path / "run") in complaint(run, process)
+        disk.revive()
+        run.finish()
+        check_books(RunLayout(disk.copied(tmp_path / "copy")), reuse=2)
+        assert student_bytes(run) == expected[0]
