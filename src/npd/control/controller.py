@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
+from npd.control.place import Folder, Place
 from npd.control.plan import Plan
 from npd.control.repair import repair
 from npd.errors import RunError
-from npd.store import snapshots
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Segment
@@ -43,11 +44,12 @@ class Controller:
         monitor: Monitor,
         *,
         keep_checkpoints: int = 1,
+        place: Place | None = None,
     ) -> None:
         self._plan, self._dispatcher = plan, dispatcher
         self._ledger, self._layout, self._monitor = ledger, layout, monitor
         self._running: dict[asyncio.Task[ev.Event], ev.Action] = {}
-        self._keep = keep_checkpoints
+        self._keep, self._place = keep_checkpoints, place or Folder()
         self._segments: dict[int, Segment] = {}
         self._shards: set[int] = set()
         self._makers: dict[tuple[str, int], ev.Generate | ev.Score] = {}
@@ -69,7 +71,9 @@ class Controller:
         """
         outstanding = self._replay()
         await self._dispatcher.load()
-        made = await repair(self._makers.values(), self._dispatcher, self._ledger, self._layout)
+        made = await repair(
+            self._makers.values(), self._dispatcher, self._ledger, self._layout, self._place
+        )
         if made:
             self._monitor.message(f"{made} missing shard files were made again")
         self._makers.clear()
@@ -112,7 +116,7 @@ class Controller:
 
     async def _finish(self) -> Ending:
         await self._cancel()
-        student = await self._dispatcher.export() if self._trained else None
+        student = await self._export() if self._trained else None
         if self._stop is not None and self._stop.failed:
             counts = ", ".join(
                 f"{reason} {count}" for (_, reason), count in self._ledger.reasons().items()
@@ -124,6 +128,11 @@ class Controller:
                 "larger generate.max_new_tokens"
             )
         return Ending(self._trained, is_done=True)
+
+    async def _export(self) -> Path:
+        await self._dispatcher.export()
+        self._place.bring(self._layout.student)
+        return self._layout.student
 
     async def _cancel(self) -> None:
         for task in self._running:
@@ -213,9 +222,8 @@ class Controller:
 
     def _prune(self) -> None:
         """Point LATEST at the newest snapshot; remove those nobody needs, and old checkpoints."""
-        if self._layout.snapshot(self._plan.version).exists():
-            snapshots.set_latest(self._layout.snapshots, self._plan.version)
+        self._place.point(self._layout.snapshots, self._plan.version)
         oldest = self._plan.oldest_version_needed
-        snapshots.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
+        self._place.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
         saved = [row.step for row in self._ledger.checkpoints()][-self._keep :]
-        snapshots.prune(self._layout.checkpoints, saved)
+        self._place.prune(self._layout.checkpoints, saved)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from npd.control import events as ev
 from npd.control.dispatch import Dispatcher
+from npd.control.place import Folder, Place
 from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -22,25 +23,27 @@ async def repair(
     dispatcher: Dispatcher,
     ledger: Ledger,
     layout: RunLayout,
+    place: Place | None = None,
 ) -> int:
     """Carry out again those of `makers` whose file is needed and missing; returns how many.
 
     Raises:
         StoreError: a missing shard was written by a server, or by a snapshot that is pruned.
     """
-    needed = _needed_samples(ledger)
+    place = place or Folder()
+    needed = _needed_samples(ledger, place)
     made = 0
     for action in sorted(makers, key=lambda action: isinstance(action, ev.Score)):
         is_score = isinstance(action, ev.Score)
         path = layout.scored(action.shard) if is_score else layout.rollouts(action.shard)
-        if action.shard not in needed or path.exists():
+        if action.shard not in needed or place.has(path):
             continue
         if not is_score and not dispatcher.rewrites_exactly:
             raise StoreError(
                 f"{path} is missing, and what a server wrote is not written the same again: bring "
                 "the file back, or start a new run"
             )
-        has_snapshot = not ledger.snapshots() or layout.snapshot(action.version).exists()
+        has_snapshot = not ledger.snapshots() or place.has(layout.snapshot(action.version))
         if not is_score and not has_snapshot:
             raise StoreError(
                 f"{path} is missing and snapshot v{action.version}, which wrote it, is pruned: "
@@ -69,10 +72,11 @@ async def _make(
     raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
 
 
-def _needed_samples(ledger: Ledger) -> dict[int, set[int]]:
+def _needed_samples(ledger: Ledger, place: Place) -> dict[int, set[int]]:
     """By shard, samples that are live, and those of segments the trainer has to repeat."""
-    saved = [row.step for row in ledger.checkpoints() if row.path.exists()]
-    redo = ledger.segments_after(max(saved, default=0))
+    newest_first = reversed(ledger.checkpoints())
+    saved = next((row.step for row in newest_first if place.has(row.path)), 0)
+    redo = ledger.segments_after(saved)
     refs = (
         ref
         for segment in redo

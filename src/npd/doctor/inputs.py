@@ -10,6 +10,7 @@ from pathlib import Path
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
 from npd.control.preparation import check_model, check_weights, models_read_here, prepare
+from npd.control.sharing import check_place
 from npd.doctor.checks import Check, attempt, fail, ok, warn
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
@@ -64,6 +65,11 @@ def _data(config: RunConfig) -> str:
     return f"{counts}{f', {dropped}' if dropped else ''}"
 
 
+def _shared(config: RunConfig) -> str:
+    check_place(config, resume=True)
+    return f"{config.shared_url} takes and gives back a small object, from this machine"
+
+
 def run_directory_checks(config: RunConfig) -> Iterator[Check]:
     """Whether the run can be written where it is to be kept, and has room there."""
     root = config.directory.absolute()
@@ -76,6 +82,8 @@ def run_directory_checks(config: RunConfig) -> Iterator[Check]:
             f"{root} is not empty: npd run needs --resume (a run of this config), or another name"
         )
         yield warn("run directory", says)
+    if config.shared_url is not None:
+        yield attempt("shared files", lambda: _shared(config))
     size = size_of(config.student)
     if size is None:
         yield ok("run directory", f"{root} can be written to")
