@@ -11,6 +11,7 @@ import pytest
 from npd.store.ledger import Ledger
 from npd.types import Outcome
 from test_crash import Run, child_named, student_bytes
+from test_ray_run import seats
 from test_run import check_books
 
 
@@ -105,3 +106,25 @@ def test_a_trainer_of_two_ranks_exchanges_files_too(tmp_path, tiny_model_dir, ti
     run.finish(process)
     check_books(run.layout, reuse=2)
     assert student_bytes(run)
+
+
+@pytest.mark.slow
+def test_actors_on_ray_that_share_no_folder_exchange_files(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, ray_address
+):
+    """Their run directory is the controller's alone; the trainer's actor is killed half way."""
+    run = start_run(
+        tmp_path,
+        tiny_model_dir,
+        tiny_teacher_dir,
+        runtime={"kind": "ray", "device": "cpu", "threads": 1, "ray": {"address": ray_address}},
+    )
+    process = run.start()
+    assert run.wait_for(20, process)
+    pid = seats(run.layout.root)["trainer"]
+    os.kill(pid, signal.SIGKILL)
+    run.finish(process)
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run)
+    assert not list(run.layout.root.glob("*/*.arrow"))
+    assert not any((tmp_path / "scratch").glob("*/trainer"))
