@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import npd
 from npd.control.opening import open_directory
 from npd.control.preparation import prepare
 from npd.control.sharing import Gathering
+from npd.doctor import examine
 from npd.errors import ConfigError, RunError
 from npd.runtime.inline import InlineRuntime
 from npd.runtime.local import LocalRuntime
@@ -19,7 +21,7 @@ from npd.store.layout import RunLayout
 from npd.workers import Factory
 from store_faults import FAULTS, install
 from test_run import QuietView, check_books
-from tiny_run import tiny_config, write_prompts
+from tiny_run import tiny_config, tiny_settings, write_prompts
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def test_the_student_is_that_of_a_run_in_one_folder_bit_for_bit(make, tmp_path):
     assert shared.data.examples == plain.data.examples
 
 
+@pytest.mark.slow
 def test_a_local_run_comes_to_its_end_with_a_store_that_is_slow_and_fails_now_and_then(
     make, tmp_path, monkeypatch
 ):
@@ -83,6 +86,7 @@ def test_a_local_run_comes_to_its_end_with_a_store_that_is_slow_and_fails_now_an
     assert snapshots == ["v000002"], "pruned there"
 
 
+@pytest.mark.slow
 def test_a_store_that_dies_stops_the_run_in_one_line_and_resume_goes_on(
     make, tmp_path, monkeypatch
 ):
@@ -185,3 +189,24 @@ def test_servers_that_run_already_need_a_folder_they_see_too(make, tmp_path):
     with pytest.raises(ValueError, match=r"set runtime\.scratch to a folder that they see"):
         make(runtime={"scratch": None}, generate=served)
     make(generate=served)
+
+
+def test_the_doctor_tries_the_place(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+
+    def check(url):
+        runtime = {"kind": "inline", "shared": url}
+        settings = tiny_settings(
+            tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / "run", runtime=runtime
+        )
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        found = {c.what: c for c in examine(str(tmp_path / "run.yaml"))}["shared files"]
+        return found.status, found.says
+
+    status, says = check(f"file://{tmp_path}/store")
+    assert status == "ok"
+    assert "takes and gives back a small object" in says
+    assert list((tmp_path / "store" / "tiny").iterdir()) == [], "nothing is left there"
+    status, says = check("nope://bucket/runs")
+    assert status == "FAIL"
+    assert "Protocol not known" in says

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from npd.errors import StoreError
@@ -34,7 +34,7 @@ class Exchange:
         self._same: dict[Path, _Identity | None] = {}
 
     def has(self, path: Path) -> bool:
-        """Whether a shard or a published directory is there."""
+        """Whether a shard or a published directory is there, by its note."""
         return self._note(path) is not None
 
     def push(self, path: Path) -> None:
@@ -148,7 +148,15 @@ class Exchange:
         except ValueError:
             return None
         wanted = "sha256" if _is_file(path) else "files"
-        return note if isinstance(note, dict) and wanted in note else None
+        if not isinstance(note, dict) or wanted not in note:
+            return None
+        outside = [name for name in note.get("files", ()) if not _is_below(name)]
+        if outside:
+            raise StoreError(
+                f"{self.remote.url}/{self._note_name(path)} names {outside[0]}, a file outside its "
+                "directory, which npd never writes: see who else writes to that place"
+            )
+        return note
 
     def _is_known(self, path: Path) -> bool:
         return path in self._same and self._same[path] == _identity(path)
@@ -163,6 +171,10 @@ class Exchange:
 def _is_file(path: Path) -> bool:
     """Shards are files; all else that is exchanged is a published directory."""
     return path.suffix == ".arrow"
+
+
+def _is_below(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _is_same(path: Path, note: _Note) -> bool:

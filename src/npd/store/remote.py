@@ -115,7 +115,7 @@ class Remote:
         raise AssertionError("unreachable")
 
 
-def check_usable(url: str, *, pauses: Sequence[float] = ()) -> None:
+def check_usable(url: str, *, pauses: Sequence[float] = PAUSES[:1]) -> None:
     """Write an object below `url`, read it back and remove it.
 
     Raises:
