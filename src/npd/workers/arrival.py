@@ -67,7 +67,8 @@ class Arrived:
         """Show that this machine sees what the controller sees; returns the machine's name.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it does not, or has not what it takes.
+            RunError: the place does not answer it.
         """
         host, root, shared = socket.gethostname(), self._factory.root, self._shared
         try:
@@ -76,7 +77,7 @@ class Arrived:
             if has_seen:
                 remote.write(shared.at(self._name), host.encode())
         except (ConfigError, RunError) as error:
-            raise ConfigError(f"worker {self._name} on {host}: {error}") from error
+            raise type(error)(f"worker {self._name} on {host}: {error}") from error
         if not has_seen:
             raise ConfigError(not_seen(self._name, host, root, shared.url))
         self._layout = RunLayout(root) if shared.url is None else self._open_scratch(remote)
