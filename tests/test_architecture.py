@@ -60,7 +60,7 @@ IMPURE |= {"tempfile", "threading", "torch", "transformers", "pyarrow", "logging
 
 # Library -> in how many files at most, each time inside a function.
 HEAVY = dict.fromkeys(("datasets", "tensorboard", "gguf", "accelerate", "rich", "matplotlib"), 1)
-HEAVY |= {"httpx": 1, "peft": 1, "ray": 3, "transformers": 7}
+HEAVY |= {"httpx": 1, "fsspec": 1, "peft": 1, "ray": 3, "transformers": 7}
 # The only units that import torch as they are imported; everywhere else it waits for a call.
 TORCH_AT_IMPORT = {"attention", "lora", "modeling", "generate", "score", "train", "evaluate"}
 

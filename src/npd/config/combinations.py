@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+from npd.config.exchange import sharing_problems
 from npd.config.values import RunValues
 from npd.rules import rank_problems, runtime_problems, served_problems
 
 
 def problems(c: RunValues) -> list[str]:
     """What is impossible about `c`, one line each with the remedy; none if it can be run."""
-    rules = (_schedule_problems, _refresh_problems, _size_problems, _meaning_problems)
+    rules = (
+        *(_schedule_problems, _refresh_problems, _size_problems, _meaning_problems),
+        sharing_problems,
+    )
     found = [problem for rule in rules for problem in rule(c)]
     found += served_problems(c.generate, c.score, c.loss, c.schedule, c.runtime)
     found += rank_problems(c.train, c.runtime) + runtime_problems(c.runtime, c.train)

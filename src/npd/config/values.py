@@ -60,6 +60,12 @@ class RunValues(Section):
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
 
     @property
+    def shared_url(self) -> str | None:
+        """Where the run's workers exchange files; None: in the run directory."""
+        shared = self.runtime.shared
+        return None if shared is None else f"{shared.rstrip('/')}/{self.name}"
+
+    @property
     def needs_scores(self) -> bool:
         """Whether samples go past the teacher at all (plain SFT: no)."""
         by_teacher = self.filter.name in ("teacher_nll", "overlap")

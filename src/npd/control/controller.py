@@ -13,17 +13,18 @@ import asyncio
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 
 from npd.control import codec
 from npd.control import events as ev
 from npd.control.damage import needed_samples
 from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
+from npd.control.place import Folder, Place
 from npd.control.plan import Plan
 from npd.control.repair import repair
 from npd.control.replay import Maker, Makers, makers_of, retold
 from npd.errors import RunError
-from npd.store import snapshots
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Segment
@@ -49,12 +50,13 @@ class Controller:
         monitor: Monitor,
         *,
         keep_checkpoints: int = 1,
+        place: Place | None = None,
     ) -> None:
         self._plan, self._dispatcher = plan, dispatcher
         self._ledger, self._layout, self._monitor = ledger, layout, monitor
         self._running: dict[asyncio.Task[ev.Event], ev.Action] = {}
         self._ended: asyncio.Queue[asyncio.Task[ev.Event]] = asyncio.Queue()
-        self._keep = keep_checkpoints
+        self._keep, self._place = keep_checkpoints, place or Folder()
         self._segments: dict[int, Segment] = {}
         self._num_shards = 0
         self._makers: Makers = {}
@@ -103,6 +105,7 @@ class Controller:
             self._layout,
             versions=() if is_over else versions,
             is_over=is_over,
+            place=self._place,
         )
         for what in made:
             self._monitor.message(what)
@@ -152,7 +155,7 @@ class Controller:
 
     async def _finish(self) -> Ending:
         await self._cancel()
-        student = await self._dispatcher.export() if self._trained else None
+        student = await self._export() if self._trained else None
         if self._stop is not None and self._stop.failed:
             counts = ", ".join(
                 f"{reason} {count}" for (_, reason), count in self._ledger.reasons().items()
@@ -164,6 +167,11 @@ class Controller:
                 "larger generate.max_new_tokens"
             )
         return Ending(self._trained, is_done=True)
+
+    async def _export(self) -> Path:
+        await self._dispatcher.export()
+        self._place.bring(self._layout.student)
+        return self._layout.student
 
     async def _cancel(self) -> None:
         for task in self._running:
@@ -227,7 +235,7 @@ class Controller:
         kept (`_makers`).
         """
         pending: dict[tuple[str, int], ev.Action] | None = None
-        saved = [row.step for row in self._ledger.checkpoints() if row.path.exists()]
+        saved = [row.step for row in self._ledger.checkpoints() if self._place.has(row.path)]
         self._covered = frozenset(needed_samples(self._ledger, saved))
         for event, actions in retold(self._ledger, self._plan):
             if isinstance(event, ev.SegmentTrained):
@@ -257,9 +265,8 @@ class Controller:
 
     def _prune(self) -> None:
         """Point LATEST at the newest snapshot; remove those nobody needs, and old checkpoints."""
-        if self._layout.snapshot(self._plan.version).exists():
-            snapshots.set_latest(self._layout.snapshots, self._plan.version)
+        self._place.point(self._layout.snapshots, self._plan.version)
         oldest = self._plan.oldest_version_needed
-        snapshots.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
+        self._place.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
         saved = [row.step for row in self._ledger.checkpoints()][-self._keep :]
-        snapshots.prune(self._layout.checkpoints, saved)
+        self._place.prune(self._layout.checkpoints, saved)

@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 
 from npd.control import events as ev
+from npd.control.place import Place
 from npd.control.replay import Maker
-from npd.errors import StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.store.shards import Kind, verify_shard
-from npd.store.snapshots import is_whole
+from npd.store.shards import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +46,22 @@ def survey(
     makers_of: Callable[[AbstractSet[int]], Collection[Maker]],
     ledger: Ledger,
     layout: RunLayout,
+    place: Place,
     wanted: Collection[int],
     *,
     is_over: bool,
 ) -> Damage:
     """Everything to be made again so that `wanted` snapshots and all needed samples are there."""
     published = {row.version: row.step for row in ledger.snapshots()}
-    saved = [row.step for row in ledger.checkpoints() if is_whole(row.path)]
+    saved = [row.step for row in ledger.checkpoints() if place.is_whole(row.path)]
 
     @cache
     def is_lost(version: int) -> bool:
-        return version in published and not is_whole(layout.snapshot(version))
+        return version in published and not place.is_whole(layout.snapshot(version))
 
     @cache
     def is_broken(path: Path, kind: Kind) -> bool:
-        try:
-            verify_shard(path, kind)
-        except StoreError:
-            return True
-        return False
+        return not place.is_whole(path, kind)
 
     lost: set[int] = set()
     while True:

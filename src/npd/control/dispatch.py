@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.crew import Crew
+from npd.control.place import Folder, Place
 from npd.errors import RunError, StoreError, WorkerLostError
 from npd.observe.trace import Span
 from npd.runtime import Worker
@@ -43,8 +44,10 @@ class Dispatcher:
         on_start: Callable[[str, str], None],
         on_span: Callable[[Span], None],
         on_message: Callable[[str], None],
+        place: Place | None = None,
     ) -> None:
         self._config, self._crew, self._ledger = config, crew, ledger
+        self._place = place or Folder()
         self._prompts, self._heldout = prompts, tuple(heldout)
         self._on_start, self._on_span, self._on_message = on_start, on_span, on_message
         self._generators: asyncio.Queue[Worker] = _queue(crew.generators)
@@ -218,7 +221,7 @@ class Dispatcher:
         everything."""
         trainer = self._crew.trainer
         for saved in reversed(self._ledger.checkpoints()):
-            if not saved.path.exists() or (until is not None and saved.step > until):
+            if not self._place.has(saved.path) or (until is not None and saved.step > until):
                 continue
             try:
                 await self._call(trainer, "restore", saved.step, doing="restore")

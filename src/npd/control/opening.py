@@ -6,6 +6,7 @@ Promises: no run is overwritten, and none goes on with another config, other dat
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,8 @@ def open_directory(
         "dropped": prepared.dropped,
         "fingerprints": _fingerprints(config, prepared),
     }
+    if config.shared_url is not None:
+        record["shared"] = secrets.token_hex(8)
     # First, so that a disk that is full already leaves nothing that could not be gone on with.
     write_json(layout.config_json, record)
     layout.create()

@@ -15,9 +15,9 @@ from pathlib import Path
 from npd.control import events as ev
 from npd.control.damage import Damage, survey
 from npd.control.dispatch import Dispatcher
+from npd.control.place import Folder, Place
 from npd.control.replay import Maker
 from npd.errors import RunError, StoreError
-from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.wording import counted
@@ -31,6 +31,7 @@ async def repair(
     *,
     versions: Collection[int] = (),
     is_over: bool = False,
+    place: Place | None = None,
 ) -> list[str]:
     """Carry out again what made the shards (`makers_of` them) that are needed and not whole.
 
@@ -41,7 +42,8 @@ async def repair(
     Raises:
         StoreError: such a shard was written by a server.
     """
-    damage = survey(makers_of, ledger, layout, versions, is_over=is_over)
+    place = place or Folder()
+    damage = survey(makers_of, ledger, layout, place, versions, is_over=is_over)
     if not dispatcher.rewrites_exactly:
         _check_is_makeable(damage)
     made = []
@@ -50,7 +52,7 @@ async def repair(
             await dispatcher.republish(version, damage.steps[version])
             made.append(f"made again: snapshot v{version}, which was missing or damaged")
         for action, path in damage.of(version):
-            remove(path)
+            place.remove(path)
             await _make(action, dispatcher, path, damage.needed[action.shard])
     if damage.shards:
         made.append(f"made again: {counted(len(damage.shards), 'missing or damaged shard file')}")

@@ -24,6 +24,7 @@ from npd.control.monitor import Monitor
 from npd.control.opening import open_directory
 from npd.control.plan import Plan
 from npd.control.preparation import Prepared, prepare
+from npd.control.sharing import Gathering, check_place, gathered, open_place
 from npd.control.story import tell
 from npd.errors import RunError
 from npd.observe.live import View, make_view
@@ -75,6 +76,7 @@ def run(
     """
     prepared = prepare(config)
     go_on = resume_command(dump_config(config), origins or {})
+    check_place(config, resume=resume)
     layout = open_directory(config, prepared, resume=resume, origins=origins or {})
     last_step = finished_at(config, layout) if resume else None
     if last_step is not None:
@@ -89,8 +91,9 @@ async def _drive(
     config: RunConfig, prepared: Prepared, layout: RunLayout, ledger: Ledger, monitor: Monitor
 ) -> Ending:
     """Start the workers, let the controller run, end them whatever happens."""
-    runtime = build_runtime(config.runtime, layout.logs)
+    runtime = gathered(build_runtime(config.runtime, layout.logs), config, layout)
     try:
+        place = open_place(config, layout, ledger)
         dispatcher = Dispatcher(
             config,
             spawn_crew(config, runtime, layout.root),
@@ -100,6 +103,7 @@ async def _drive(
             on_start=monitor.started,
             on_span=monitor.span,
             on_message=monitor.message,
+            place=place,
         )
         controller = Controller(
             Plan(config, num_ranks=config.train.ranks),
@@ -108,9 +112,12 @@ async def _drive(
             layout,
             monitor,
             keep_checkpoints=config.checkpoint.keep,
+            place=place,
         )
         has_heldout = bool(prepared.heldout) and num_scorers(config) > 0
         with _signals(controller):
+            if isinstance(runtime, Gathering):
+                await runtime.prove()
             return await controller.run(len(prepared.prompts), has_heldout=has_heldout)
     finally:
         await runtime.close()

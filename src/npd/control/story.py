@@ -15,6 +15,8 @@ from npd.chat import Chat
 from npd.config import RunConfig
 from npd.control import codec
 from npd.control import events as ev
+from npd.control.place import readable
+from npd.errors import NpdError
 from npd.filters import bounds, delta_ifd
 from npd.observe.report import (
     Example,
@@ -179,11 +181,17 @@ def _examples(
         group = chosen.setdefault((sample.outcome, sample.reason), [])
         if len(group) < _EXAMPLES_EACH:
             group.append(sample)
-    return [
-        _example(layout, chat, sample, shards[sample.stats.sample_id])
-        for group in chosen.values()
-        for sample in group
-    ]
+    try:
+        with readable(layout, config) as shown:
+            return [
+                _example(shown, chat, sample, shards[sample.stats.sample_id])
+                for group in chosen.values()
+                for sample in group
+            ]
+    except NpdError:
+        if config.shared_url is None:
+            raise
+        return []  # this machine may not read there; the numbers are worth telling without texts
 
 
 def _example(layout: RunLayout, chat: Chat, sample: ReportSample, shard: int) -> Example:

@@ -1,8 +1,8 @@
 """Looks over a run before it is started: config, models, data, memory, servers.
 
 Promises: one line a check, each failure with its remedy, and none hides another; nothing is
-started, written or changed, here or on a server. What passes here can still fail later: sizes are
-estimates.
+started, written or changed, here or on a server (at `runtime.shared` a small object is put, and
+removed at once). What passes here can still fail later: sizes are estimates.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from npd.control.preparation import (
     models_read_here,
     read_data,
 )
+from npd.control.sharing import check_place
 from npd.data import load_prompts
 from npd.doctor.checks import Check, attempt, fail, ok, warn
 from npd.servers.models import model_settings
@@ -92,6 +93,11 @@ def _lora(config: RunConfig, has_student: bool) -> str:
     return "peft is installed, and the student has the layers that train.lora.targets names"
 
 
+def _shared(config: RunConfig) -> str:
+    check_place(config, resume=True)
+    return f"{config.shared_url} takes and gives back a small object, from this machine"
+
+
 def run_directory_checks(config: RunConfig) -> Iterator[Check]:
     """Whether the run can be written where it is to be kept, and has room there."""
     root = config.directory.absolute()
@@ -104,6 +110,8 @@ def run_directory_checks(config: RunConfig) -> Iterator[Check]:
             f"{root} is not empty: npd run needs --resume (a run of this config), or another name"
         )
         yield warn("run directory", says)
+    if config.shared_url is not None:
+        yield attempt("shared files", lambda: _shared(config))
     size = size_of(config.student)
     if size is None:
         yield ok("run directory", f"{root} can be written to")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from npd.fields import Positive, Section
 
@@ -36,6 +37,10 @@ class RuntimeConfig(Section):
     """CPU threads a worker may use; None shares the machine's cores out."""
     call_timeout: Annotated[float, Field(gt=0.0)] = 3600.0
     """Seconds after which a worker that has not answered counts as lost."""
+    shared: str | None = None
+    """A URL (`s3://bucket/runs`) where workers exchange files; None: in the run directory."""
+    scratch: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    """With `shared`, where each machine keeps copies; None: its place for temporary files."""
 
 
 class CheckpointConfig(Section):

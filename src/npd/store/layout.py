@@ -98,8 +98,8 @@ class RunLayout:
     @property
     def directories(self) -> tuple[Path, ...]:
         """Every directory that writers put files into."""
-        rooms = (self.rollouts(0).parent, self.scored(0).parent)
-        return (self.root, *rooms, self.logs, self.snapshots, self.checkpoints)
+        names = ("rollouts", "scored", "logs", "snapshots", "checkpoints")
+        return (self.root, *(self.root / name for name in names))
 
     def create(self) -> None:
         """Make the directories. Raises RunError when the place cannot be written."""

@@ -58,7 +58,7 @@ def verify(directory: Path) -> str:
     """
     listed = _listed(directory)
     for name, entry in sorted(listed.items()):
-        if _describe(directory / name) != entry:
+        if describe(directory / name) != entry:
             raise _damaged(directory, f"{name} does not match {MANIFEST}")
     return _checksum(listed)
 
@@ -100,6 +100,12 @@ def prune(root: Path, keep: Collection[int]) -> list[int]:
     return removed
 
 
+def number_of(name: str) -> int | None:
+    """The version or step that a directory is named after (`v000003`, `step-000200`), or None."""
+    match = _VERSIONED.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def _directory(root: Path, version: int) -> Path:
     return root / f"v{version:06d}"
 
@@ -117,7 +123,7 @@ def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
     """Let `write` work, then put everything on disk and a manifest beside it."""
     write(tmp)
     paths = [path for path in sorted(tmp.rglob("*")) if path.is_file()]
-    listed = {str(path.relative_to(tmp)): _describe(path) for path in paths}
+    listed = {str(path.relative_to(tmp)): describe(path) for path in paths}
     for path in (*paths, *(path for path in tmp.rglob("*") if path.is_dir())):
         files.sync(path)
     checksum = _checksum(listed)
@@ -125,7 +131,8 @@ def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
     return checksum
 
 
-def _describe(path: Path) -> dict[str, Any] | None:
+def describe(path: Path) -> dict[str, Any] | None:
+    """Size and checksum of a file, as in a manifest; None where there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -27,7 +27,10 @@ class Factory:
 
     def __call__(self) -> object:
         """The worker, its models loaded."""
-        layout = RunLayout(self.root)
+        return self.build(RunLayout(self.root))
+
+    def build(self, layout: RunLayout) -> object:
+        """The same with the files of `layout`."""
         if self.role == "generator":
             from npd.workers.generator import GeneratorWorker
 

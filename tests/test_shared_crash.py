@@ -1,0 +1,130 @@
+"""Real `kill -9` in runs that exchange files by a URL: nothing is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from npd.store.ledger import Ledger
+from npd.types import Outcome
+from test_crash import Run, child_named, student_bytes
+from test_ray_run import seats
+from test_run import check_books
+
+
+def start_run(tmp_path, student, teacher, **sections) -> Run:
+    runtime = {
+        "kind": "inline",
+        "shared": f"file://{tmp_path}/store",
+        "scratch": str(tmp_path / "scratch"),
+        **sections.pop("runtime", {}),
+    }
+    return Run(tmp_path, student, teacher, runtime=runtime, **sections)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
+    """An undisturbed inline run in one folder: its number of events and its student."""
+    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
+    run.finish()
+    return run.num_events(), student_bytes(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "keeps_scratch"), [(0.1, True), (0.5, False), (0.8, True)])
+def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(
+    share, keeps_scratch, whole, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    """With what its workers left on their machine, or on a machine that has nothing."""
+    events, expected = whole
+    run = start_run(tmp_path, tiny_model_dir, tiny_teacher_dir)
+    process = run.start()
+    assert run.wait_for(int(share * events), process)
+    process.kill()
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.arrow.json")}
+    if not keeps_scratch:
+        shutil.rmtree(tmp_path / "scratch")
+    run.finish()
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "something was made twice"
+    assert student_bytes(run) == expected
+    assert run.num_events() == events
+    check_books(run.layout, reuse=2)
+    assert not any((tmp_path / "scratch").iterdir())
+    assert not (tmp_path / "store" / "tiny" / "arrivals").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["generator-0", "scorer-0", "trainer"])
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(
+    victim, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    run = start_run(
+        tmp_path,
+        tiny_model_dir,
+        tiny_teacher_dir,
+        runtime={"kind": "local"},
+        schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
+                  "refresh": {"every_steps": 6}},
+    )  # fmt: skip
+    process = run.start()
+    killed = 0
+    for events in (1, 12, 30):
+        if not run.wait_for(events, process):
+            break
+        pid = child_named(process.pid, victim)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    run.finish(process)
+    assert killed >= 2
+    outcomes = check_books(run.layout, reuse=2)
+    assert outcomes[Outcome.FAILED] == 0
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
+    assert steps == list(range(1, 25)), "each step counts once"
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.slow
+def test_a_trainer_of_two_ranks_exchanges_files_too(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    run = start_run(
+        tmp_path,
+        tiny_model_dir,
+        tiny_teacher_dir,
+        runtime={"kind": "local"},
+        train={"ranks": 2},
+    )
+    process = run.start()
+    assert run.wait_for(20, process)
+    pid = child_named(process.pid, "trainer-1")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    run.finish(process)
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run)
+
+
+@pytest.mark.slow
+def test_actors_on_ray_that_share_no_folder_exchange_files(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, ray_address
+):
+    """Their run directory is the controller's alone; the trainer's actor is killed half way."""
+    run = start_run(
+        tmp_path,
+        tiny_model_dir,
+        tiny_teacher_dir,
+        runtime={"kind": "ray", "device": "cpu", "threads": 1, "ray": {"address": ray_address}},
+    )
+    process = run.start()
+    assert run.wait_for(20, process)
+    pid = seats(run.layout.root)["trainer"]
+    os.kill(pid, signal.SIGKILL)
+    run.finish(process)
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run)
+    assert not list(run.layout.root.glob("*/*.arrow"))
+    assert not any((tmp_path / "scratch").glob("*/trainer"))
