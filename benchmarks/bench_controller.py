@@ -32,6 +32,7 @@ from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.observe.live import PlainView
 from npd.runtime import Factory, Reply
+from npd.runtime.base import NOTHING, Needs
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -210,6 +211,7 @@ class FakeRuntime:
         *,
         threads: int,
         environment: dict[str, str] | None = None,
+        needs: Needs = NOTHING,
     ) -> FakeWorker:
         """A fake worker; of its factory only the run directory is used."""
         return FakeWorker(name, self._watch, RunLayout(factory.root))

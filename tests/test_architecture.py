@@ -53,7 +53,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "npd": GROUND | {"control", "train"},
 }
 # The heart of the controller: a function of events, so no clock, no I/O, no asyncio, no tensor.
-PURE = {f"npd.control.{name}" for name in ("plan", "flow", "pool", "order", "batches", "events")}
+PURE = {
+    f"npd.control.{name}"
+    for name in ("plan", "flow", "pool", "order", "batches", "events", "codec")
+}
 PURE |= {"npd.types", "npd.errors", "npd.pack", "npd.filters"}
 IMPURE = {"asyncio", "time", "datetime", "os", "io", "shutil", "socket", "sqlite3", "subprocess"}
 IMPURE |= {"tempfile", "threading", "torch", "transformers", "pyarrow", "logging", "secrets"}
