@@ -58,12 +58,21 @@ class Bench:
         return self.gradients
 
     def weights(self) -> dict[str, Any] | None:
-        with self.trainer.whole("cpu") as model:
+        with self.trainer.whole() as model:
             if model is None:
                 return None
             embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
             assert (embeddings.weight is head.weight) == model.config.tie_word_embeddings
-            return {name: p.detach().numpy() for name, p in model.named_parameters()}
+            return {name: p.detach().float().numpy() for name, p in model.named_parameters()}
+
+    def write(self, directory: Path) -> bool | None:
+        """A snapshot and an export, as a worker writes them; whether frozen weights were there."""
+        with self.trainer.to_write() as model:
+            if model is None:
+                return None
+            self.trainer.save_snapshot(directory / "snapshot", whole=model)
+            self.trainer.save_pretrained(directory / "export", whole=model)
+            return any(not (p.is_meta or p.requires_grad) for p in model.parameters())
 
     def held(self) -> list[int]:
         """Numbers each rank holds of the weights."""
@@ -90,7 +99,8 @@ def gradients_of(trainer: Any) -> dict[str, Any]:
     """The gradients a trainer has at this moment, whole (all ranks must ask)."""
     from npd.train.parallel import full
 
-    return {name: full(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: full(p.grad).numpy().copy() for name, p in trained.items()}
 
 
 @dataclass(frozen=True)

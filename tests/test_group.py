@@ -141,7 +141,6 @@ SETTINGS = {
     ("section", "values", "words"),
     [
         ("runtime", {"kind": "inline"}, "train.ranks 2 needs a process.*runtime.kind: local"),
-        ("train", {"ranks": 2, "lora": {"rank": 4}}, "train.ranks 2 with train.lora"),
         ("runtime", {"device": "cuda:1"}, "train.ranks 2 takes a GPU for each.*cuda:1"),
     ],
 )

@@ -87,11 +87,6 @@ def rank_problems(train: TrainConfig, runtime: RuntimeConfig) -> list[tuple[bool
             f"{ranks} needs a process for each rank: set runtime.kind: local, or train.ranks: 1",
         ),
         (
-            several and train.lora is not None,
-            f"{ranks} with train.lora, whose adapters are small enough for one: set train.ranks: "
-            "1, or leave train.lora out",
-        ),
-        (
             several and runtime.device.startswith("cuda:"),
             f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
             "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",

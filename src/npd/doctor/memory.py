@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from npd.config import RunConfig
+from npd.config import RunConfig, TrainConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.servers.sizes import GIB, ModelSize, size_of
 
@@ -30,7 +30,7 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
         yield warn("memory", f"{config.student} is no directory here: its size is not known")
         return
     device = resolve_device(config.runtime.device)
-    state, row = over_ranks(config.train.ranks, device, size, *trainer_bytes(config, size))
+    state, row = over_ranks(config.train, device, size, *trainer_bytes(config, size))
     beside = other_bytes(config, size)
     needed, (free, total) = state + row + beside, device_bytes(device)
     says = (
@@ -67,17 +67,19 @@ def trainer_bytes(config: RunConfig, size: ModelSize) -> tuple[int, int]:
     return _STATE_BYTES * size.parameters, row + copy
 
 
-def over_ranks(ranks: int, device: str, size: ModelSize, state: int, row: int) -> tuple[int, int]:
+def over_ranks(
+    train: TrainConfig, device: str, size: ModelSize, state: int, row: int
+) -> tuple[int, int]:
     """The same where ranks share the student: on the first one's GPU, or all of them on the CPU.
 
     The first rank holds the whole student too, while it evaluates.
     """
-    if ranks == 1:
+    if train.ranks == 1:
         return state, row
-    whole = _BYTES["float32"] * size.parameters
+    whole = _BYTES["float32" if train.lora is None else train.dtype] * size.parameters
     if device == "cpu":
-        return state + whole, ranks * row
-    return state // ranks + whole, row
+        return state + whole, train.ranks * row
+    return state // train.ranks + whole, row
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:

@@ -63,10 +63,11 @@ def spread(whole: Tensor, like: Tensor) -> Tensor:
 def filled(model: Any, tensors: Mapping[str, Tensor]) -> Any:
     """A copy of `model` whose parameters are `tensors`, by name; what is tied stays tied.
 
-    No parameter of `model` is copied, so that it may be an empty one or share nothing.
+    No parameter of `model` is copied, so that it may be an empty one or share nothing; those that
+    `tensors` lacks stay as they are.
     """
     memo = {
-        id(p): nn.Parameter(tensors[name], requires_grad=p.requires_grad)
+        id(p): nn.Parameter(tensors.get(name, p), requires_grad=p.requires_grad)
         for name, p in model.named_parameters()
     }
     return copy.deepcopy(model, memo)

@@ -90,7 +90,7 @@ class TrainerWorker:
 
     def publish(self, version: int) -> str:
         """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
-        with self._trainer.whole("cpu") as model:
+        with self._trainer.to_write() as model:
             if model is None:
                 return ""
             directory = self._layout.snapshot(version)
@@ -112,7 +112,7 @@ class TrainerWorker:
     def export(self) -> str:
         """Write the final student as a Hugging Face model directory, in place of an older one."""
         student = self._layout.student
-        with self._trainer.whole("cpu") as model:
+        with self._trainer.to_write() as model:
             if model is not None:
                 new = student.with_name(f"{student.name}-new")
                 remove(new)
