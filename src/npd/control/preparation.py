@@ -17,7 +17,8 @@ from npd.chat import Chat, check_same_vocabulary
 from npd.config import DataConfig, RunConfig
 from npd.data import encode_prompts, load_prompts
 from npd.errors import DataError, ModelError
-from npd.modeling import check_context
+from npd.modeling import check_context, resolve_device
+from npd.train.compilers import check_compilers
 from npd.types import EncodedPrompt
 
 # A fingerprint reads this much of a weight file at this many places: 16 MiB of any model.
@@ -58,6 +59,7 @@ def prepare(config: RunConfig) -> Prepared:
             check_model(role, model, config)
     if config.train.lora is not None:
         lora.check_targets(config.train.lora, config.student)
+    check_compiler(config)
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
     if config.teacher is not None and config.needs_teacher:
         check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
@@ -114,6 +116,16 @@ def check_model(role: str, model: str, config: RunConfig) -> None:
             "DIR) and give that directory"
         )
     check_context(model, config.max_sample_tokens, trust_remote_code=config.trust_remote_code)
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Check that what `train.compile` writes can be built here.
+
+    Raises:
+        ConfigError: the compiler, or what it needs, is missing.
+    """
+    if config.train.compile:
+        check_compilers(resolve_device(config.runtime.device))
 
 
 def check_weights(model: str) -> None:

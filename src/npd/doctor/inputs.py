@@ -9,7 +9,13 @@ from pathlib import Path
 
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
-from npd.control.preparation import check_model, check_weights, models_read_here, prepare
+from npd.control.preparation import (
+    check_compiler,
+    check_model,
+    check_weights,
+    models_read_here,
+    prepare,
+)
 from npd.doctor.checks import Check, attempt, fail, ok, warn
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
@@ -25,6 +31,8 @@ def input_checks(config: RunConfig) -> Iterator[Check]:
     ]
     if config.teacher is not None and config.needs_teacher and not _failed(checks):
         checks.append(attempt("vocabulary", lambda: _vocabulary(config)))
+    if config.train.compile:
+        checks.append(attempt("compiler", lambda: _compiler(config)))
     yield from checks
     if not _failed(checks):
         yield attempt("data", lambda: _data(config))
@@ -55,6 +63,11 @@ def _vocabulary(config: RunConfig) -> str:
     check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
     size = Chat.load(config.student, trust_remote_code=trust).vocab_size
     return f"teacher and student share {size:,} token ids"
+
+
+def _compiler(config: RunConfig) -> str:
+    check_compiler(config)
+    return "train.compile has the compiler it needs"
 
 
 def _data(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npd.train.compiled import layers_of
 from npd.world import World
 
 
@@ -23,10 +24,8 @@ def shard(objective: nn.Module, model: Any, world: World, device: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
-    layers = set(model._no_split_modules or ())
-    for module in reversed(list(model.modules())):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from npd.errors import RunError
 from npd.modeling import load_model, resolve_device
 from npd.train import checkpoint
 from npd.train.batch import Read, Sample, build_row, rollout_of
+from npd.train.compiled import as_written, compile_layers
 from npd.train.device import peak_memory_mib, step_randomness
 from npd.train.measure import Measured, check_finite, report
 from npd.train.objective import Objective
@@ -78,6 +79,8 @@ class Trainer:
         is_sharded = self.world.size > 1
         self._hollow = hollow(self.model) if is_sharded and self.world.is_first else None
         self._objective = Objective(self.model, config, loss, is_sharded=is_sharded)
+        if config.compile:
+            compile_layers(self.model, self.device)
         if is_sharded:
             shard(self._objective, self.model, self.world, self.device)
         self.optimizer = build_optimizer(self.model, config)
@@ -111,7 +114,8 @@ class Trainer:
         on its device and the others None.
         """
         if self.world.size == 1:
-            yield self.model
+            with as_written() if self.config.compile else nullcontext():
+                yield self.model
             return
         tensors = gathered(dict(self.model.named_parameters()), self.world, self.device)
         yield None if self._hollow is None else filled(self._hollow, tensors).to(self.device)
