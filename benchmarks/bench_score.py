@@ -36,14 +36,8 @@ from common import (
 )
 from npd.attention import Boundaries
 from npd.config import ScoreConfig
-from npd.modeling import (
-    PackedBatch,
-    head_of,
-    hidden_states,
-    load_model,
-    pack_documents,
-    resolve_device,
-)
+from npd.head import head_of
+from npd.modeling import PackedBatch, hidden_states, load_model, pack_documents, resolve_device
 from npd.pack import pack
 from npd.score import build_scorer
 from npd.types import FinishReason, Rollout

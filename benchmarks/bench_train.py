@@ -39,7 +39,8 @@ from common import (
     timed,
 )
 from npd.config import LossConfig, TrainConfig
-from npd.modeling import head_of, hidden_states, load_model
+from npd.head import head_of
+from npd.modeling import hidden_states, load_model
 from npd.pack import pack
 from npd.store.shards import ShardReader, write_scored
 from npd.train.batch import TrainRow, build_row

@@ -10,11 +10,10 @@ from torch import nn
 from conftest import make_model, make_tokenizer
 from npd.attention import Boundaries, packed_attention, varlen_kernel
 from npd.errors import ModelError
+from npd.head import Head, head_of
 from npd.modeling import (
-    Head,
     PackedBatch,
     _first_fit,
-    head_of,
     hidden_states,
     load_model,
     pack_documents,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from npd.sections import (
+    EvalConfig,
     GenerateConfig,
     LossConfig,
     RuntimeConfig,
@@ -116,6 +117,39 @@ def runtime_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[tuple[b
             runtime.ray.gpus.get("trainer", 1.0) < 1.0 and train.ranks > 1,
             "runtime.ray.gpus gives ranks of the trainer a part of a GPU: each needs one (or, with "
             "runtime.device cpu, none: leave it out)",
+        ),
+    ]
+
+
+def teacher_rank_problems(
+    score: ScoreConfig, generate: GenerateConfig, evaluation: EvalConfig, runtime: RuntimeConfig
+) -> list[tuple[bool, str]]:
+    """What cannot be about a teacher of several processes: (is it so, what to do)."""
+    several, ranks = score.ranks > 1, f"score.ranks {score.ranks}"
+    return [
+        (
+            several and score.engine != "transformers",
+            f"{ranks} is for a teacher in process, and score.engine {score.engine} is a server: "
+            "set score.launch.tensor_parallel instead, and score.ranks: 1",
+        ),
+        (
+            several and runtime.kind != "local",
+            f"{ranks} needs a process for each rank: set runtime.kind: local, or score.ranks: 1",
+        ),
+        (
+            several and runtime.device.startswith("cuda:"),
+            f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
+            "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            several and generate.source == "teacher" and generate.engine == "transformers",
+            f"{ranks} with generate.source teacher, which writes in one process: set "
+            "generate.engine: vllm, with generate.launch.tensor_parallel",
+        ),
+        (
+            several and evaluation.source == "teacher",
+            f"{ranks} with eval.source teacher, which writes in one process: set eval.source: "
+            "completion (or none), or score.engine: vllm",
         ),
     ]
 

@@ -62,7 +62,7 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
 
 
 def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
-    """The environment that leaves a trainer rank one GPU: the `rank`-th that this process sees.
+    """The environment that leaves a rank one GPU: the `rank`-th that this process sees.
 
     None on Ray, which deals GPUs out itself.
     """
@@ -85,25 +85,33 @@ def needs_of(config: RunConfig, role: Role) -> Needs:
     return Needs(0.0 if is_on_servers[role] or config.runtime.device == "cpu" else None)
 
 
-def spawn_trainer(
-    config: RunConfig, runtime: Runtime, factory: Callable[[], object], threads: int, root: Path
+def spawn_ranks(
+    config: RunConfig,
+    runtime: Runtime,
+    name: str,
+    factory: Callable[[], object],
+    root: Path,
+    *,
+    ranks: int,
+    needs: Needs,
+    first_gpu: int = 0,
 ) -> Worker:
-    """The trainer: a worker, or a group of as many as `train.ranks` that share its threads."""
-    ranks, needs = config.train.ranks, needs_of(config, "trainer")
+    """A worker, or a group of as many as `ranks` that share its threads and take a GPU each."""
+    threads = threads_per_worker(config)
     if ranks == 1:
-        return runtime.spawn("trainer", factory, threads=threads, needs=needs)
+        return runtime.spawn(name, factory, threads=threads, needs=needs)
     each = threads if config.runtime.threads is not None else max(1, threads // ranks)
     workers = [
         runtime.spawn(
-            f"trainer-{rank}",
+            f"{name}-{rank}",
             factory,
             threads=each,
-            environment=gpu_of_rank(config, rank),
-            needs=replace(needs, team="trainer", size=ranks),
+            environment=gpu_of_rank(config, first_gpu + rank),
+            needs=replace(needs, team=name, size=ranks),
         )
         for rank in range(ranks)
     ]
-    return RankGroup("trainer", workers, None if config.runtime.kind == "ray" else root / "meeting")
+    return RankGroup(name, workers, None if config.runtime.kind == "ray" else root / "meeting")
 
 
 def spawn_crew(
@@ -113,16 +121,26 @@ def spawn_crew(
     factory: Callable[[str, RunConfig, Path], Callable[[], object]] = Factory,
 ) -> Crew:
     """Start every worker of the run; models load at their first call."""
-    threads = threads_per_worker(config)
 
     def spawn(name: str, role: Role, index: int = 0) -> Worker:
-        share, needs = share_of_servers(config, role, index), needs_of(config, role)
-        return runtime.spawn(name, factory(role, share, root), threads=threads, needs=needs)
+        made = factory(role, share_of_servers(config, role, index), root)
+        ranks = {"trainer": config.train.ranks, "scorer": config.score.ranks}.get(role, 1)
+        return spawn_ranks(
+            config,
+            runtime,
+            name,
+            made,
+            root,
+            ranks=ranks,
+            needs=needs_of(config, role),
+            # The trainer has the first GPUs; a teacher that needs several has others to itself.
+            first_gpu=config.train.ranks + index * ranks if role == "scorer" else 0,
+        )
 
     return Crew(
         generators=tuple(
             spawn(f"generator-{i}", "generator", i) for i in range(config.generate.workers)
         ),
         scorers=tuple(spawn(f"scorer-{i}", "scorer", i) for i in range(num_scorers(config))),
-        trainer=spawn_trainer(config, runtime, factory("trainer", config, root), threads, root),
+        trainer=spawn("trainer", "trainer"),
     )

@@ -18,6 +18,7 @@ from npd.config import DataConfig, RunConfig
 from npd.data import encode_prompts, load_prompts
 from npd.errors import DataError, ModelError
 from npd.modeling import check_context, resolve_device
+from npd.score.divisible import check_divisible
 from npd.train.compilers import check_compilers
 from npd.types import EncodedPrompt
 
@@ -60,6 +61,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.train.lora is not None:
         lora.check_targets(config.train.lora, config.student)
     check_compiler(config)
+    check_ranks(config)
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
     if config.teacher is not None and config.needs_teacher:
         check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
@@ -126,6 +128,17 @@ def check_compiler(config: RunConfig) -> None:
     """
     if config.train.compile:
         check_compilers(resolve_device(config.runtime.device))
+
+
+def check_ranks(config: RunConfig) -> None:
+    """Check that the teacher can be held by `score.ranks` together.
+
+    Raises:
+        ModelError: it cannot be shared out like that.
+    """
+    if config.teacher is not None:
+        trust = config.trust_remote_code
+        check_divisible(config.teacher, config.score.ranks, trust_remote_code=trust)
 
 
 def check_weights(model: str) -> None:

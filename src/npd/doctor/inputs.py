@@ -12,6 +12,7 @@ from npd.config import RunConfig
 from npd.control.preparation import (
     check_compiler,
     check_model,
+    check_ranks,
     check_weights,
     models_read_here,
     prepare,
@@ -31,6 +32,8 @@ def input_checks(config: RunConfig) -> Iterator[Check]:
     ]
     if config.teacher is not None and config.needs_teacher and not _failed(checks):
         checks.append(attempt("vocabulary", lambda: _vocabulary(config)))
+    if config.score.ranks > 1 and not _failed(checks):
+        checks.append(attempt("score.ranks", lambda: _ranks(config)))
     if config.train.compile:
         checks.append(attempt("compiler", lambda: _compiler(config)))
     yield from checks
@@ -63,6 +66,11 @@ def _vocabulary(config: RunConfig) -> str:
     check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
     size = Chat.load(config.student, trust_remote_code=trust).vocab_size
     return f"teacher and student share {size:,} token ids"
+
+
+def _ranks(config: RunConfig) -> str:
+    check_ranks(config)
+    return f"{config.score.ranks} ranks can hold the teacher together"
 
 
 def _compiler(config: RunConfig) -> str:

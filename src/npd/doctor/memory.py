@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from npd.config import RunConfig, TrainConfig
 from npd.doctor.checks import Check, fail, ok, warn
+from npd.modeling import resolve_device
 from npd.servers.sizes import GIB, ModelSize, size_of
 
 # Weights, gradients and AdamW's two moments, all float32.
@@ -23,8 +24,6 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 
 def memory_checks(config: RunConfig) -> Iterator[Check]:
     """The trainer's forecast beside what the device has."""
-    from npd.modeling import resolve_device
-
     size = size_of(config.student)
     if size is None:
         yield warn("memory", f"{config.student} is no directory here: its size is not known")
@@ -83,8 +82,12 @@ def over_ranks(
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:
-    """Weights of the models that generators and scorers hold in process."""
+    """Weights of the models that generators and scorers hold in process, beside the trainer's.
+
+    A teacher of several ranks is not: on GPUs it has others to itself.
+    """
     generate, score = config.generate, config.score
+    is_apart = score.ranks > 1 and resolve_device(config.runtime.device) != "cpu"
     teacher = size_of(config.teacher) if config.teacher is not None else None
     teacher_size = 0 if teacher is None else teacher.parameters
     total = 0
@@ -92,7 +95,7 @@ def other_bytes(config: RunConfig, size: ModelSize) -> int:
         writer = size.parameters if generate.source == "student" else teacher_size
         total += generate.workers * _BYTES[generate.dtype] * writer
     if config.needs_scores:
-        each = teacher_size if score.engine == "transformers" else 0
+        each = teacher_size if score.engine == "transformers" and not is_apart else 0
         each += size.parameters if config.needs_ifd or config.needs_student_pass else 0
         total += score.workers * _BYTES[score.dtype] * each
     return total

@@ -25,9 +25,9 @@ def build_scorer(
     device: str,
     trust_remote_code: bool,
     seed: int,
-    served: ServedTeacher | None = None,
+    served: Reader | None = None,
 ) -> Scorer:
-    """A scorer, its teacher loaded, unless that is on servers (`served`): they stay the caller's.
+    """A scorer, its teacher loaded, unless that is open already (`served`): it stays the caller's.
 
     `vocab_size` is the number of token ids that teacher and student share (`len(tokenizer)`).
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
-from npd.modeling import Head, head_of, load_model, resolve_device, response_hidden
+from npd.head import Head, head_of
+from npd.modeling import load_model, resolve_device, response_hidden
 from npd.score.base import Document, Key, Reading
 
 # Block of the two-stage top-k: 64 is 3.4 times torch.topk's speed at V = 49,152, k = 10.
@@ -105,13 +106,19 @@ def load_reader(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
+    ranks: int = 1,
 ) -> PrefillReader:
-    """The reader of a model directory or name; raises ModelError where it cannot be loaded."""
+    """The reader of a model directory or name, on each of `ranks`, which must make the same calls.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     loaded = load_model(
         model,
         dtype=config.dtype,
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
+        ranks=ranks,
     )
     return PrefillReader(loaded, str(model), vocab_size, config)
 

@@ -25,6 +25,9 @@ class _Scoring(Section):
     """`auto` takes the student's conditional NLL from the rollout where the rollout has it."""
     workers: Positive = 1
     """Scorers, each with a teacher of its own."""
+    ranks: Positive = 1
+    """Processes (on GPUs: one each) that hold a teacher together, a part of every layer each: for
+    one larger than a device. For a server see docs/servers.md."""
     dtype: Dtype = "bfloat16"
     """Type of the weights that score."""
 

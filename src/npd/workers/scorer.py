@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import RunError
 from npd.modeling import resolve_device
-from npd.score.base import Scorer, Support
+from npd.score.base import Reader, Scorer, Support
 from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
@@ -26,14 +26,26 @@ if TYPE_CHECKING:
 class ScorerWorker:
     """Scores shards by the teacher and, for Δ-IFD, by the snapshot that wrote them."""
 
-    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        self._config, self._layout = config, layout
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        *,
+        hold: Callable[[str], Reader] | None = None,
+    ) -> None:
+        """With `hold` a teacher in process is not loaded here: `hold` opens it."""
+        self._config, self._layout, self._hold = config, layout, hold
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._scorer: Scorer | None = None
         self._teacher: ServedTeacher | None = None
         self._loaded: int | None = None
         self._notes: list[str] = []
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that teacher and student share."""
+        return self._chat.vocab_size
 
     def score(self, task: ScoreTask) -> ShardResult:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
@@ -114,6 +126,9 @@ class ScorerWorker:
 
         config = self._config
         assert config.teacher is not None, "checked by the config"
+        served: Reader | None = self._served()
+        if served is None and self._hold is not None:
+            served = self._hold(config.teacher)
         return build_scorer(
             config.score.model_copy(update={"top_k": top_k}),
             teacher=config.teacher,
@@ -124,7 +139,7 @@ class ScorerWorker:
             device=self._device,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
-            served=self._served(),
+            served=served,
         )
 
     def _served(self) -> ServedTeacher | None:

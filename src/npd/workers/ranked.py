@@ -1,0 +1,102 @@
+"""A scorer of several ranks: the first one scores, the others hold the teacher with it.
+
+Whatever is called is called on every rank at once. Only the first reads and writes files, holds the
+student's snapshot (a small model, which more ranks would not make faster), and answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from npd.config import RunConfig
+from npd.errors import NpdError
+from npd.modeling import resolve_device
+from npd.score.base import Reader
+from npd.score.prefill import load_reader
+from npd.score.together import Follower, LeadingReader, Order
+from npd.store.layout import RunLayout
+from npd.types import EncodedPrompt
+from npd.workers.scorer import ScorerWorker
+from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult
+from npd.world import World, connect, host
+
+
+class ScorerRank:
+    """One of the `score.ranks` processes of a scorer; `join` comes before everything else."""
+
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        self._config = config
+        self._world = World()
+        self._hosted: Any = None
+        self._scorer = ScorerWorker(config, layout, hold=self._lead)
+        self._follower = Follower(self._load, self._tell)
+
+    def host(self) -> str:
+        """Open a place where ranks of other machines can join this one, the first."""
+        place, self._hosted = host()
+        return place
+
+    def join(self, rank: int, meeting: str) -> None:
+        """Become rank `rank`; they meet at a new file, or where the first one hosts.
+
+        Raises:
+            ConfigError: a rank has no GPU of its own.
+        """
+        self._world = connect(
+            meeting,
+            rank=rank,
+            size=self._config.score.ranks,
+            device=resolve_device(self._config.runtime.device),
+            # Longer than the controller waits, which is the one to say what has become of a rank.
+            timeout=2 * self._config.runtime.call_timeout,
+            store=self._hosted if rank == 0 else None,
+            setting="score.ranks",
+        )
+
+    def score(self, task: ScoreTask) -> ShardResult | None:
+        """Score the shard's chosen samples; what the first rank finds."""
+        found: ShardResult | None = self._together("score", task)
+        return found
+
+    def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> HeldoutResult | None:
+        """Write `heldout.arrow`; what the first rank finds."""
+        found: HeldoutResult | None = self._together("prepare_heldout", prompts)
+        return found
+
+    def ready(self) -> None:
+        """Nothing; see `ScorerWorker`."""
+
+    def close(self) -> None:
+        """Let go of the models and leave the other ranks."""
+        self._scorer.close()
+        self._world.close()
+
+    def _together(self, method: str, *args: Any) -> Any:
+        if not self._world.is_first:
+            self._follower.follow()
+            return None
+        try:
+            found = getattr(self._scorer, method)(*args)
+        except NpdError:
+            self._tell(None)
+            raise
+        # Of any other error the others hear by losing this rank: they may be waiting in a layer.
+        self._tell(None)
+        return found
+
+    def _lead(self, model: str) -> Reader:
+        return LeadingReader(model, self._load, self._tell)
+
+    def _tell(self, order: Order | None) -> Order | None:
+        return self._world.decided(lambda: order)
+
+    def _load(self, model: str) -> Reader:
+        config = self._config
+        return load_reader(
+            config.score,
+            model,
+            self._scorer.vocab_size,
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+            ranks=config.score.ranks,
+        )
