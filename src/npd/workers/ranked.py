@@ -6,6 +6,7 @@ student's snapshot (a small model, which more ranks would not make faster), and 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from npd.config import RunConfig
@@ -14,6 +15,7 @@ from npd.modeling import resolve_device
 from npd.score.base import Reader
 from npd.score.prefill import load_reader
 from npd.score.together import Follower, LeadingReader, Order
+from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.types import EncodedPrompt
 from npd.workers.scorer import ScorerWorker
@@ -27,6 +29,7 @@ class ScorerRank:
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
         self._config = config
         self._world = World()
+        self._meeting: str | None = None
         self._hosted: Any = None
         self._scorer = ScorerWorker(config, layout, hold=self._lead)
         self._follower = Follower(self._load, self._tell)
@@ -42,6 +45,7 @@ class ScorerRank:
         Raises:
             ConfigError: a rank has no GPU of its own.
         """
+        self._meeting = meeting
         self._world = connect(
             meeting,
             rank=rank,
@@ -70,6 +74,9 @@ class ScorerRank:
         """Let go of the models and leave the other ranks."""
         self._scorer.close()
         self._world.close()
+        if self._meeting is not None:
+            # A loaded model keeps hold of the place where ranks met, and so of the file.
+            remove(Path(self._meeting))
 
     def _together(self, method: str, *args: Any) -> Any:
         if not self._world.is_first:
