@@ -21,7 +21,7 @@ from npd.errors import ModelError, NpdError
 from npd.runtime.local import LocalRuntime
 from npd.score.base import Document
 from npd.score.divisible import check_divisible
-from npd.score.together import Follower, LeadingReader, Order
+from npd.score.together import Follower, Leader, Order
 from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
@@ -30,8 +30,6 @@ from test_crash import Run, _is_alive, child_named
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
-
-EVAL = {"source": "completion"}
 
 
 def check_scores(one, other, atol=2e-4):
@@ -43,6 +41,7 @@ def check_scores(one, other, atol=2e-4):
     expected, found = read_scored(one), read_scored(other)
     assert [s.rollout.sample_id for s in expected] == [s.rollout.sample_id for s in found]
     for a, b in zip(expected, found, strict=True):
+        assert a.rollout.response_ids.tolist() == b.rollout.response_ids.tolist()
         np.testing.assert_allclose(b.teacher_logprobs, a.teacher_logprobs, atol=atol)
         off = np.abs(b.topk_logprobs - a.topk_logprobs)
         assert off.max() < 5e-3
@@ -84,7 +83,7 @@ def test_ranks_score_as_one_process(family, tmp_path, tiny_model_dir, tiny_teach
 
     def config(name, ranks):
         return tiny_config(
-            tiny_model_dir, teacher, prompts, tmp_path / name, eval=EVAL, score={"ranks": ranks,
+            tiny_model_dir, teacher, prompts, tmp_path / name, score={"ranks": ranks,
             "top_k": 8, "row_tokens": 256, "dtype": "float32"}, runtime={"kind": "local",
             "device": "cpu"},
         )  # fmt: skip
@@ -125,7 +124,7 @@ def test_a_run_with_a_spread_teacher_makes_the_student_of_one(
     def config(name, ranks, kind):
         return tiny_config(
             tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, schedule=schedule,
-            score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": ranks}, eval=EVAL,
+            score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": ranks},
             runtime={"kind": kind, "device": "cpu", "threads": 1},
         )  # fmt: skip
 
@@ -148,7 +147,7 @@ def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
     tmp_path, tiny_model_dir, tiny_teacher_dir
 ):
     run = Run(
-        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"}, eval=EVAL,
+        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"},
         score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": 2},
         schedule={"epochs": None, "steps": 20, "window": 20, "reuse": 2, "max_lag": 2,
                   "refresh": {"every_steps": 6}},
@@ -193,6 +192,10 @@ class FakeReader:
         self.model, self.log = model, log
         log.append(("load", model))
 
+    def write(self, asks):
+        self.log.append(("write", self.model, asks))
+        return asks
+
     def read(self, documents):
         self.log.append(("read", self.model, sorted(documents)))
         if "bad" in documents:
@@ -210,12 +213,13 @@ def test_the_others_do_what_the_first_does_and_survive_what_it_is_told():
 
     def whole_story():
         with pytest.raises(ModelError):
-            LeadingReader("broken", load_first, told.tell)
-        reader = LeadingReader("m", load_first, told.tell)
+            Leader("broken", load_first, told.tell)
+        reader = Leader("m", load_first, told.tell)
         assert reader.read({"a": document}) == {"a": document}
+        assert reader.write(("ask",)) == ("ask",)
         with pytest.raises(NpdError):
             reader.read({"bad": document})
-        LeadingReader("m", load_first, told.tell).read({"b": document})
+        Leader("m", load_first, told.tell).read({"b": document})
         told.tell(None)
 
     whole_story()
@@ -223,7 +227,7 @@ def test_the_others_do_what_the_first_does_and_survive_what_it_is_told():
     assert second == first
     assert first.count(("load", "m")) == 2, "loaded again when it is told so"
     assert not told.orders
-    assert Order("m").documents is None
+    assert Order("m").what is None
 
 
 # What is refused, and where ranks run.
@@ -232,7 +236,6 @@ SETTINGS = {
     "student": "s",
     "teacher": "t",
     "data": {"train": "p"},
-    "eval": EVAL,
     "schedule": {"steps": 5, "refresh": "never"},
     "runtime": {"kind": "local"},
     "score": {"ranks": 2},
@@ -245,7 +248,6 @@ SETTINGS = {
         ("runtime", {"kind": "inline"}, r"score\.ranks 2 needs a process"),
         ("runtime", {"device": "cuda:1"}, r"score\.ranks 2 takes a GPU for each.*cuda:1"),
         ("generate", {"source": "teacher"}, r"vllm, with generate\.launch\.tensor_parallel"),
-        ("eval", {"source": "teacher"}, r"score\.ranks 2 with eval\.source teacher"),
         ("score", {"ranks": 2, "engine": "vllm", "urls": ["http://h:1"]},
          r"set score\.launch\.tensor_parallel instead"),
     ],
@@ -261,10 +263,10 @@ def test_a_teacher_that_cannot_be_shared_out_is_refused_before_anything_starts(
 ):
     monkeypatch.chdir(tmp_path)
     desk = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
-    desk.write(score={"ranks": 2}, eval=EVAL, runtime={"kind": "local"})
+    desk.write(score={"ranks": 2}, runtime={"kind": "local"})
     assert "score.ranks" in desk.npd("doctor", "run.yaml").out
     # Four heads and two of keys and values: three ranks cannot have as many each.
-    desk.write(score={"ranks": 3}, eval=EVAL, runtime={"kind": "local"})
+    desk.write(score={"ranks": 3}, runtime={"kind": "local"})
     found = desk.npd("doctor", "run.yaml")
     assert "FAIL  score.ranks" in found.out
     said = desk.npd("run", "run.yaml").complaint(2)
@@ -281,7 +283,8 @@ def test_a_model_without_a_plan_is_refused(tmp_path):
 
 def test_a_run_without_a_teacher_needs_no_plan(tiny_model_dir):
     values = {**SETTINGS, "student": str(tiny_model_dir), "teacher": None,
-              "loss": {"kd_weight": 0.0}, "filter": {"name": "none"}}  # fmt: skip
+              "loss": {"kd_weight": 0.0}, "filter": {"name": "none"},
+              "eval": {"source": "completion"}}  # fmt: skip
     check_ranks(RunConfig.model_validate(values))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 
 from npd.sections import (
-    EvalConfig,
     GenerateConfig,
     LossConfig,
     RuntimeConfig,
@@ -122,7 +121,7 @@ def runtime_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[tuple[b
 
 
 def teacher_rank_problems(
-    score: ScoreConfig, generate: GenerateConfig, evaluation: EvalConfig, runtime: RuntimeConfig
+    score: ScoreConfig, generate: GenerateConfig, runtime: RuntimeConfig
 ) -> list[tuple[bool, str]]:
     """What cannot be about a teacher of several processes: (is it so, what to do)."""
     several, ranks = score.ranks > 1, f"score.ranks {score.ranks}"
@@ -145,11 +144,6 @@ def teacher_rank_problems(
             several and generate.source == "teacher" and generate.engine == "transformers",
             f"{ranks} with generate.source teacher, which writes in one process: set "
             "generate.engine: vllm, with generate.launch.tensor_parallel",
-        ),
-        (
-            several and evaluation.source == "teacher",
-            f"{ranks} with eval.source teacher, which writes in one process: set eval.source: "
-            "completion (or none), or score.engine: vllm",
         ),
     ]
 

@@ -14,7 +14,7 @@ def problems(c: RunValues) -> list[str]:
     found = [problem for rule in rules for problem in rule(c)]
     found += served_problems(c.generate, c.score, c.loss, c.schedule, c.runtime)
     found += rank_problems(c.train, c.runtime) + runtime_problems(c.runtime, c.train)
-    found += teacher_rank_problems(c.score, c.generate, c.eval, c.runtime)
+    found += teacher_rank_problems(c.score, c.generate, c.runtime)
     return [message for is_broken, message in found if is_broken]
 
 

@@ -106,19 +106,13 @@ def load_reader(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
-    ranks: int = 1,
 ) -> PrefillReader:
-    """The reader of a model directory or name, on each of `ranks`, which must make the same calls.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """The reader of a model directory or name; raises ModelError where it cannot be loaded."""
     loaded = load_model(
         model,
         dtype=config.dtype,
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
-        ranks=ranks,
     )
     return PrefillReader(loaded, str(model), vocab_size, config)
 

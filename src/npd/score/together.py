@@ -1,47 +1,61 @@
 """A teacher that several processes hold together, each a part of every layer (tensor parallel).
 
 The first rank is the scorer; the others do what it does with the teacher, and nothing else: they
-load when it loads and read what it reads, because a layer's output takes all of them. What they
-find is the same, so it is not compared, and what they cannot do the first rank cannot either: it is
-the one to say so. Does not start ranks or connect them.
+load when it loads, read what it reads and write what it writes, because a layer's output takes all
+of them. What they find is the same, so it is not compared, and what they cannot do the first rank
+cannot either: it is the one to say so. Does not start ranks or connect them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from npd.errors import NpdError
 from npd.score.base import Document, Key, Reader, Reading, Unread
+from npd.types import Ask, Rollout
+
+
+class Teacher(Reader, Protocol):
+    """A model that reads, and can write too."""
+
+    def write(self, asks: Sequence[Ask]) -> Sequence[Rollout]:
+        """A greedy response to each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all ranks are to do at once: read `documents` by `model`; None: load it (again)."""
+    """What all ranks are to do at once: load `model`, or have it read or write `what`."""
 
     model: str
-    documents: Mapping[Any, Document] | None = None
+    action: Literal["load", "read", "write"] = "load"
+    what: Any = None
 
 
-Load: TypeAlias = Callable[[str], Reader]
+Load: TypeAlias = Callable[[str], Teacher]
 # Tells every rank what the first one is about to do, None when it has done; the first one's words.
 Tell: TypeAlias = Callable[[Order | None], Order | None]
 
 
-class LeadingReader:
-    """The first rank's Reader of `model`: the others load and read along (`Follower`)."""
+class Leader:
+    """The first rank's Teacher of `model`, loaded: the others (`Follower`) do as it does."""
 
     def __init__(self, model: str, load: Load, tell: Tell) -> None:
         self._model, self._tell = model, tell
         tell(Order(model))
-        self._reader = load(model)
+        self._teacher = load(model)
 
     def read(self, documents: Mapping[Key, Document]) -> Mapping[Key, Reading | Unread]:
         """A reading of each document, under its key."""
-        self._tell(Order(self._model, documents))
-        return self._reader.read(documents)
+        self._tell(Order(self._model, "read", documents))
+        return self._teacher.read(documents)
+
+    def write(self, asks: Sequence[Ask]) -> Sequence[Rollout]:
+        """A greedy response to each."""
+        self._tell(Order(self._model, "write", asks))
+        return self._teacher.write(asks)
 
 
 class Follower:
@@ -49,7 +63,7 @@ class Follower:
 
     def __init__(self, load: Load, tell: Tell) -> None:
         self._load, self._tell = load, tell
-        self._readers: dict[str, Reader] = {}
+        self._teachers: dict[str, Teacher] = {}
 
     def follow(self) -> None:
         """Do what the first rank does, until it has done."""
@@ -59,8 +73,9 @@ class Follower:
                 self._carry_out(order)
 
     def _carry_out(self, order: Order) -> None:
-        if order.documents is None:
-            self._readers.pop(order.model, None)  # the old weights go before the new ones come
-            self._readers[order.model] = self._load(order.model)
+        if order.action == "load":
+            self._teachers[order.model] = self._load(order.model)
+        elif order.action == "read":
+            self._teachers[order.model].read(order.what)
         else:
-            self._readers[order.model].read(order.documents)
+            self._teachers[order.model].write(order.what)

@@ -20,6 +20,7 @@ from npd.workers.generator import stop_ids
 
 if TYPE_CHECKING:
     from npd.score.served import ServedTeacher
+    from npd.score.together import Teacher
 
 
 def heldout_rollouts(
@@ -28,8 +29,9 @@ def heldout_rollouts(
     prompts: Sequence[EncodedPrompt],
     device: str,
     served: ServedTeacher | None,
+    held: Teacher | None = None,
 ) -> list[Rollout]:
-    """A response to each prompt, where there is one; by `served`, or by a model loaded for it.
+    """A response to each prompt, where there is one; by `served`, `held` or a model loaded for it.
 
     Raises:
         RunError: a server has no answer to a prompt.
@@ -37,6 +39,8 @@ def heldout_rollouts(
     asks = [Ask(prompt.index, prompt.index, prompt) for prompt in prompts]
     if served is not None and config.eval.source == "teacher":
         return _by_server(config, chat, asks, served)
+    if held is not None and config.eval.source == "teacher":
+        return list(held.write(asks))
     return _in_process(config, chat, asks, device)
 
 

@@ -6,18 +6,23 @@ student's snapshot (a small model, which more ranks would not make faster), and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import NpdError
-from npd.modeling import resolve_device
-from npd.score.base import Reader
-from npd.score.prefill import load_reader
-from npd.score.together import Follower, LeadingReader, Order
+from npd.generate.sampling import Sampling
+from npd.generate.transformers import generate_with
+from npd.modeling import decoding, load_model, resolve_device
+from npd.score.base import Document, Key, Reading
+from npd.score.prefill import PrefillReader
+from npd.score.together import Follower, Leader, Order
 from npd.store.files import remove
 from npd.store.layout import RunLayout
-from npd.types import EncodedPrompt
+from npd.types import Ask, EncodedPrompt, Rollout
+from npd.workers.generator import stop_ids
 from npd.workers.scorer import ScorerWorker
 from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult
 from npd.world import World, connect, host
@@ -32,6 +37,7 @@ class ScorerRank:
         self._meeting: str | None = None
         self._hosted: Any = None
         self._scorer = ScorerWorker(config, layout, hold=self._lead)
+        self._leaders: dict[str, Leader] = {}
         self._follower = Follower(self._load, self._tell)
 
     def host(self) -> str:
@@ -91,19 +97,45 @@ class ScorerRank:
         self._tell(None)
         return found
 
-    def _lead(self, model: str) -> Reader:
-        return LeadingReader(model, self._load, self._tell)
+    def _lead(self, model: str) -> Leader:
+        if model not in self._leaders:
+            self._leaders[model] = Leader(model, self._load, self._tell)
+        return self._leaders[model]
 
     def _tell(self, order: Order | None) -> Order | None:
         return self._world.decided(lambda: order)
 
-    def _load(self, model: str) -> Reader:
-        config = self._config
-        return load_reader(
-            config.score,
+    def _load(self, model: str) -> PartOfTeacher:
+        return PartOfTeacher(self._config, self._scorer.chat, model)
+
+
+class PartOfTeacher:
+    """A teacher of which this rank holds a part: all ranks must ask the same of it."""
+
+    def __init__(self, config: RunConfig, chat: Chat, model: str) -> None:
+        self._model = load_model(
             model,
-            self._scorer.vocab_size,
+            dtype=config.score.dtype,
             device=resolve_device(config.runtime.device),
             trust_remote_code=config.trust_remote_code,
             ranks=config.score.ranks,
         )
+        self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
+        self._sampling = Sampling(
+            max_new_tokens=config.eval.max_new_tokens,
+            stop_ids=stop_ids(config, chat, is_teacher=True),
+            pad_id=chat.pad_id,
+            temperature=0.0,
+            top_p=1.0,
+            batch_size=config.eval.batch_size,
+            vocab_size=chat.vocab_size,
+        )
+
+    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
+        """A reading of each document, under its key."""
+        return self._reader.read(documents)
+
+    def write(self, asks: Sequence[Ask]) -> list[Rollout]:
+        """A greedy response to each: held-out text."""
+        with decoding(self._model) as model:
+            return generate_with(model, asks, self._sampling, with_logprobs=False)

@@ -12,6 +12,7 @@ from npd.config import RunConfig
 from npd.errors import RunError
 from npd.modeling import resolve_device
 from npd.score.base import Reader, Scorer, Support
+from npd.score.together import Teacher
 from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
@@ -31,9 +32,9 @@ class ScorerWorker:
         config: RunConfig,
         layout: RunLayout,
         *,
-        hold: Callable[[str], Reader] | None = None,
+        hold: Callable[[str], Teacher] | None = None,
     ) -> None:
-        """With `hold` a teacher in process is not loaded here: `hold` opens it."""
+        """With `hold` a teacher in process is not loaded here: `hold` gives it."""
         self._config, self._layout, self._hold = config, layout, hold
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
@@ -43,9 +44,9 @@ class ScorerWorker:
         self._notes: list[str] = []
 
     @property
-    def vocab_size(self) -> int:
-        """Token ids that teacher and student share."""
-        return self._chat.vocab_size
+    def chat(self) -> Chat:
+        """The chat format that teacher and student share."""
+        return self._chat
 
     def score(self, task: ScoreTask) -> ShardResult:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
@@ -98,7 +99,10 @@ class ScorerWorker:
         path = self._layout.heldout
         if not path.exists():
             served = self._served()
-            rollouts = heldout_rollouts(self._config, self._chat, prompts, self._device, served)
+            held = self._held() if served is None else None
+            rollouts = heldout_rollouts(
+                self._config, self._chat, prompts, self._device, served, held
+            )
             widest = HELDOUT_TOP_K if served is None else served.max_k
             scorer = self._build(widest, "topk", is_for_filter=False)
             write_scored(path, _whole(scorer.score(rollouts)))
@@ -126,9 +130,7 @@ class ScorerWorker:
 
         config = self._config
         assert config.teacher is not None, "checked by the config"
-        served: Reader | None = self._served()
-        if served is None and self._hold is not None:
-            served = self._hold(config.teacher)
+        served: Reader | None = self._served() or self._held()
         return build_scorer(
             config.score.model_copy(update={"top_k": top_k}),
             teacher=config.teacher,
@@ -141,6 +143,11 @@ class ScorerWorker:
             seed=config.seed,
             served=served,
         )
+
+    def _held(self) -> Teacher | None:
+        """The teacher that this process holds with others; None where it holds it alone."""
+        teacher = self._config.teacher
+        return None if self._hold is None or teacher is None else self._hold(teacher)
 
     def _served(self) -> ServedTeacher | None:
         """The teacher on its servers, one connection for all that is read and written; or None."""
