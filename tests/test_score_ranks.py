@@ -143,6 +143,22 @@ def test_a_run_with_a_spread_teacher_makes_the_student_of_one(
 
 
 @pytest.mark.slow
+def test_a_spread_teacher_on_ray(tmp_path, tiny_model_dir, tiny_teacher_dir, ray_address):
+    schedule = {"epochs": 2, "reuse": 2, "refresh": "never", "overlap": False}
+    config = tiny_config(
+        tiny_model_dir, tiny_teacher_dir, write_prompts(tmp_path / "prompts.jsonl"),
+        tmp_path / "run", schedule=schedule,
+        score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": 2},
+        runtime={"kind": "ray", "device": "cpu", "threads": 1, "ray": {"address": ray_address}},
+    )  # fmt: skip
+    result = npd.run(config, view=QuietView())
+    assert result.is_done
+    layout = RunLayout(result.directory)
+    assert check_books(layout, reuse=2)[Outcome.FAILED] == 0
+    assert {path.stem for path in layout.logs.glob("scorer*.log")} >= {"scorer-0-0", "scorer-0-1"}
+
+
+@pytest.mark.slow
 def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
     tmp_path, tiny_model_dir, tiny_teacher_dir
 ):
@@ -247,6 +263,7 @@ SETTINGS = {
     [
         ("runtime", {"kind": "inline"}, r"score\.ranks 2 needs a process"),
         ("runtime", {"device": "cuda:1"}, r"score\.ranks 2 takes a GPU for each.*cuda:1"),
+        ("runtime", {"kind": "ray", "ray": {"gpus": {"scorer": 0.5}}}, r"each rank needs one"),
         ("generate", {"source": "teacher"}, r"vllm, with generate\.launch\.tensor_parallel"),
         ("score", {"ranks": 2, "engine": "vllm", "urls": ["http://h:1"]},
          r"set score\.launch\.tensor_parallel instead"),

@@ -132,13 +132,17 @@ def teacher_rank_problems(
             "set score.launch.tensor_parallel instead, and score.ranks: 1",
         ),
         (
-            several and runtime.kind != "local",
+            several and runtime.kind == "inline",
             f"{ranks} needs a process for each rank: set runtime.kind: local, or score.ranks: 1",
         ),
         (
             several and runtime.device.startswith("cuda:"),
             f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
             "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            several and runtime.ray.gpus.get("scorer", 1.0) < 1.0 and runtime.device != "cpu",
+            f"{ranks} with runtime.ray.gpus giving scorers a part of a GPU: each rank needs one",
         ),
         (
             several and generate.source == "teacher" and generate.engine == "transformers",

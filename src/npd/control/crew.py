@@ -64,10 +64,12 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
 def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
     """The environment that leaves a rank one GPU: the `rank`-th that this process sees.
 
-    None on Ray, which deals GPUs out itself.
+    On a CPU it sees none, whatever there is. Nothing on Ray, which deals GPUs out itself.
     """
-    if config.runtime.device == "cpu" or config.runtime.kind == "ray":
+    if config.runtime.kind == "ray":
         return {}
+    if config.runtime.device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(rank)] * (rank + 1) if visible is None else visible.split(",")
     return {"CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else ""}

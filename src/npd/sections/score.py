@@ -27,7 +27,7 @@ class _Scoring(Section):
     """Scorers, each with a teacher of its own."""
     ranks: Positive = 1
     """Processes (on GPUs: one each) that hold a teacher together, a part of every layer each: for
-    one larger than a device. For a server see docs/servers.md."""
+    one larger than a device. For a server see docs/servers.md; `npd score` is one always."""
     dtype: Dtype = "bfloat16"
     """Type of the weights that score."""
 
