@@ -111,6 +111,8 @@ def _session(config: RunConfig, prepared: Prepared, layout: RunLayout, view: Vie
             layout.sweep()
             trackers = build_trackers(config.observe.trackers, layout.root / "trackers")
             monitor = Monitor(config, layout, view, trackers)
+            for note in prepared.notes:
+                monitor.message(note)
             try:
                 return asyncio.run(_drive(config, prepared, layout, ledger, monitor))
             except asyncio.CancelledError:
