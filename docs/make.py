@@ -207,11 +207,16 @@ def metrics_page() -> str:
     evaluation = {field.name for field in fields(EvalReport)}
     groups = (
         ("One optimiser step", "Lines of kind `train`.", step),
-        ("One held-out evaluation", "Lines of kind `eval`.", evaluation),
+        (
+            "One held-out evaluation",
+            "Lines of kind `eval`. With several teachers there is also `kl/NAME`, on the prompts "
+            "of each.",
+            evaluation,
+        ),
         (
             "The run as a whole",
             "Lines of kind `run`, one a segment, and `score`, one a scored shard. A name may carry "
-            "the stage or worker it belongs to: `tokens_per_second/train`.",
+            "the stage, worker or teacher it belongs to: `tokens_per_second/train`.",
             set(METRICS) - step - evaluation,
         ),
     )

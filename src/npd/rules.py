@@ -37,12 +37,8 @@ def served_problems(
     """
     in_flight = schedule.refresh.in_flight
     both = set(generate.urls) & set(score.urls)
-    writes = generate.source != "teacher"
     return [
-        *_server_problems(
-            "generate", generate, generate.engine, generate.workers, is_held=writes or has_teacher
-        ),
-        *_server_problems("score", score, score.engine, score.workers, is_held=has_teacher),
+        *_section_problems(generate, score, has_teacher),
         *_time_problems("generate", generate, runtime),
         *_time_problems("score", score, runtime),
         (
@@ -130,6 +126,16 @@ def runtime_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[tuple[b
             "runtime.ray.gpus gives ranks of the trainer a part of a GPU: each needs one (or, with "
             "runtime.device cpu, none: leave it out)",
         ),
+    ]
+
+
+def _section_problems(
+    generate: GenerateConfig, score: ScoreConfig, has_teacher: bool
+) -> list[tuple[bool, str]]:
+    writes = generate.source != "teacher" or has_teacher
+    return [
+        *_server_problems("generate", generate, generate.engine, generate.workers, is_held=writes),
+        *_server_problems("score", score, score.engine, score.workers, is_held=has_teacher),
     ]
 
 

@@ -81,10 +81,10 @@ def over_ranks(ranks: int, device: str, size: ModelSize, state: int, row: int) -
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:
-    """Weights of the models that generators and scorers hold in process."""
+    """Weights of the models that generators and scorers hold in process: of all teachers, each."""
     generate, score = config.generate, config.score
-    teacher = size_of(config.teacher) if config.teacher is not None else None
-    teacher_size = 0 if teacher is None else teacher.parameters
+    sizes = map(size_of, config.teacher_models.values())
+    teacher_size = sum(size.parameters for size in sizes if size is not None)
     total = 0
     if generate.engine == "transformers" and generate.source != "dataset":
         writer = size.parameters if generate.source == "student" else teacher_size
