@@ -199,10 +199,10 @@ def encode(event: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(event, ShardGenerated | ShardScored):
         payload = {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
         return kind, payload | ({"failed": event.failed} if event.failed else {})
-    payload: dict[str, Any] = asdict(event)
+    values: dict[str, Any] = asdict(event)
     if isinstance(event, Evaluated) and not event.report.teacher_kls:
-        del payload["report"]["teacher_kls"]
-    return kind, payload
+        del values["report"]["teacher_kls"]
+    return kind, values
 
 
 def decode(kind: str, payload: dict[str, Any]) -> Event:
