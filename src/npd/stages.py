@@ -65,6 +65,8 @@ def generate(
     if snapshot is not None:
         check_model("--snapshot", snapshot, config)
     prepared = prepare(config)
+    for note in prepared.notes:
+        tell(note)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     is_teacher = config.generate.source == "teacher"
     model = snapshot or (None if is_teacher else config.student)
