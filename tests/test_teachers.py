@@ -18,7 +18,8 @@ from conftest import make_tokenizer, save_model
 from npd.chat import Chat
 from npd.config import RunConfig, ScoreConfig
 from npd.control.preparation import prepare
-from npd.errors import ConfigError, DataError, ModelError
+from npd.errors import ConfigError, DataError, ModelError, RunError
+from npd.generate import TeachersGenerator
 from npd.modeling import load_model
 from npd.observe.metrics import read_metrics
 from npd.score import build_scorer
@@ -137,6 +138,33 @@ def test_scores_of_a_mixed_batch_are_each_teachers_own(tiny_model_dir, tiny_teac
             assert a.nll_student == pytest.approx(b.nll_student, abs=1e-4)
     other = scorer_by(code_dir, tiny_model_dir).score(rollouts[:1])[0]
     assert abs(other.nll_teacher - mixed[0].nll_teacher) > 0.01, "the teachers differ"
+
+
+class Closing:
+    """What can be opened and closed; closing it may fail."""
+
+    max_k = 64
+
+    def __init__(self, fails):
+        self.fails, self.is_closed = fails, False
+
+    def close(self):
+        self.is_closed = True
+        if self.fails:
+            raise RunError("it does not end")
+
+
+@pytest.mark.parametrize("failing", ["a", "b", "c"])
+def test_every_teacher_is_closed_whatever_one_of_them_does(failing):
+    made = {name: Closing(name == failing) for name in ("a", "b", "c")}
+    teachers, writers = Teachers(made.get, made.get), TeachersGenerator(made.get)
+    for opened, open_one in ((teachers, teachers.served), (writers, writers.open)):
+        for name in made:
+            open_one(name)
+        with pytest.raises(RunError, match="does not end"):
+            opened.close()
+        assert all(item.is_closed for item in made.values())
+        opened.close()
 
 
 def test_shards_keep_the_name_and_are_as_ever_without(tmp_path, tiny_model_dir, tiny_teacher_dir):

@@ -360,6 +360,11 @@ def test_stages_alone_know_each_samples_teacher(desk, code_dir):
         for one, alone in zip(mixed, read_scored(Path(f"{name}.a")), strict=True):
             if one.rollout.teacher == name:
                 assert one.nll_teacher == pytest.approx(alone.nll_teacher, abs=1e-5)
+    by_other = ["generate.source=teacher", "schedule.refresh=never", "generate.shard_size=20"]
+    sets = [part for s in by_other for part in ("--set", s)]
+    command = ["generate", "run.yaml", "--snapshot", str(code_dir), "--out", "o.arrow", *sets]
+    assert desk.npd(*command).code == 0, "another model writes for all of them"
+    assert {r.teacher for r in read_rollouts(Path("o.arrow"))} == {"math", "code"}
     write(desk, {"math": desk.teacher}, "math")
     said = desk.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "t.arrow").complaint(2)
     first = next(r.sample_id for r in written if r.teacher == "code")

@@ -26,7 +26,8 @@ def check_names(named: Sequence[tuple[str, str]], config: RunConfig) -> set[str]
     if not unknown:
         return {name for _, name in named}
     place, name = unknown[0]
-    where = place if len(unknown) == 1 else f"{place} (and {len(unknown) - 1} more)"
+    more = sum(other == name for _, other in unknown[1:])
+    where = f"{place} (and {more} more)" if more else place
     names = ", ".join(config.teachers)
     if name == DEFAULT_TEACHER:
         raise DataError(

@@ -7,6 +7,7 @@ would write alone. The text is nobody's policy: version 0, and it never goes sta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from npd.generate.base import Generator
@@ -45,5 +46,7 @@ class TeachersGenerator:
 
     def close(self) -> None:
         """Let go of all of them."""
-        while self._writers:
-            self._writers.popitem()[1].close()
+        with ExitStack() as stack:
+            for writer in self._writers.values():
+                stack.callback(writer.close)
+            self._writers = {}

@@ -7,6 +7,7 @@ of a call together, so that a reading is what that teacher alone would give (to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from npd.score.base import Document, Key, Reader, Reading, Unread
@@ -52,10 +53,11 @@ class Teachers:
     def close(self) -> None:
         """Let go of the models, and of the servers."""
         self.unload()
-        while self._served:
-            _, teacher = self._served.popitem()
-            if teacher is not None:
-                teacher.close()
+        with ExitStack() as stack:
+            for teacher in self._served.values():
+                if teacher is not None:
+                    stack.callback(teacher.close)
+            self._served = {}
 
     def _named(self, name: str) -> Reader:
         served = self.served(name)

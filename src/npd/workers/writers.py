@@ -11,6 +11,7 @@ from npd.chat import Chat
 from npd.config import GenerateConfig, RunConfig
 from npd.generate import Generator, TeachersGenerator, build_generator
 from npd.modeling import resolve_device
+from npd.names import DEFAULT_TEACHER
 
 if TYPE_CHECKING:
     from npd.generate.served import Surroundings
@@ -53,7 +54,8 @@ def build_writer(
     if config.generate.source != "teacher":
         return build(config.generate, None, model)
     if model is not None:
-        return build(config.generate, min(models), model)
+        name = min(models, key=lambda name: name != DEFAULT_TEACHER)
+        return build(config.generate_of(name), name, model)
     writers = TeachersGenerator(lambda name: build(config.generate_of(name), name, models[name]))
     if len(models) == 1:
         writers.open(*models)
