@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "npd"
 
-NOUNS = {"types", "errors", "sections", "fields", "served", "rules"}
+NOUNS = {"types", "errors", "names", "sections", "fields", "served", "rules"}
 SHARED = {"store", "observe", "data", "sources", "chat", "attention", "modeling", "settings"}
 SHARED |= {"head", "layers", "lora", "probe", "servers", "world"}
 ROOMS = {"generate", "score", "train", "filters", "pack", "evaluate"}
@@ -30,7 +30,8 @@ GROUND = NOUNS | {"config"} | SHARED
 # What each unit (a file or a folder of npd) may import of the others; a new unit needs a line.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "types": set(),
+    "names": set(),
+    "types": {"names"},
     "fields": set(),
     "served": {"fields"},
     "sections": {"fields", "served"},

@@ -1,5 +1,7 @@
 """Packed models: documents never see each other, and head(hidden) is the model's own logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -333,3 +335,13 @@ def test_tied_and_untied_models_load(tmp_path):
         torch.testing.assert_close(
             logits(loaded, [ids(9, 8, 7)]), plain_logits(model, ids(9, 8, 7)), atol=1e-5, rtol=1e-5
         )
+
+
+def test_threads_may_load_at_once(tiny_model_dir, tiny_teacher_dir):
+    paths = [tiny_model_dir, tiny_teacher_dir] * 8
+    expected = {path: load_model(path).state_dict() for path in paths[:2]}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load_model, paths))
+    for path, model in zip(paths, found, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[path][name])

@@ -25,7 +25,7 @@ from npd.observe.trace import (
 from npd.observe.trackers import build_trackers
 from npd.types import EvalReport, StepReport
 
-NOT_NUMBERS = {"step", "samples"}
+NOT_NUMBERS = {"step", "samples", "teacher_kls"}
 SPANS = [
     Span("generator", "generate", 100.0, 104.0, {"shard": 0}),
     Span("trainer", "train", 102.0, 107.5, {"segment": 0}),

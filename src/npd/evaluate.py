@@ -55,6 +55,27 @@ def heldout_kl(
     return kl, agreement, ce, num_tokens
 
 
+def heldout_kls(
+    model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
+) -> dict[str, tuple[float, float, float, int]]:
+    """What `heldout_kl` says of each teacher's responses alone, by the teacher's name."""
+    groups: dict[str, list[Scored]] = {}
+    for item in scored:
+        groups.setdefault(item.rollout.teacher, []).append(item)
+    return {name: heldout_kl(model, groups[name], row_tokens, chunk) for name in sorted(groups)}
+
+
+def over_tokens(
+    parts: Sequence[tuple[float, float, float, int]],
+) -> tuple[float, float, float, int]:
+    """Means over the tokens of all parts together, of (kl, agreement, ce, num_tokens) each."""
+    if len(parts) == 1:
+        return parts[0]  # as it is: a mean of one would round it
+    num_tokens = sum(part[-1] for part in parts)
+    kl, agreement, ce = (sum(p[i] * p[-1] for p in parts) / num_tokens for i in range(3))
+    return kl, agreement, ce, num_tokens
+
+
 def _row_sums(head: Head, hidden: Tensor, scored: Sequence[Scored], chunk: int) -> Tensor:
     device = hidden.device
     ids = torch.from_numpy(np.concatenate([s.topk_ids for s in scored])).long().to(device)

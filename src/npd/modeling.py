@@ -10,6 +10,7 @@ Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from npd.types import IntArray
 # for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
 # is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
 _PLACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+_LOADING = threading.Lock()  # from_pretrained works on globals of torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,9 @@ def load_model(
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
     The directory of a LoRA adapter gives the model it was trained on with the adapter merged in.
-    `packed=True` gives the packed attention (no cache); False keeps SDPA, for decoding. Only the
-    packed load probes the architecture: what a run trains or scores with always passes one, and a
-    model that only decodes (left-padded, with a mask) need not be packable. With `ranks` above 1
-    each rank of torch.distributed's world gets its part of every layer; all must call.
+    `packed=True` gives the packed attention (no cache) and probes the architecture; False keeps
+    SDPA, for decoding, where a model need not be packable. Threads that load take turns. With
+    `ranks` above 1 each rank of torch.distributed's world gets its part of every layer.
 
     Raises:
         ModelError: the directory cannot be loaded, the documents of a packed row mix (recurrent,
@@ -86,7 +87,7 @@ def load_model(
     # Known to newer releases only, so it is left out where it says nothing.
     spread: dict[str, Any] = {} if ranks == 1 else {"distributed_config": {"tp_size": ranks}}
     try:
-        with quiet():
+        with _LOADING, quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 str(base or path),
                 dtype=getattr(torch, "float32" if base else dtype),

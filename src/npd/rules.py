@@ -28,13 +28,17 @@ def served_problems(
     loss: LossConfig,
     schedule: ScheduleConfig,
     runtime: RuntimeConfig,
+    *,
+    has_teacher: bool = True,
 ) -> list[tuple[bool, str]]:
-    """What cannot be about engines behind HTTP: (is it so, what to do)."""
+    """What cannot be about engines behind HTTP: (is it so, what to do).
+
+    `has_teacher`: whether `teacher` is set, which the servers of `score` hold.
+    """
     in_flight = schedule.refresh.in_flight
     both = set(generate.urls) & set(score.urls)
     return [
-        *_server_problems("generate", generate, generate.engine, generate.workers),
-        *_server_problems("score", score, score.engine, score.workers),
+        *_section_problems(generate, score, has_teacher),
         *_time_problems("generate", generate, runtime),
         *_time_problems("score", score, runtime),
         (
@@ -43,7 +47,7 @@ def served_problems(
             "that, and generate.workers: 1",
         ),
         (
-            not all(map(_is_url, generate.admin_urls)),
+            not all(map(is_url, generate.admin_urls)),
             "generate.admin_urls must be like http://host:8000",
         ),
         (
@@ -152,16 +156,26 @@ def teacher_rank_problems(
     ]
 
 
-def _server_problems(
-    where: str, section: ServedConfig, engine: str, workers: int
+def _section_problems(
+    generate: GenerateConfig, score: ScoreConfig, has_teacher: bool
 ) -> list[tuple[bool, str]]:
-    """The same about the servers of section `where`."""
+    writes = generate.source != "teacher" or has_teacher
+    return [
+        *_server_problems("generate", generate, generate.engine, generate.workers, is_held=writes),
+        *_server_problems("score", score, score.engine, score.workers, is_held=has_teacher),
+    ]
+
+
+def _server_problems(
+    where: str, section: ServedConfig, engine: str, workers: int, *, is_held: bool
+) -> list[tuple[bool, str]]:
+    """The same about the servers of section `where`; `is_held`: there is a model they are for."""
     launch, urls = section.launch, section.urls
     is_served = engine != "transformers"
     gpus = launch.gpus if launch is not None else ()
     return [
         (
-            is_served and bool(urls) == (launch is not None),
+            is_held and is_served and bool(urls) == (launch is not None),
             f"{where}.engine {engine} needs a server: set exactly one of {where}.urls (running "
             f"ones) and {where}.launch (started by npd)",
         ),
@@ -171,12 +185,17 @@ def _server_problems(
             f"set {where}.engine: vllm, or leave them out",
         ),
         (
+            not is_held and (bool(urls) or launch is not None),
+            f"{where}.urls and {where}.launch serve `teacher`, which is not set: give the servers "
+            "of each of `teachers` there",
+        ),
+        (
             bool(urls) and workers > len(urls),
             f"{where}.workers ({workers}) is more than the {len(urls)} servers of {where}.urls: "
             "each worker has servers of its own",
         ),
         (
-            not all(map(_is_url, urls)),
+            not all(map(is_url, urls)),
             f"{where}.urls must be like http://host:8000",
         ),
         (
@@ -192,11 +211,12 @@ def _server_problems(
             launch is not None and launch.venv is not None and bool(launch.command),
             f"{where}.launch takes one of venv and command",
         ),
-        *_launch_problems(where, launch or LaunchConfig()),
+        *launch_problems(where, launch or LaunchConfig()),
     ]
 
 
-def _launch_problems(where: str, launch: LaunchConfig) -> list[tuple[bool, str]]:
+def launch_problems(where: str, launch: LaunchConfig) -> list[tuple[bool, str]]:
+    """What cannot be about how section `where` starts a server: (is it so, what to do)."""
     flags = {word.partition("=")[0] for word in launch.args} & set(_OURS)
     names = set(launch.env) & set(_OUR_VARIABLES)
     return [
@@ -231,5 +251,6 @@ def _time_problems(
     ]
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether `text` is like http://host:8000."""
     return re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", text) is not None

@@ -6,12 +6,14 @@ records are never changed on their way. Dimension legend: L response tokens, k t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from npd.names import DEFAULT_TEACHER
 
 IntArray: TypeAlias = NDArray[np.int32]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -46,7 +48,8 @@ class Prompt:
     """One prompt as read from the data, still text.
 
     Exactly one of `messages` (conversational, gets the chat template) and `text` (plain) is set.
-    `index` is its 0-based position among the prompts of the source and its identity within a run.
+    `index` is its 0-based position among the prompts of the source and its identity within a run,
+    `place` where its record was read, for messages.
     """
 
     index: int
@@ -54,7 +57,8 @@ class Prompt:
     text: str | None = None
     completion: str | None = None
     answer: str | None = None
-    teacher: str = "default"
+    teacher: str = DEFAULT_TEACHER
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +75,7 @@ class EncodedPrompt:
     header_ids: IntArray
     completion_ids: IntArray | None = None
     answer: str | None = None
-    teacher: str = "default"
+    teacher: str = DEFAULT_TEACHER
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +94,8 @@ class Rollout:
     `response_ids` [L], L >= 1, includes the end token when `finish` is STOP. `logprobs` [L] are the
     writing snapshot's own log p(y_t) in nats, untempered; None where the text is not the student's.
     `versions` [L] are the snapshots that drew each token where a refresh fell in the middle, and
-    `version` is then the oldest of them; None where one snapshot wrote it all.
+    `version` is then the oldest of them; None where one snapshot wrote it all. `teacher` is the
+    name of the prompt's teacher.
     """
 
     sample_id: int
@@ -103,6 +108,7 @@ class Rollout:
     finish: FinishReason
     seed: int
     versions: IntArray | None = None
+    teacher: str = DEFAULT_TEACHER
 
     @property
     def num_tokens(self) -> int:
@@ -260,7 +266,8 @@ class EvalReport:
 
     `kl` is the tail-bucket KL(teacher || student) in nats per token on fixed held-out responses,
     `agreement` the share of their positions where both argmaxes agree, `exact_match` the share of
-    prompts with an `answer` whose greedy response contains it as its final answer.
+    prompts with an `answer` whose greedy response contains it as its final answer. `teacher_kls`
+    are (teacher's name, `kl` on its prompts) where there are several.
     """
 
     step: int
@@ -271,3 +278,4 @@ class EvalReport:
     num_tokens: int
     seconds: float
     samples: tuple[tuple[str, str], ...] = ()
+    teacher_kls: tuple[tuple[str, float], ...] = ()

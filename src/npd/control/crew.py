@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from npd.config import RunConfig
+from npd.config import RunConfig, ServedConfig, TeacherConfig
 from npd.control.group import RankGroup
 from npd.runtime import Needs, Runtime, Worker
 from npd.workers import Factory
@@ -29,7 +29,7 @@ def num_scorers(config: RunConfig) -> int:
     """Scorers a run needs: those configured, one for held-out text alone, or none."""
     if config.needs_scores:
         return config.score.workers
-    return 1 if config.teacher is not None and config.eval.source != "none" else 0
+    return 1 if config.teacher_models and config.eval.source != "none" else 0
 
 
 def threads_per_worker(config: RunConfig) -> int:
@@ -52,13 +52,18 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     """
     if role not in ("generator", "scorer"):
         return config
-    section = config.generate if role == "generator" else config.score
-    own: dict[str, object] = {"urls": section.urls[index :: section.workers]}
-    if section.launch is not None:
-        gpus = section.launch.gpus[index : index + 1]
-        own["launch"] = section.launch.model_copy(update={"gpus": gpus})
     name = "generate" if role == "generator" else "score"
-    return config.model_copy(update={name: section.model_copy(update=own)})
+    section = config.generate if role == "generator" else config.score
+
+    def own(servers: ServedConfig | TeacherConfig) -> dict[str, object]:
+        launch = servers.launch
+        if launch is not None:
+            launch = launch.model_copy(update={"gpus": launch.gpus[index : index + 1]})
+        return {"urls": servers.urls[index :: section.workers], "launch": launch}
+
+    teachers = {n: t.model_copy(update=own(t)) for n, t in config.teachers.items()}
+    update = {name: section.model_copy(update=own(section)), "teachers": teachers}
+    return config.model_copy(update=update)
 
 
 def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:

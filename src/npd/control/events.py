@@ -199,7 +199,10 @@ def encode(event: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(event, ShardGenerated | ShardScored):
         payload = {"shard": event.shard, "stats": [_STATS(stats) for stats in event.stats]}
         return kind, payload | ({"failed": event.failed} if event.failed else {})
-    return kind, asdict(event)
+    values: dict[str, Any] = asdict(event)
+    if isinstance(event, Evaluated) and not event.report.teacher_kls:
+        del values["report"]["teacher_kls"]
+    return kind, values
 
 
 def decode(kind: str, payload: dict[str, Any]) -> Event:
@@ -214,8 +217,8 @@ def decode(kind: str, payload: dict[str, Any]) -> Event:
         event = SegmentTrained(SegmentReport(**{**report, "steps": steps}))
     elif kind == "Evaluated":
         report = payload["report"]
-        samples = tuple((prompt, text) for prompt, text in report["samples"])
-        event = Evaluated(EvalReport(**{**report, "samples": samples}))
+        pairs = {key: tuple(map(tuple, report.get(key, ()))) for key in ("samples", "teacher_kls")}
+        event = Evaluated(EvalReport(**(report | pairs)))
     else:
         event = _EVENTS[kind](**payload)
     return event

@@ -30,12 +30,17 @@ _STAGES = ("generate", "score", "train")
 
 
 class Monitor:
-    """Writes down and shows a run."""
+    """Writes down and shows a run; `teachers` are those of its prompts, where it has several."""
 
     def __init__(
-        self, config: RunConfig, layout: RunLayout, view: View, trackers: Sequence[Tracker] = ()
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        view: View,
+        trackers: Sequence[Tracker] = (),
+        teachers: Sequence[str] = (),
     ) -> None:
-        self._view, self._trackers = view, trackers
+        self._view, self._trackers, self._teachers = view, trackers, teachers
         self._metrics = MetricsWriter(layout.metrics_jsonl)
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
@@ -105,7 +110,8 @@ class Monitor:
             case ev.ShardScored(shard, stats, failed):
                 self._tell_failed(shard, "score", failed)
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
-                self._write(plan.step, _shard_values(stats, actions, self._ratio), "score")
+                values = _shard_values(stats, actions, self._ratio, self._teachers)
+                self._write(plan.step, values, "score")
             case ev.SegmentTrained(report):
                 self._tokens["train"] += sum(s.total_tokens for s in report.steps)
                 for step in report.steps:
@@ -184,23 +190,32 @@ class Monitor:
 
 def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
     values = asdict(report)
-    return {name: value for name, value in values.items() if name not in ("step", "samples")}
+    own = {f"kl/{teacher}": kl for teacher, kl in values.pop("teacher_kls", ())}
+    return {name: v for name, v in values.items() if name not in ("step", "samples")} | own
 
 
 def _shard_values(
-    stats: tuple[SampleStats, ...], actions: list[ev.Action], ratio: Ratio
+    stats: tuple[SampleStats, ...],
+    actions: list[ev.Action],
+    ratio: Ratio,
+    teachers: Sequence[str],
 ) -> dict[str, float | None]:
-    """The shard's median Δ-IFD and the share of it that the filter kept."""
+    """The shard's median Δ-IFD and the share of it that the filter kept, by teacher too."""
     deltas = [delta for s in stats if math.isfinite(delta := delta_ifd(s, ratio))]
-    rejected = sum(
-        outcome is Outcome.REJECTED
+    rejected = {
+        sample_id
         for action in actions
         if isinstance(action, ev.Retire)
-        for _, outcome, _ in action.samples
-    )
+        for sample_id, outcome, _ in action.samples
+        if outcome is Outcome.REJECTED
+    }
+    kept: dict[str, list[bool]] = {}
+    for s in stats if teachers else ():
+        kept.setdefault(teachers[s.prompt_index], []).append(s.sample_id not in rejected)
     return {
         "delta_median": median(deltas) if deltas else None,
-        "kept_share": 1 - rejected / len(stats) if stats else None,
+        "kept_share": 1 - len(rejected) / len(stats) if stats else None,
+        **{f"kept_share/{teacher}": sum(own) / len(own) for teacher, own in sorted(kept.items())},
     }
 
 
@@ -208,6 +223,7 @@ def _eval_line(report: EvalReport) -> str:
     parts = [f"evaluated after step {report.step}"]
     if report.kl is not None:
         parts.append(f"held-out KL {report.kl:.3f}")
+    parts += [f"of {teacher} {kl:.3f}" for teacher, kl in report.teacher_kls]
     if report.agreement is not None:
         parts.append(f"agreement {report.agreement:.1%}")
     if report.exact_match is not None:

@@ -116,9 +116,15 @@ def _timed(evals: list[EvalReport], spans: Sequence[Span]) -> list[dict[str, Any
     ended = {span.args.get("step"): span.end for span in spans if span.name == "evaluate"}
     times = [ended.get(report.step) for report in evals]
     return [
-        asdict(report) | ({} if time is None else {"time": time})
+        _named(report) | ({} if time is None else {"time": time})
         for report, time in zip(evals, times, strict=True)
     ]
+
+
+def _named(report: EvalReport) -> dict[str, Any]:
+    """An evaluation's values by their metrics' names."""
+    values = asdict(report)
+    return values | {f"kl/{teacher}": kl for teacher, kl in values.pop("teacher_kls")}
 
 
 def throughput(spans: Sequence[Span], facts: Facts, config: RunConfig) -> dict[str, StageRate]:

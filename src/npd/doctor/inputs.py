@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
 from npd.control.preparation import (
+    Prepared,
     check_compiler,
     check_model,
     check_ranks,
@@ -17,28 +19,28 @@ from npd.control.preparation import (
     models_read_here,
     prepare,
 )
+from npd.control.teaching import role_of
 from npd.doctor.checks import Check, attempt, fail, ok, warn
+from npd.errors import NpdError
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
 
 
 def input_checks(config: RunConfig) -> Iterator[Check]:
-    """Student, teacher, their vocabularies, and the data; what rests on a failure is left out."""
-    models = [("student", config.student), ("teacher", config.teacher)]
-    checks = [
-        attempt(role, lambda role=role, model=model: _model(role, model, config))  # type: ignore[misc]
-        for role, model in models
-        if model is not None
-    ]
-    if config.teacher is not None and config.needs_teacher and not _failed(checks):
-        checks.append(attempt("vocabulary", lambda: _vocabulary(config)))
+    """Student, teachers, their vocabularies, and the data; what rests on a failure is left out."""
+    teachers = {role_of(name): model for name, model in config.teacher_models.items()}
+    models = {"student": config.student, **teachers}
+    checks = [attempt(role, partial(_model, role, model, config)) for role, model in models.items()]
+    if config.needs_teacher and not _failed(checks):
+        for role, model in teachers.items():
+            checks.append(attempt("vocabulary", partial(_vocabulary, role, model, config)))
     if config.score.ranks > 1 and not _failed(checks):
         checks.append(attempt("score.ranks", lambda: _ranks(config)))
     if config.train.compile:
         checks.append(attempt("compiler", lambda: _compiler(config)))
     yield from checks
     if not _failed(checks):
-        yield attempt("data", lambda: _data(config))
+        yield from _data_checks(config)
 
 
 def _failed(checks: list[Check]) -> bool:
@@ -60,17 +62,16 @@ def _model(role: str, model: str, config: RunConfig) -> str:
     return ", ".join(parts)
 
 
-def _vocabulary(config: RunConfig) -> str:
-    assert config.teacher is not None
+def _vocabulary(role: str, teacher: str, config: RunConfig) -> str:
     trust = config.trust_remote_code
-    check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
+    check_same_vocabulary(teacher, config.student, trust_remote_code=trust)
     size = Chat.load(config.student, trust_remote_code=trust).vocab_size
-    return f"teacher and student share {size:,} token ids"
+    return f"{role} and student share {size:,} token ids"
 
 
 def _ranks(config: RunConfig) -> str:
     check_ranks(config)
-    return f"{config.score.ranks} ranks can hold the teacher together"
+    return f"{config.score.ranks} ranks can hold each teacher together"
 
 
 def _compiler(config: RunConfig) -> str:
@@ -78,8 +79,18 @@ def _compiler(config: RunConfig) -> str:
     return "train.compile has the compiler it needs"
 
 
-def _data(config: RunConfig) -> str:
-    prepared = prepare(config)
+def _data_checks(config: RunConfig) -> Iterator[Check]:
+    try:
+        prepared = prepare(config)
+    except NpdError as error:
+        yield fail("data", str(error))
+        return
+    yield ok("data", _counts(prepared))
+    for note in prepared.notes:
+        yield warn("data", f"{note}: take it out of the config, or correct the data's `teacher`")
+
+
+def _counts(prepared: Prepared) -> str:
     dropped = ", ".join(f"{count} dropped ({why})" for why, count in prepared.dropped.items())
     counts = f"{len(prepared.prompts):,} prompts, {len(prepared.heldout):,} held out"
     return f"{counts}{f', {dropped}' if dropped else ''}"

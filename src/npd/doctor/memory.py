@@ -82,14 +82,14 @@ def over_ranks(
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:
-    """Weights of the models that generators and scorers hold in process, beside the trainer's.
+    """Weights of the models that generators and scorers hold in process: of all teachers, each.
 
-    A teacher of several ranks is not: on GPUs it has others to itself.
+    Those of several ranks are not beside the trainer: on GPUs they have others to themselves.
     """
     generate, score = config.generate, config.score
     is_apart = score.ranks > 1 and resolve_device(config.runtime.device) != "cpu"
-    teacher = size_of(config.teacher) if config.teacher is not None else None
-    teacher_size = 0 if teacher is None else teacher.parameters
+    sizes = map(size_of, config.teacher_models.values())
+    teacher_size = sum(size.parameters for size in sizes if size is not None)
     total = 0
     if generate.engine == "transformers" and generate.source != "dataset":
         writer = size.parameters if generate.source == "student" else teacher_size

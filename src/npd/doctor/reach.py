@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 from npd import probe
 from npd.chat import Chat
-from npd.config import RunConfig, ServedConfig
+from npd.config import GenerateConfig, RunConfig, ScoreConfig, ServedConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.doctor.holds import Expected, model_check
+from npd.doctor.sections import served_sections
 from npd.errors import NpdError
 from npd.servers import EngineServer, Refused, ServerFacts, Unavailable, build_server
 from npd.servers.http import Client
@@ -54,34 +55,30 @@ def _needs(config: RunConfig, knows_models: bool) -> Iterator[_Need]:
     size = 0
     if knows_models:
         size = Chat.load(config.student, trust_remote_code=trust).vocab_size
-    generate, score = config.generate, config.score
-    if generate.urls:
-        is_student = generate.source == "student"
-        model = config.student if is_student else config.teacher or ""
-        yield _Need(
-            where="generate",
-            engine=generate.engine,
-            section=generate,
-            # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
-            longest=max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0),
-            top_k=0,
-            is_student=is_student,
-            is_refreshed=is_student and not config.schedule.refresh.is_never,
-            has_adapters=is_student and config.train.lora is not None,
-            expected=Expected(model, size, generate.probe_tolerance, trust),
-        )
-    if score.urls:
-        yield _Need(
-            where="score",
-            engine=score.engine,
-            section=score,
-            longest=config.max_read_tokens,
-            top_k=score.top_k,
-            is_student=False,
-            is_refreshed=False,
-            has_adapters=False,
-            expected=Expected(config.teacher or "", size, generate.probe_tolerance, trust),
-        )
+    for where, section, model in served_sections(config):
+        expected = Expected(model, size, config.generate.probe_tolerance, trust)
+        if section.urls:
+            yield _need(where, section, expected, config)
+
+
+def _need(
+    where: str, section: GenerateConfig | ScoreConfig, expected: Expected, config: RunConfig
+) -> _Need:
+    is_score = isinstance(section, ScoreConfig)
+    is_student = not is_score and config.generate.source == "student"
+    # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
+    written = max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0)
+    return _Need(
+        where=where,
+        engine=section.engine,
+        section=section,
+        longest=config.max_read_tokens if is_score else written,
+        top_k=config.score.top_k if is_score else 0,
+        is_student=is_student,
+        is_refreshed=is_student and not config.schedule.refresh.is_never,
+        has_adapters=is_student and config.train.lora is not None,
+        expected=expected,
+    )
 
 
 async def _section_checks(need: _Need) -> list[Check]:

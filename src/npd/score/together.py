@@ -27,9 +27,9 @@ class Teacher(Reader, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all ranks are to do at once: load `model`, or have it read or write `what`."""
+    """What all ranks are to do at once: load the teacher, or have it read or write `what`."""
 
-    model: str
+    teacher: str
     action: Literal["load", "read", "write"] = "load"
     what: Any = None
 
@@ -40,21 +40,21 @@ Tell: TypeAlias = Callable[[Order | None], Order | None]
 
 
 class Leader:
-    """The first rank's Teacher of `model`, loaded: the others (`Follower`) do as it does."""
+    """The first rank's Teacher `name`, loaded: the others (`Follower`) do as it does."""
 
-    def __init__(self, model: str, load: Load, tell: Tell) -> None:
-        self._model, self._tell = model, tell
-        tell(Order(model))
-        self._teacher = load(model)
+    def __init__(self, name: str, load: Load, tell: Tell) -> None:
+        self._name, self._tell = name, tell
+        tell(Order(name))
+        self._teacher = load(name)
 
     def read(self, documents: Mapping[Key, Document]) -> Mapping[Key, Reading | Unread]:
         """A reading of each document, under its key."""
-        self._tell(Order(self._model, "read", documents))
+        self._tell(Order(self._name, "read", documents))
         return self._teacher.read(documents)
 
     def write(self, asks: Sequence[Ask]) -> Sequence[Rollout]:
         """A greedy response to each."""
-        self._tell(Order(self._model, "write", asks))
+        self._tell(Order(self._name, "write", asks))
         return self._teacher.write(asks)
 
 
@@ -74,8 +74,8 @@ class Follower:
 
     def _carry_out(self, order: Order) -> None:
         if order.action == "load":
-            self._teachers[order.model] = self._load(order.model)
+            self._teachers[order.teacher] = self._load(order.teacher)
         elif order.action == "read":
-            self._teachers[order.model].read(order.what)
+            self._teachers[order.teacher].read(order.what)
         else:
-            self._teachers[order.model].write(order.what)
+            self._teachers[order.teacher].write(order.what)

@@ -22,9 +22,9 @@ from npd.score.together import Follower, Leader, Order
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.types import Ask, EncodedPrompt, Rollout
-from npd.workers.generator import stop_ids
 from npd.workers.scorer import ScorerWorker
 from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult
+from npd.workers.writers import stop_ids
 from npd.world import World, connect, host
 
 
@@ -97,22 +97,23 @@ class ScorerRank:
         self._tell(None)
         return found
 
-    def _lead(self, model: str) -> Leader:
-        if model not in self._leaders:
-            self._leaders[model] = Leader(model, self._load, self._tell)
-        return self._leaders[model]
+    def _lead(self, name: str) -> Leader:
+        if name not in self._leaders:
+            self._leaders[name] = Leader(name, self._load, self._tell)
+        return self._leaders[name]
 
     def _tell(self, order: Order | None) -> Order | None:
         return self._world.decided(lambda: order)
 
-    def _load(self, model: str) -> PartOfTeacher:
-        return PartOfTeacher(self._config, self._scorer.chat, model)
+    def _load(self, name: str) -> PartOfTeacher:
+        return PartOfTeacher(self._config, self._scorer.chat, name)
 
 
 class PartOfTeacher:
     """A teacher of which this rank holds a part: all ranks must ask the same of it."""
 
-    def __init__(self, config: RunConfig, chat: Chat, model: str) -> None:
+    def __init__(self, config: RunConfig, chat: Chat, name: str) -> None:
+        model = config.teacher_models[name]
         self._model = load_model(
             model,
             dtype=config.score.dtype,
@@ -123,7 +124,7 @@ class PartOfTeacher:
         self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
         self._sampling = Sampling(
             max_new_tokens=config.eval.max_new_tokens,
-            stop_ids=stop_ids(config, chat, is_teacher=True),
+            stop_ids=stop_ids(config, chat, name),
             pad_id=chat.pad_id,
             temperature=0.0,
             top_p=1.0,

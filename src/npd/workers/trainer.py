@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import StoreError
-from npd.evaluate import exact_match, heldout_kl
+from npd.evaluate import exact_match, heldout_kls, over_tokens
 from npd.modeling import decoding, resolve_device
 from npd.store.files import remove
 from npd.store.layout import RunLayout
@@ -132,13 +132,12 @@ class TrainerWorker:
     def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
         started = time.monotonic()
         kl = agreement = None
-        tokens = 0
+        tokens, kls = 0, {}
         if self._layout.heldout.exists():
             heldout = read_scored(self._layout.heldout)
             with self._autocast(self._config.train.dtype):
-                kl, agreement, _, tokens = heldout_kl(
-                    model, heldout, self._config.train.row_tokens, 512
-                )
+                kls = heldout_kls(model, heldout, self._config.train.row_tokens, 512)
+            kl, agreement, _, tokens = over_tokens(list(kls.values()))
         texts = self._greedy(prompts, model)
         pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
         shown = texts[: self._config.eval.num_samples]
@@ -151,6 +150,7 @@ class TrainerWorker:
             num_tokens=tokens,
             seconds=time.monotonic() - started,
             samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),
+            teacher_kls=tuple((n, part[0]) for n, part in kls.items()) if len(kls) > 1 else (),
         )
 
     def _autocast(self, dtype: str) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npd.observe.live import NEAR_POLICY_DRIFT
 from npd.observe.report.bars import category_chart
@@ -62,7 +62,9 @@ def lead(data: ReportData) -> str:
 
 def result(data: ReportData) -> Html:
     """Before and after, and the run's own figures."""
-    rows = [_row(m, points(data.evals, m.name), data.evals) for m in MEASURES]
+    first, *others = MEASURES
+    own = [replace(first, name=f"kl/{t}", title=f"{first.title} {t}") for t in _teachers(data)]
+    rows = [_row(m, points(data.evals, m.name), data.evals) for m in (first, *own, *others)]
     known = [row for row in rows if row is not None]
     head = ("Held-out measure", ">Before", ">After", ">Change")
     shown = (
@@ -207,8 +209,15 @@ def _loss(data: ReportData) -> Html | None:
     return _chart("Loss and its parts", series, axes, caption=caption, markers=_refreshes(data))
 
 
+def _teachers(data: ReportData) -> list[str]:
+    """Names of the teachers that the held-out KL is told of, where there are several."""
+    names = {name for record in data.evals for name in record if name.startswith("kl/")}
+    return sorted(name.removeprefix("kl/") for name in names)
+
+
 def _heldout_kl(data: ReportData) -> Html | None:
-    series = _lines(data.evals, (("kl", "KL(teacher ‖ student)", "c1"),))
+    own = [(f"kl/{t}", t, f"c{2 + i % 5}") for i, t in enumerate(_teachers(data))]
+    series = _lines(data.evals, (("kl", "KL(teacher ‖ student)", "c1"), *own))
     axes = Axes("step", "nats/token", from_zero=True)
     caption = "On fixed held-out responses, tail-bucket estimate."
     return _chart("Held-out divergence", series, axes, caption=caption, markers=_refreshes(data))
