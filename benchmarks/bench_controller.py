@@ -31,21 +31,13 @@ from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.observe.live import PlainView
+from npd.reports import EvalReport, SegmentReport, StepReport
 from npd.runtime import Factory, Reply
 from npd.runtime.base import NOTHING, Needs
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.types import (
-    EncodedPrompt,
-    EvalReport,
-    FinishReason,
-    SampleStats,
-    Segment,
-    SegmentReport,
-    Step,
-    StepReport,
-)
+from npd.types import EncodedPrompt, FinishReason, SampleStats, Segment, Step
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult
 

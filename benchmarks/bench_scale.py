@@ -40,6 +40,7 @@ from npd.control.dispatch import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.observe.live import PlainView
+from npd.reports import SegmentReport
 from npd.runtime import Factory, Reply
 from npd.runtime.base import NOTHING, Needs
 from npd.settings import load_config
@@ -52,7 +53,7 @@ from npd.store.shards import (
     write_rollouts,
     write_scored,
 )
-from npd.types import Ask, EncodedPrompt, FinishReason, Rollout, Scored, Segment, SegmentReport
+from npd.types import Ask, EncodedPrompt, FinishReason, Rollout, Scored, Segment
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult, generated_stats, scored_stats
 

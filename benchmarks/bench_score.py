@@ -34,15 +34,10 @@ from common import (
     speeds,
     take_turns,
 )
+from npd.attention import Boundaries
 from npd.config import ScoreConfig
-from npd.modeling import (
-    PackedBatch,
-    head_of,
-    hidden_states,
-    load_model,
-    pack_documents,
-    resolve_device,
-)
+from npd.head import head_of
+from npd.modeling import PackedBatch, hidden_states, load_model, pack_documents, resolve_device
 from npd.pack import pack
 from npd.score import build_scorer
 from npd.types import FinishReason, Rollout
@@ -88,7 +83,7 @@ def bare_pass(model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]]) -> N
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                cu_seqlens=batch.cu_seqlens,
+                cu_seqlens=Boundaries(batch.cu_seqlens),
             )
 
 

@@ -6,7 +6,8 @@ does in a run: it opens Arrow shards anew for each step and reads them (checksum
 the rows, takes CE + top-10 KD, drift and the other metrics, and checks that all is finite.
 The bare loops find their rows ready in memory and do cross-entropy and nothing else: `lean` takes
 logits at response positions only (all of them at once), `full` at all positions with the others'
-labels ignored, as Hugging Face models do. They take turns, in changing order; the ratio is of
+labels ignored, as Hugging Face models do. With `--compile` npd's Trainer runs a second time, its
+layers compiled, against itself without. They take turns, in changing order; the ratio is of
 paired rounds, by default of CPU time, on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_train.py --layers 30 --rounds 5
@@ -39,7 +40,8 @@ from common import (
     timed,
 )
 from npd.config import LossConfig, TrainConfig
-from npd.modeling import head_of, hidden_states, load_model
+from npd.head import head_of
+from npd.modeling import hidden_states, load_model
 from npd.pack import pack
 from npd.store.shards import ShardReader, write_scored
 from npd.train.batch import TrainRow, build_row
@@ -149,13 +151,20 @@ def make_loops(
     """npd's trainer, and a step of each contestant."""
     config = TrainConfig(dtype=args.dtype, row_tokens=args.row_tokens)
     loss = LossConfig(chunk=args.chunk)
-    trainer = Trainer(config, loss, student=directory, read=shards.read, device=args.device)
 
-    def own() -> None:
-        shards.open_anew()
-        trainer.train(segment)
+    def make(config: TrainConfig) -> tuple[Trainer, Callable[[], None]]:
+        trainer = Trainer(config, loss, student=directory, read=shards.read, device=args.device)
 
+        def own() -> None:
+            shards.open_anew()
+            trainer.train(segment)
+
+        return trainer, own
+
+    trainer, own = make(config)
     loops: dict[str, Callable[[], Any]] = {"npd": own}
+    if args.compile:
+        loops["compiled"] = make(config.model_copy(update={"compile": True}))[1]
     rows = build_rows(segment, shards.read, args.device)
     for name in ("lean",) if args.no_full else ("lean", "full"):
         model = load_model(directory, device=args.device).train()
@@ -169,7 +178,16 @@ def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
         "lean": ("bare packed SFT, logits at responses", Bar("ratio", ">=", 0.90)),
         "full": ("bare packed SFT, logits everywhere", None),
     }
-    return [
+    compiled = seconds.get("compiled")
+    own = [] if compiled is None else [
+        Figure(
+            "the same, layers compiled",
+            "tokens/s",
+            speeds(tokens, compiled),
+            *("not compiled", speeds(tokens, seconds["npd"]), faster(compiled, seconds["npd"])),
+        )
+    ]  # fmt: skip
+    return own + [
         Figure(
             "near-policy training, CE + top-10 KD",
             "tokens/s",
@@ -178,7 +196,7 @@ def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
             against[name][1],
         )
         for name, taken in seconds.items()
-        if name != "npd"
+        if name in against
     ]
 
 
@@ -194,6 +212,7 @@ def parse_args() -> Any:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], help="default: cpu on a CPU")
     parser.add_argument("--no-full", action="store_true", help="leave out the `full` bare loop")
+    parser.add_argument("--compile", action="store_true", help="train.compile too")
     args = parse(parser, {"layers": 2, "samples": 4, "rounds": 1})
     args.clock = args.clock or ("cpu" if args.device == "cpu" else "wall")
     return args

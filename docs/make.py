@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -24,7 +24,7 @@ from npd.cli import app
 from npd.config import RunConfig
 from npd.layers import preset_names
 from npd.observe.metrics import METRICS
-from npd.types import EvalReport, StepReport
+from npd.reports import EvalReport, StepReport
 
 REFERENCE = Path(__file__).parent / "reference"
 README = Path(__file__).parents[1] / "README.md"
@@ -131,6 +131,18 @@ def _sections(model: type[BaseModel], default: Any, prefix: str) -> Iterator[str
             plain = [n for n in section.model_fields if not _is_section(getattr(value, n))]
             yield _config_table(section, value, f"{path}.", plain)
             yield from _sections(section, value, f"{path}.")
+        elif (section := _section_of_each(field.annotation)) is not None:
+            yield f"## `{name}.NAME`"
+            yield _doc(section)
+            yield _config_table(section, None, f"{name}.NAME.", list(section.model_fields))
+
+
+def _section_of_each(annotation: Any) -> type[BaseModel] | None:
+    """The section that a mapping has many of by name, e.g. `teachers`; None of anything else."""
+    if get_origin(annotation) is not dict:
+        return None
+    kind = get_args(get_args(annotation)[1])[:1]  # without what is annotated
+    return kind[0] if kind and issubclass(kind[0], BaseModel) else None
 
 
 def _is_section(value: Any) -> bool:
@@ -207,11 +219,16 @@ def metrics_page() -> str:
     evaluation = {field.name for field in fields(EvalReport)}
     groups = (
         ("One optimiser step", "Lines of kind `train`.", step),
-        ("One held-out evaluation", "Lines of kind `eval`.", evaluation),
+        (
+            "One held-out evaluation",
+            "Lines of kind `eval`. With several teachers there is also `kl/NAME`, on the prompts "
+            "of each.",
+            evaluation,
+        ),
         (
             "The run as a whole",
             "Lines of kind `run`, one a segment, and `score`, one a scored shard. A name may carry "
-            "the stage or worker it belongs to: `tokens_per_second/train`.",
+            "the stage, worker or teacher it belongs to: `tokens_per_second/train`.",
             set(METRICS) - step - evaluation,
         ),
     )

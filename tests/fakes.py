@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npd.errors import WorkerLostError
+from npd.reports import SegmentReport, StepReport
 from npd.types import (
     Ask,
     EncodedPrompt,
@@ -25,9 +26,7 @@ from npd.types import (
     SampleRef,
     Scored,
     Segment,
-    SegmentReport,
     Step,
-    StepReport,
 )
 
 END = 1  # token 0 opens a header, token 1 ends a response, the rest are words

@@ -16,8 +16,9 @@ from typing import Any
 
 from npd.config import LossConfig, TrainConfig
 from npd.control.group import RankGroup
+from npd.reports import SegmentReport
 from npd.runtime.local import LocalRuntime
-from npd.types import Segment, SegmentReport
+from npd.types import Segment
 
 
 class Bench:
@@ -30,8 +31,9 @@ class Bench:
         from npd.train.trainer import Trainer
         from npd.world import connect
 
-        warnings.simplefilter("error")
         made = self.factory
+        # torch warns of its own insides while it compiles.
+        warnings.simplefilter("ignore" if made.config.compile else "error")
         by_id = dict(made.samples)
         world = connect(meeting, rank=rank, size=made.size, device="cpu", timeout=60.0)
         self.trainer = Trainer(
@@ -58,17 +60,32 @@ class Bench:
         return self.gradients
 
     def weights(self) -> dict[str, Any] | None:
-        with self.trainer.whole("cpu") as model:
+        with self.trainer.whole() as model:
             if model is None:
                 return None
             embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
             assert (embeddings.weight is head.weight) == model.config.tie_word_embeddings
-            return {name: p.detach().numpy() for name, p in model.named_parameters()}
+            return {name: p.detach().float().numpy() for name, p in model.named_parameters()}
+
+    def write(self, directory: Path) -> bool | None:
+        """A snapshot and an export, as a worker writes them; whether frozen weights were there."""
+        with self.trainer.to_write() as model:
+            if model is None:
+                return None
+            self.trainer.save_snapshot(directory / "snapshot", whole=model)
+            self.trainer.save_pretrained(directory / "export", whole=model)
+            return any(not (p.is_meta or p.requires_grad) for p in model.parameters())
 
     def held(self) -> list[int]:
         """Numbers each rank holds of the weights."""
         parameters = list(self.trainer.model.parameters())
         return self.trainer.world.gather(sum(p.to_local().numel() for p in parameters))
+
+    def graphs(self) -> list[int]:
+        """How many pieces each rank has compiled."""
+        from torch._dynamo.utils import counters
+
+        return self.trainer.world.gather(counters["stats"].get("unique_graphs", 0))
 
     def save(self, directory: Path) -> None:
         self.trainer.save_checkpoint(directory)
@@ -90,7 +107,8 @@ def gradients_of(trainer: Any) -> dict[str, Any]:
     """The gradients a trainer has at this moment, whole (all ranks must ask)."""
     from npd.train.parallel import full
 
-    return {name: full(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: full(p.grad).numpy().copy() for name, p in trained.items()}
 
 
 @dataclass(frozen=True)

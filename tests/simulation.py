@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.plan import Plan
-from npd.types import EvalReport, FinishReason, Outcome, SampleStats, SegmentReport, StepReport
+from npd.reports import EvalReport, SegmentReport, StepReport
+from npd.types import FinishReason, Outcome, SampleStats
 
 
 def step_report(step: int, samples: int, drift: float | None = 0.01) -> StepReport:

@@ -352,9 +352,12 @@ def test_memory_is_shared_out_over_ranks(tmp_path):
     make_model(0, tied=False).save_pretrained(tmp_path)
     size = size_of(str(tmp_path))
     whole = 4 * size.parameters
-    assert over_ranks(1, "cuda", size, 1000, 10) == (1000, 10)
-    assert over_ranks(4, "cuda", size, 1000, 10) == (250 + whole, 10)
-    assert over_ranks(4, "cpu", size, 1000, 10) == (1000 + whole, 40)
+    one, four = TrainConfig(), TrainConfig(ranks=4)
+    adapters = TrainConfig(ranks=4, lora=LoraConfig())
+    assert over_ranks(one, "cuda", size, 1000, 10) == (1000, 10)
+    assert over_ranks(four, "cuda", size, 1000, 10) == (250 + whole, 10)
+    assert over_ranks(four, "cpu", size, 1000, 10) == (1000 + whole, 40)
+    assert over_ranks(adapters, "cuda", size, 1000, 10) == (250 + whole // 2, 10)
 
 
 def test_a_row_that_cannot_fit_is_a_warning(desk):

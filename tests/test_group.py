@@ -141,7 +141,6 @@ SETTINGS = {
     ("section", "values", "words"),
     [
         ("runtime", {"kind": "inline"}, "train.ranks 2 needs a process.*runtime.kind: local"),
-        ("train", {"ranks": 2, "lora": {"rank": 4}}, "train.ranks 2 with train.lora"),
         ("runtime", {"device": "cuda:1"}, "train.ranks 2 takes a GPU for each.*cuda:1"),
     ],
 )
@@ -162,7 +161,7 @@ def test_each_rank_sees_one_gpu(visible, expected, monkeypatch):
     found = [gpu_of_rank(config, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(3)]
     assert found == expected
     cpu = RunConfig.model_validate({**SETTINGS, "runtime": {"kind": "local", "device": "cpu"}})
-    assert gpu_of_rank(cpu, 1) == {}
+    assert gpu_of_rank(cpu, 1) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="every rank finds a GPU")

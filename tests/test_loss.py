@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npd.errors import ConfigError
-from npd.modeling import Head
+from npd.head import Head
 from npd.train.loss import near_policy_loss
 
 IMPLS = ("reference", "chunked")

@@ -1,5 +1,7 @@
 """Packed models: documents never see each other, and head(hidden) is the model's own logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,18 +10,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import make_model, make_tokenizer
-from npd.attention import packed_attention, varlen_kernel
+from npd.attention import Boundaries, packed_attention, varlen_kernel
 from npd.errors import ModelError
+from npd.head import Head, head_of
 from npd.modeling import (
-    Head,
     PackedBatch,
     _first_fit,
-    head_of,
     hidden_states,
     load_model,
     pack_documents,
     response_hidden,
 )
+
+
+def at(*bounds):
+    return Boundaries(bounds)
 
 
 def ids(*values):
@@ -98,22 +103,22 @@ def test_an_attention_mask_raises(packed):
             position_ids=batch.position_ids,
             attention_mask=torch.zeros(1, 1, 3, 3),
             use_cache=False,
-            cu_seqlens=batch.cu_seqlens,
+            cu_seqlens=Boundaries(batch.cu_seqlens),
         )
 
 
 def test_a_document_longer_than_the_sliding_window_raises():
     q = torch.zeros(1, 2, 6, 4)
     with pytest.raises(ModelError, match="sliding window"):
-        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 1, 6), sliding_window=4)
-    packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 3, 6), sliding_window=4)
+        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=at(0, 1, 6), sliding_window=4)
+    packed_attention(nn.Module(), q, q, q, None, cu_seqlens=at(0, 3, 6), sliding_window=4)
 
 
 @pytest.mark.parametrize("feature", ["softcap", "s_aux"])
 def test_attention_features_it_lacks_raise(feature):
     q = torch.zeros(1, 2, 6, 4)
     with pytest.raises(ModelError, match=feature):
-        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=(0, 6), **{feature: 50.0})
+        packed_attention(nn.Module(), q, q, q, None, cu_seqlens=at(0, 6), **{feature: 50.0})
 
 
 def test_head_applies_bias_scale_and_softcap():
@@ -315,7 +320,7 @@ def test_attention_on_cuda_is_that_of_the_cpu(heads, scaling):
 
     def run(device, dtype):
         qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
-        out, _ = packed_attention(nn.Module(), *qkv, None, scaling=scaling, cu_seqlens=bounds)
+        out, _ = packed_attention(nn.Module(), *qkv, None, scaling=scaling, cu_seqlens=at(*bounds))
         (out.float() * weight.to(device)).sum().backward()
         return [x.detach().float().cpu() for x in (out, *(x.grad for x in qkv))]
 
@@ -330,3 +335,13 @@ def test_tied_and_untied_models_load(tmp_path):
         torch.testing.assert_close(
             logits(loaded, [ids(9, 8, 7)]), plain_logits(model, ids(9, 8, 7)), atol=1e-5, rtol=1e-5
         )
+
+
+def test_threads_may_load_at_once(tiny_model_dir, tiny_teacher_dir):
+    paths = [tiny_model_dir, tiny_teacher_dir] * 8
+    expected = {path: load_model(path).state_dict() for path in paths[:2]}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load_model, paths))
+    for path, model in zip(paths, found, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[path][name])

@@ -23,9 +23,9 @@ from npd.observe.trace import (
     read_trace,
 )
 from npd.observe.trackers import build_trackers
-from npd.types import EvalReport, StepReport
+from npd.reports import EvalReport, StepReport
 
-NOT_NUMBERS = {"step", "samples", "kl_sums"}
+NOT_NUMBERS = {"step", "samples", "kl_sums", "teacher_kls"}
 SPANS = [
     Span("generator", "generate", 100.0, 104.0, {"shard": 0}),
     Span("trainer", "train", 102.0, 107.5, {"segment": 0}),

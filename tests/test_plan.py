@@ -15,7 +15,8 @@ from npd.control import codec
 from npd.control import events as ev
 from npd.control.order import learning_rate, mix, mix_each, prompt_of
 from npd.control.plan import Plan
-from npd.types import EvalReport, Outcome, Row, SampleRef, Segment, Step
+from npd.reports import EvalReport
+from npd.types import Outcome, Row, SampleRef, Segment, Step
 from simulation import Simulation
 
 

@@ -218,12 +218,12 @@ def test_the_ledger_and_the_shards_name_the_same_prompts(make, tmp_path):
             assert rollout.prompt_index == booked[rollout.sample_id]
 
 
-def test_several_teachers_are_refused_before_anything_starts(make, tmp_path):
+def test_teachers_that_the_run_does_not_have_are_refused_before_anything_starts(make, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):
         row["teacher"] = f"t{i % 2}"
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="names 2 teachers"):
+    with pytest.raises(DataError, match=r"jsonl:1 \(and 11 more\) names the teacher 't0'"):
         npd.run(make(), view=QuietView())
     assert not make().directory.exists()
 

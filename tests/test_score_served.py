@@ -235,7 +235,7 @@ def test_the_builder_takes_a_teacher_that_is_served(opened, tiny_model_dir):
     rollouts = make_rollouts(3)
     scorer = build_scorer(
         ScoreConfig(top_k=6, dtype="float32"),
-        teacher="nowhere",
+        teacher=opened(FakeServer(FakeLM(VOCAB))),
         vocab_size=VOCAB,
         needs_ifd=True,
         needs_student_pass=False,
@@ -243,7 +243,6 @@ def test_the_builder_takes_a_teacher_that_is_served(opened, tiny_model_dir):
         device="cpu",
         trust_remote_code=False,
         seed=0,
-        served=opened(FakeServer(FakeLM(VOCAB))),
     )
     scorer.load_student(tiny_model_dir, 0)
     assert [s.rollout for s in scorer.score(rollouts)] == rollouts

@@ -105,7 +105,7 @@ def teacher(config, chat):
 def build(config, chat, served, score: ScoreConfig):
     scorer = build_scorer(
         score,
-        teacher=config.teacher,
+        teacher=served or config.teacher,
         vocab_size=chat.vocab_size,
         needs_ifd=True,
         needs_student_pass=True,
@@ -113,7 +113,6 @@ def build(config, chat, served, score: ScoreConfig):
         device="cpu",
         trust_remote_code=False,
         seed=0,
-        served=served,
     )
     scorer.load_student(Path(config.student), 0)
     return scorer

@@ -23,9 +23,9 @@ from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_rollouts
 from npd.types import Ask, Scored
 from npd.workers import Factory, GenerateTask, ScoreTask, scored_stats
-from npd.workers.generator import stop_ids
 from npd.workers.heldout import heldout_rollouts
 from npd.workers.tasks import ShardResult
+from npd.workers.writers import stop_ids
 from tiny_run import tiny_config, write_prompts
 
 
@@ -162,8 +162,8 @@ def test_the_teacher_ends_its_text_with_its_own_end_tokens_too(config, tmp_path,
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     config = config.model_copy(update={"teacher": str(teacher)})
     chat = Chat.load(config.student)
-    assert 7 not in stop_ids(config, chat, is_teacher=False)
-    assert stop_ids(config, chat, is_teacher=True) == chat.stop_ids | {2, 7}
+    assert 7 not in stop_ids(config, chat, None)
+    assert stop_ids(config, chat, "default") == chat.stop_ids | {2, 7}
 
 
 def test_heldout_text_is_made_once_with_a_wide_support(config, layout):
@@ -181,7 +181,9 @@ def test_what_writes_heldout_text_is_closed_also_when_it_fails(config, monkeypat
     generator = FakeGenerator(fail_on={1}, error=RunError)
     monkeypatch.setattr("npd.generate.build_generator", lambda *_, **__: generator)
     with pytest.raises(RunError, match="fails on call 1"):
-        heldout_rollouts(config, Chat.load(config.student), prepare(config).heldout, "cpu", None)
+        heldout_rollouts(
+            config, Chat.load(config.student), prepare(config).heldout, "cpu", lambda _: None
+        )
     assert generator.is_closed
 
 

@@ -26,6 +26,25 @@ ATTENTION = "npd_packed"
 _VARLEN = "torch.nn.attention.varlen"
 
 
+class Boundaries:
+    """Where documents of a row begin and end, `cu_seqlens` (0, ..., T), as one thing.
+
+    A tuple's length would be compiled in: with each number of documents torch.compile began anew.
+    """
+
+    __slots__ = ("cu_seqlens",)
+
+    def __init__(self, cu_seqlens: tuple[int, ...]) -> None:
+        self.cu_seqlens = cu_seqlens
+
+
+@lru_cache(maxsize=1)
+def registered_attention() -> Callable[..., Any]:
+    """`packed_attention` for transformers, the same each time; torch.compile leaves it as it is."""
+    disabled: Callable[..., Any] = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    return disabled
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -41,9 +60,10 @@ def packed_attention(
     Variable-length kernels on CUDA (half precision, where torch has them), one SDPA call a document
     elsewhere. Raises when the boundaries are missing, so that documents cannot mix silently.
     """
-    cu_seqlens: tuple[int, ...] | None = kwargs.get("cu_seqlens")
+    bounds: Boundaries | None = kwargs.get("cu_seqlens")
     window = kwargs.get("sliding_window")
-    assert cu_seqlens is not None, "packed attention was called without document boundaries"
+    assert bounds is not None, "packed attention was called without document boundaries"
+    cu_seqlens = bounds.cu_seqlens
     assert attention_mask is None, "packed attention builds no mask and takes none"
     for feature in ("softcap", "s_aux"):
         if kwargs.get(feature) is not None:

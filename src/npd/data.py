@@ -17,6 +17,7 @@ from typing import Any
 from npd.chat import Chat
 from npd.config import DataConfig
 from npd.errors import ConfigError, DataError
+from npd.names import DEFAULT_TEACHER
 from npd.sources import Unreadable, read_records
 from npd.types import EncodedPrompt, Message, Prompt
 from npd.wording import counted
@@ -135,7 +136,7 @@ def _read(source: str, split: str, config: DataConfig, dropped: Counter[str]) ->
     first_error = ""
     for place, record in read_records(source, split):
         try:
-            prompts.append(_prompt(_checked(record), config.columns))
+            prompts.append(_prompt(_checked(record), config.columns, place))
         except _BadRecordError as error:
             first_error = first_error or f"{place}: {error}"
             if config.on_bad_record == "error":
@@ -156,7 +157,7 @@ def _checked(record: Any) -> Mapping[str, Any]:
     return record
 
 
-def _prompt(record: Mapping[str, Any], columns: Mapping[str, str]) -> Prompt:
+def _prompt(record: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Prompt:
     """A record as a prompt (its index is given later)."""
     for ours, theirs in columns.items():
         if theirs not in record:
@@ -185,7 +186,8 @@ def _prompt(record: Mapping[str, Any], columns: Mapping[str, str]) -> Prompt:
         text=text,
         completion=completion,
         answer=None if answer is None else _text(answer, "answer"),
-        teacher="default" if teacher is None else _text(teacher, "teacher"),
+        teacher=DEFAULT_TEACHER if teacher is None else _text(teacher, "teacher"),
+        place=place,
     )
 
 

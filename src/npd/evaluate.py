@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npd.modeling import Head, head_of, response_hidden
+from npd.head import Head, head_of
+from npd.modeling import response_hidden
 from npd.types import Scored
 
 # The least mass a tail bucket counts as having: below it float32 cannot tell 1 - mass from 0.
@@ -66,6 +67,17 @@ def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
     num_tokens = sum(len(response) for _, response in pairs)
     kl, agreement, ce = (sums.sum(dim=0) / num_tokens).tolist()
     return Match(kl, agreement, ce, num_tokens, tuple(sums[:, 0].tolist()))
+
+
+def kl_by_teacher(match: Match, scored: Sequence[Scored]) -> tuple[tuple[str, float], ...]:
+    """The KL of each teacher's responses alone, by the teacher's name; of one teacher: nothing."""
+    sums: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for kl, item in zip(match.kl_sums, scored, strict=True):
+        name = item.rollout.teacher
+        sums[name] = sums.get(name, 0.0) + kl
+        tokens[name] = tokens.get(name, 0) + len(item.rollout.response_ids)
+    return tuple((n, sums[n] / tokens[n]) for n in sorted(sums)) if len(sums) > 1 else ()
 
 
 def _row_values(head: Head, hidden: Tensor, scored: Sequence[Scored], chunk: int) -> Tensor:

@@ -10,6 +10,7 @@ Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from npd import lora
-from npd.attention import ATTENTION, packed_attention
+from npd.attention import ATTENTION, Boundaries, registered_attention
 from npd.errors import ModelError
+from npd.head import head_of
 from npd.types import IntArray
 
 _LOADING = Lock()  # one thread at a time: transformers makes models on a device set for all
-# 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
-# page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
-_CPU_LOGITS = 2**23
 # What a document may differ by, relative, at another place of a row of the same shape: measured 0
 # for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
 # is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
 _PLACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+_LOADING = threading.Lock()  # from_pretrained works on globals of torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +48,6 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The LM head as plain numbers: logits = softcap(scale * (hidden @ weight.T + bias)).
-
-    `weight` [V, d] is the model's own parameter (tied or not), not a copy.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [..., V] of `hidden` [..., d]."""
-        out = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
-        if self.scale != 1.0:
-            out = out * self.scale
-        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
-
-    def slices(self, length: int, at_most: int) -> Iterator[slice]:
-        """Slices over `length` positions, of as many as should have logits at once."""
-        if self.weight.device.type == "cpu":
-            at_most = max(1, min(at_most, _CPU_LOGITS // len(self.weight)))
-        return (slice(start, start + at_most) for start in range(0, length, at_most))
 
 
 def pack_documents(documents: Sequence[IntArray], device: str | torch.device) -> PackedBatch:
@@ -95,13 +68,14 @@ def load_model(
     device: str = "cpu",
     packed: bool = True,
     trust_remote_code: bool = False,
+    ranks: int = 1,
 ) -> Any:
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
     The directory of a LoRA adapter gives the model it was trained on with the adapter merged in.
-    `packed=True` gives the packed attention (no cache); False keeps SDPA, for decoding. Only the
-    packed load probes the architecture: what a run trains or scores with always passes one, and a
-    model that only decodes (left-padded, with a mask) need not be packable.
+    `packed=True` gives the packed attention (no cache) and probes the architecture; False keeps
+    SDPA, for decoding, where a model need not be packable. Threads that load take turns. With
+    `ranks` above 1 each rank of torch.distributed's world gets its part of every layer.
 
     Raises:
         ModelError: the directory cannot be loaded, the documents of a packed row mix (recurrent,
@@ -109,8 +83,11 @@ def load_model(
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, packed_attention)
+    if packed:
+        AttentionInterface.register(ATTENTION, registered_attention())
     base = lora.base_of(path)
+    # Known to newer releases only, so it is left out where it says nothing.
+    spread: dict[str, Any] = {} if ranks == 1 else {"distributed_config": {"tp_size": ranks}}
     try:
         with quiet(), _LOADING:
             model = AutoModelForCausalLM.from_pretrained(
@@ -119,6 +96,7 @@ def load_model(
                 attn_implementation=ATTENTION if packed else "sdpa",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                **spread,
             )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -134,15 +112,6 @@ def load_model(
     return model
 
 
-def head_of(model: Any) -> Head:
-    """The model's LM head; its weight stays the model's own parameter."""
-    layer = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    scale = 1.0 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
-
-
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """Final hidden states [T, d] of a packed row: what the LM head is applied to."""
     backbone = getattr(model, model.base_model_prefix)
@@ -150,7 +119,7 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=Boundaries(batch.cu_seqlens),
     )
     hidden = out.last_hidden_state
     assert isinstance(hidden, Tensor)
@@ -216,21 +185,30 @@ def decoding(model: Any) -> Iterator[Any]:
         model.train(was_training)
 
 
-def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError when the model's context is shorter than `longest` tokens.
+def read_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """A model's config; of an adapter, its base's. Reads no weights.
 
-    Reads the model's config only, no weights.
+    Raises:
+        ModelError: there is none that can be used.
     """
     from transformers import AutoConfig
 
     model = str(lora.base_of(path) or path)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{str(path)!r} is not a model npd can read (no usable config.json): give a Hugging "
             "Face model directory or the name of one that is on this machine"
         ) from error
+
+
+def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError when the model's context is shorter than `longest` tokens.
+
+    Reads the model's config only, no weights.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and context < longest:
         raise ModelError(
@@ -276,7 +254,7 @@ def _check_head(model: Any, path: str) -> None:
         input_ids=row.input_ids,
         position_ids=row.position_ids,
         use_cache=False,
-        cu_seqlens=row.cu_seqlens,
+        cu_seqlens=Boundaries(row.cu_seqlens),
     ).logits[0]
     got = head_of(model).logits(hidden_states(model, row))
     # bf16 keeps 8 bits: logits of size x agree to about x / 100 whatever the order of operations.

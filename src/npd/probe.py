@@ -73,7 +73,8 @@ def measure(model: Any, sequences: Sequence[IntArray]) -> Probe:
     """What a loaded model (`npd.modeling`) says of `sequences`."""
     import torch
 
-    from npd.modeling import head_of, response_hidden
+    from npd.head import head_of
+    from npd.modeling import response_hidden
 
     head, found = head_of(model), {}
     with torch.no_grad():

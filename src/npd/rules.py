@@ -28,13 +28,17 @@ def served_problems(
     loss: LossConfig,
     schedule: ScheduleConfig,
     runtime: RuntimeConfig,
+    *,
+    has_teacher: bool = True,
 ) -> list[tuple[bool, str]]:
-    """What cannot be about engines behind HTTP: (is it so, what to do)."""
+    """What cannot be about engines behind HTTP: (is it so, what to do).
+
+    `has_teacher`: whether `teacher` is set, which the servers of `score` hold.
+    """
     in_flight = schedule.refresh.in_flight
     both = set(generate.urls) & set(score.urls)
     return [
-        *_server_problems("generate", generate, generate.engine, generate.workers),
-        *_server_problems("score", score, score.engine, score.workers),
+        *_section_problems(generate, score, has_teacher),
         *_time_problems("generate", generate, runtime),
         *_time_problems("score", score, runtime),
         (
@@ -43,7 +47,7 @@ def served_problems(
             "that, and generate.workers: 1",
         ),
         (
-            not all(map(_is_url, generate.admin_urls)),
+            not all(map(is_url, generate.admin_urls)),
             "generate.admin_urls must be like http://host:8000",
         ),
         (
@@ -87,11 +91,6 @@ def rank_problems(train: TrainConfig, runtime: RuntimeConfig) -> list[tuple[bool
             f"{ranks} needs a process for each rank: set runtime.kind: local, or train.ranks: 1",
         ),
         (
-            several and train.lora is not None,
-            f"{ranks} with train.lora, whose adapters are small enough for one: set train.ranks: "
-            "1, or leave train.lora out",
-        ),
-        (
             several and runtime.device.startswith("cuda:"),
             f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
             "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
@@ -125,16 +124,58 @@ def runtime_problems(runtime: RuntimeConfig, train: TrainConfig) -> list[tuple[b
     ]
 
 
-def _server_problems(
-    where: str, section: ServedConfig, engine: str, workers: int
+def teacher_rank_problems(
+    score: ScoreConfig, generate: GenerateConfig, runtime: RuntimeConfig
 ) -> list[tuple[bool, str]]:
-    """The same about the servers of section `where`."""
+    """What cannot be about a teacher of several processes: (is it so, what to do)."""
+    several, ranks = score.ranks > 1, f"score.ranks {score.ranks}"
+    return [
+        (
+            several and score.engine != "transformers",
+            f"{ranks} is for a teacher in process, and score.engine {score.engine} is a server: "
+            "set score.launch.tensor_parallel instead, and score.ranks: 1",
+        ),
+        (
+            several and runtime.kind == "inline",
+            f"{ranks} needs a process for each rank: set runtime.kind: local, or score.ranks: 1",
+        ),
+        (
+            several and runtime.device.startswith("cuda:"),
+            f"{ranks} takes a GPU for each rank, and runtime.device {runtime.device} is one: set "
+            "cuda, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            several and runtime.ray.gpus.get("scorer", 1.0) < 1.0 and runtime.device != "cpu",
+            f"{ranks} with runtime.ray.gpus giving scorers a part of a GPU: each rank needs one",
+        ),
+        (
+            several and generate.source == "teacher" and generate.engine == "transformers",
+            f"{ranks} with generate.source teacher, which writes in one process: set "
+            "generate.engine: vllm, with generate.launch.tensor_parallel",
+        ),
+    ]
+
+
+def _section_problems(
+    generate: GenerateConfig, score: ScoreConfig, has_teacher: bool
+) -> list[tuple[bool, str]]:
+    writes = generate.source != "teacher" or has_teacher
+    return [
+        *_server_problems("generate", generate, generate.engine, generate.workers, is_held=writes),
+        *_server_problems("score", score, score.engine, score.workers, is_held=has_teacher),
+    ]
+
+
+def _server_problems(
+    where: str, section: ServedConfig, engine: str, workers: int, *, is_held: bool
+) -> list[tuple[bool, str]]:
+    """The same about the servers of section `where`; `is_held`: there is a model they are for."""
     launch, urls = section.launch, section.urls
     is_served = engine != "transformers"
     gpus = launch.gpus if launch is not None else ()
     return [
         (
-            is_served and bool(urls) == (launch is not None),
+            is_held and is_served and bool(urls) == (launch is not None),
             f"{where}.engine {engine} needs a server: set exactly one of {where}.urls (running "
             f"ones) and {where}.launch (started by npd)",
         ),
@@ -144,12 +185,17 @@ def _server_problems(
             f"set {where}.engine: vllm, or leave them out",
         ),
         (
+            not is_held and (bool(urls) or launch is not None),
+            f"{where}.urls and {where}.launch serve `teacher`, which is not set: give the servers "
+            "of each of `teachers` there",
+        ),
+        (
             bool(urls) and workers > len(urls),
             f"{where}.workers ({workers}) is more than {where}.urls has servers ({len(urls)}): "
             "each worker has servers of its own",
         ),
         (
-            not all(map(_is_url, urls)),
+            not all(map(is_url, urls)),
             f"{where}.urls must be like http://host:8000",
         ),
         (
@@ -165,11 +211,12 @@ def _server_problems(
             launch is not None and launch.venv is not None and bool(launch.command),
             f"{where}.launch takes one of venv and command",
         ),
-        *_launch_problems(where, launch or LaunchConfig()),
+        *launch_problems(where, launch or LaunchConfig()),
     ]
 
 
-def _launch_problems(where: str, launch: LaunchConfig) -> list[tuple[bool, str]]:
+def launch_problems(where: str, launch: LaunchConfig) -> list[tuple[bool, str]]:
+    """What cannot be about how section `where` starts a server: (is it so, what to do)."""
     flags = {word.partition("=")[0] for word in launch.args} & set(_OURS)
     names = set(launch.env) & set(_OUR_VARIABLES)
     return [
@@ -204,5 +251,6 @@ def _time_problems(
     ]
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether `text` is like http://host:8000."""
     return re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", text) is not None

@@ -114,7 +114,7 @@ def _defaults() -> Layer:
     values: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if not field.is_required():
-            default = field.default
+            default = field.get_default(call_default_factory=True)
             values[name] = default.model_dump() if isinstance(default, BaseModel) else default
     return Layer(_DEFAULT, dict(flat(values)), {})
 

@@ -73,7 +73,8 @@ def _quality(evals: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     shown = evals[:1] if len(evals) == 1 else [evals[0], evals[-1]]
     steps = (f"step {evaluation['step']}" for evaluation in shown)
     yield f"{'held-out':28}" + "".join(f"{step:>12}" for step in steps)
-    for name, label, form in _QUALITY:
+    own = [(name, f"  of {name[3:]}", "{:.3f}") for name in shown[-1] if name.startswith("kl/")]
+    for name, label, form in (_QUALITY[0], *own, *_QUALITY[1:]):
         values = [evaluation.get(name) for evaluation in shown]
         if values[-1] is not None:
             cells = ("" if value is None else form.format(value) for value in values)

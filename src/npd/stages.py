@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +21,16 @@ from npd.control.batches import make_asks, make_step
 from npd.control.order import mix
 from npd.control.pool import Pool
 from npd.control.preparation import Prepared, check_model, prepare
+from npd.control.teaching import check_names, role_of
 from npd.errors import ConfigError, DataError, InputError, RunError
 from npd.filters import build_filter, prefilter
-from npd.generate import build_generator
 from npd.modeling import resolve_device
+from npd.names import DEFAULT_TEACHER
 from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
 from npd.types import Ask, Failed, Rollout, SampleRef, SampleStats, Scored, Segment, Step
 from npd.wording import counted
 from npd.workers import generated_stats, scored_stats
-from npd.workers.generator import stop_ids
+from npd.workers.writers import build_writer
 
 if TYPE_CHECKING:
     from npd.generate.served import Surroundings
@@ -60,25 +63,17 @@ def generate(
         RunError: no sample could be written.
     """
     _check_new(out)
-    writer = snapshot or _writer(config)
     if snapshot is not None:
         check_model("--snapshot", snapshot, config)
     prepared = prepare(config)
+    for note in prepared.notes:
+        tell(note)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
-    engine = build_generator(
-        config.generate,
-        stop_ids=stop_ids(config, chat, is_teacher=config.generate.source == "teacher"),
-        pad_id=chat.pad_id,
-        vocab_size=chat.vocab_size,
-        device=resolve_device(config.runtime.device),
-        trust_remote_code=config.trust_remote_code,
-        surroundings=_surroundings(config, out, tell),
-    )
-    try:
-        engine.load(Path(writer), 0)
+    is_teacher = config.generate.source == "teacher"
+    model = snapshot or (None if is_teacher else config.student)
+    engine = build_writer(config, chat, partial(_surroundings, config, out, tell), model=model)
+    with closing(engine):
         found = engine.generate(_asks(config, prepared))
-    finally:
-        engine.close()
     rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
     failed = _failed(found, "written", num_made=len(rollouts))
     write_rollouts(out, rollouts)
@@ -94,39 +89,37 @@ def score(
     tell: Callable[[str], None] = _log.info,
 ) -> Made:
     """Score the rollouts of a file that pass the pre-filters; arguments and errors as above."""
-    from npd.score import build_scorer, open_teacher
+    from npd.score import build_scorer, open_teachers
 
     _check_new(out)
-    if config.teacher is None:
+    if not config.teacher_models:
         raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
     student = snapshot or config.student
     check_model("--snapshot" if snapshot else "student", student, config)
     found = read_rollouts(_existing(rollouts))
-    check_model("teacher", config.teacher, config)
+    named = [(f"{rollouts}: sample {r.sample_id}", r.teacher) for r in found]
+    for name in sorted(check_names(named, config)):
+        check_model(role_of(name), config.teacher_models[name], config)
     chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
-    served = open_teacher(config, chat.vocab_size, out.with_suffix(".server.log"))
-    try:
-        for note in () if served is None else served.notes:
-            tell(note)
+    device = resolve_device(config.runtime.device)
+    log = partial(_server_log, out)
+    teachers = open_teachers(config, chat.vocab_size, device=device, log=log, tell=tell)
+    with closing(teachers):
         scorer = build_scorer(
             config.score,
-            teacher=config.teacher,
+            teacher=teachers,
             vocab_size=chat.vocab_size,
             needs_ifd=config.needs_ifd,
             needs_student_pass=config.needs_student_pass,
             support="sampled" if config.loss.target == "sampled" else "topk",
-            device=resolve_device(config.runtime.device),
+            device=device,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
-            served=served,
         )
         if config.needs_ifd or config.needs_student_pass:
             scorer.load_student(Path(student), 0)
         records = scorer.score(kept)
-    finally:
-        if served is not None:
-            served.close()
     scored = [item for item in records if isinstance(item, Scored)]
     failed = _failed(records, "scored", num_made=len(scored))
     write_scored(out, scored)
@@ -171,19 +164,20 @@ def _failed(found: Sequence[object], what: str, *, num_made: int) -> tuple[Faile
     return failed
 
 
-def _surroundings(config: RunConfig, out: Path, tell: Callable[[str], None]) -> Surroundings | None:
+def _surroundings(
+    config: RunConfig, out: Path, tell: Callable[[str], None], teacher: str | None
+) -> Surroundings | None:
     if config.generate.engine == "transformers":
         return None
     from npd.generate.served import Surroundings
 
-    log = out.with_suffix(".server.log")
-    return Surroundings(log, config.max_sample_tokens, tell=tell)
+    return Surroundings(_server_log(out, teacher), config.max_sample_tokens, tell=tell)
 
 
-def _writer(config: RunConfig) -> str:
-    writer = config.teacher if config.generate.source == "teacher" else config.student
-    assert writer is not None, "checked by the config"
-    return writer
+def _server_log(out: Path, teacher: str | None) -> Path:
+    """Where a server of ours writes, beside `out`; `teacher`: the name of the one it holds."""
+    name = "" if teacher in (None, DEFAULT_TEACHER) else f".{teacher}"
+    return out.with_suffix(f"{name}.server.log")
 
 
 def _asks(config: RunConfig, prepared: Prepared) -> list[Ask]:

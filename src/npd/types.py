@@ -9,12 +9,14 @@ tokens, k teacher support size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from npd.names import DEFAULT_TEACHER
 
 IntArray: TypeAlias = NDArray[np.int32]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -49,7 +51,8 @@ class Prompt:
     """One prompt as read from the data, still text.
 
     Exactly one of `messages` (conversational, gets the chat template) and `text` (plain) is set.
-    `index` is its 0-based position among the prompts of the source and its identity within a run.
+    `index` is its 0-based position among the prompts of the source and its identity within a run,
+    `place` where its record was read, for messages.
     """
 
     index: int
@@ -57,7 +60,8 @@ class Prompt:
     text: str | None = None
     completion: str | None = None
     answer: str | None = None
-    teacher: str = "default"
+    teacher: str = DEFAULT_TEACHER
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +78,7 @@ class EncodedPrompt:
     header_ids: IntArray
     completion_ids: IntArray | None = None
     answer: str | None = None
-    teacher: str = "default"
+    teacher: str = DEFAULT_TEACHER
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as bytes: arrays and slots as they are take twice as long."""
@@ -98,7 +102,8 @@ class Rollout:
     `response_ids` [L], L >= 1, includes the end token when `finish` is STOP. `logprobs` [L] are the
     writing snapshot's own log p(y_t) in nats, untempered; None where the text is not the student's.
     `versions` [L] are the snapshots that drew each token where a refresh fell in the middle, and
-    `version` is then the oldest of them; None where one snapshot wrote it all.
+    `version` is then the oldest of them; None where one snapshot wrote it all. `teacher` is the
+    name of the prompt's teacher.
     """
 
     sample_id: int
@@ -111,6 +116,7 @@ class Rollout:
     finish: FinishReason
     seed: int
     versions: IntArray | None = None
+    teacher: str = DEFAULT_TEACHER
 
     @property
     def num_tokens(self) -> int:
@@ -227,67 +233,6 @@ class Segment:
         """The samples trained on, step by step, each as often as it is used."""
         rows = (row for step in self.steps for rank in step.ranks for row in rank)
         return (ref for row in rows for ref in row.samples)
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one optimiser step measured; means are over its response tokens, all ranks together.
-
-    `drift` estimates KL(theta || gen) and `drift_k3` KL(gen || theta) in nats per token on samples
-    of the newest snapshot, None when the step held none or no behaviour log-probs exist. `ess` is
-    the effective sample size of the importance ratios as a share of tokens, in (0, 1].
-    """
-
-    step: int
-    loss: float
-    ce: float
-    kd: float | None
-    grad_norm: float
-    lr: float
-    num_samples: int
-    response_tokens: int
-    total_tokens: int
-    num_rows: int
-    fill: float
-    seconds: float
-    teacher_mass: float | None = None
-    student_mass: float | None = None
-    agreement: float | None = None
-    entropy: float | None = None
-    drift: float | None = None
-    drift_k3: float | None = None
-    ess: float | None = None
-    lag_mean: float = 0.0
-    lag_max: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentReport:
-    """A trained segment: one report a step, and the peak memory of the trainer in MiB."""
-
-    segment: int
-    steps: tuple[StepReport, ...]
-    peak_memory_mib: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class EvalReport:
-    """Held-out quality at a step.
-
-    `kl` is the tail-bucket KL(teacher || student) in nats per token on fixed held-out responses,
-    `kl_sums` that of each response in all, `agreement` the share of positions where both argmaxes
-    agree, `exact_match` the share of prompts with an `answer` that end in it when greedy.
-    """
-
-    step: int
-    kl: float | None
-    agreement: float | None
-    exact_match: float | None
-    num_prompts: int
-    num_tokens: int
-    seconds: float
-    samples: tuple[tuple[str, str], ...] = ()
-    kl_sums: tuple[float, ...] = ()
 
 
 def _prompt_of(index: int, answer: str | None, teacher: str, *ids: bytes | None) -> EncodedPrompt:

@@ -71,9 +71,18 @@ def host() -> tuple[str, Any]:
 
 
 def connect(
-    place: str, *, rank: int, size: int, device: str, timeout: float, store: Any = None
+    place: str,
+    *,
+    rank: int,
+    size: int,
+    device: str,
+    timeout: float,
+    store: Any = None,
+    setting: str = "train.ranks",
 ) -> World:
     """Meet the other ranks at `place`: a new file, or what `host` gave, for one life of a group.
+
+    `setting` is where their number comes from, for messages.
 
     Raises:
         ConfigError: some rank has no GPU although it should, or others have one.
@@ -83,7 +92,7 @@ def connect(
     kind = torch.device(device).type
     limit = timedelta(seconds=timeout)
     store = store if store is not None else _store(place, size, limit)
-    _check_devices(store, kind, rank, size)
+    _check_devices(store, kind, rank, size, setting)
     is_far = place.startswith(_TCP)
     interface = _interface(os.environ.get(ADDRESS, _LOOPBACK)) if is_far else _loopback()
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -105,7 +114,7 @@ def _store(place: str, size: int, timeout: timedelta) -> Any:
     return TCPStore(address, int(port), is_master=False, timeout=timeout)
 
 
-def _check_devices(store: Any, kind: str, rank: int, size: int) -> None:
+def _check_devices(store: Any, kind: str, rank: int, size: int, setting: str) -> None:
     import torch
 
     is_there = kind == "cpu" or torch.cuda.is_available()
@@ -114,8 +123,8 @@ def _check_devices(store: Any, kind: str, rank: int, size: int) -> None:
     if len(set(kinds)) > 1 or not is_there:
         without = ", ".join(str(other) for other, found in enumerate(kinds) if found == "cpu")
         raise ConfigError(
-            f"train.ranks {size} takes a GPU for each rank, but there is none for rank {without}: "
-            "lower train.ranks, or set runtime.device: cpu"
+            f"{setting} {size} takes a GPU for each rank, but there is none for rank {without}: "
+            f"lower {setting}, or set runtime.device: cpu"
         )
 
 

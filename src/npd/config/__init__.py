@@ -24,6 +24,7 @@ from npd.sections import (
     RuntimeConfig,
     ScheduleConfig,
     ScoreConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from npd.served import LaunchConfig, ServedConfig
@@ -45,6 +46,7 @@ __all__ = [
     "ScheduleConfig",
     "ScoreConfig",
     "ServedConfig",
+    "TeacherConfig",
     "TrainConfig",
 ]
 

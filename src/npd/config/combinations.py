@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from npd.config.exchange import sharing_problems
+from npd.config.teaching import teacher_problems
 from npd.config.values import RunValues
-from npd.rules import rank_problems, runtime_problems, served_problems
+from npd.rules import rank_problems, runtime_problems, served_problems, teacher_rank_problems
 
 
 def problems(c: RunValues) -> list[str]:
@@ -16,8 +17,13 @@ def problems(c: RunValues) -> list[str]:
         sharing_problems,
     )
     found = [problem for rule in rules for problem in rule(c)]
-    found += served_problems(c.generate, c.score, c.loss, c.schedule, c.runtime)
+    has_teacher = c.teacher is not None or not c.teachers
+    found += served_problems(
+        c.generate, c.score, c.loss, c.schedule, c.runtime, has_teacher=has_teacher
+    )
+    found += teacher_problems(c)
     found += rank_problems(c.train, c.runtime) + runtime_problems(c.runtime, c.train)
+    found += teacher_rank_problems(c.score, c.generate, c.runtime)
     return [message for is_broken, message in found if is_broken]
 
 
@@ -114,9 +120,9 @@ def _size_problems(c: RunValues) -> list[tuple[bool, str]]:
 def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
     return [
         (
-            c.needs_teacher and c.teacher is None,
-            "this run needs a teacher: set `teacher`, or loss.kd_weight: 0 with filter.name: none "
-            "and eval.source: completion (or none)",
+            c.needs_teacher and not c.teacher_models,
+            "this run needs a teacher: set `teacher` or `teachers`, or loss.kd_weight: 0 with "
+            "filter.name: none and eval.source: completion (or none)",
         ),
         (
             c.train.min_lr > c.train.lr,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from npd.fields import Section
+from npd.names import DEFAULT_TEACHER
 from npd.sections import (
     CheckpointConfig,
     DataConfig,
@@ -17,14 +17,14 @@ from npd.sections import (
     FilterConfig,
     GenerateConfig,
     LossConfig,
+    Model,
+    NamedTeacher,
     ObserveConfig,
     RuntimeConfig,
     ScheduleConfig,
     ScoreConfig,
     TrainConfig,
 )
-
-Model = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class RunValues(Section):
@@ -40,6 +40,9 @@ class RunValues(Section):
     """The model to train: a Hugging Face directory or name."""
     teacher: Model | None = None
     """The model to learn from; it shares the student's vocabulary."""
+    teachers: dict[str, NamedTeacher] = Field(default_factory=dict)
+    """More teachers by the name that prompts give in their `teacher` column, e.g. `{math: DIR}`.
+    `teacher` is that of prompts that name none."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Only for models you trust."""
     data: DataConfig = DataConfig()
@@ -88,13 +91,41 @@ class RunValues(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher model is loaded at all."""
-        return self.needs_scores or self.generate.source == "teacher" or self._evaluates_teacher
+        return self.trains_by_teacher or self.evaluates_teacher
 
     @property
-    def _evaluates_teacher(self) -> bool:
+    def trains_by_teacher(self) -> bool:
+        """Whether a teacher reads or writes the samples that are trained on."""
+        return self.needs_scores or self.generate.source == "teacher"
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether held-out text is read by a teacher."""
         return self.eval.source == "teacher" or (
-            self.eval.source == "completion" and self.teacher is not None
+            self.eval.source == "completion" and bool(self.teacher_models)
         )
+
+    @property
+    def teacher_models(self) -> dict[str, str]:
+        """The model of each teacher by its name; that of `teacher` is called `default`."""
+        own = {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
+        return own | {name: teacher.model for name, teacher in self.teachers.items()}
+
+    def score_of(self, teacher: str) -> ScoreConfig:
+        """`score`, its servers those of this teacher."""
+        return self.score.model_copy(update=self._servers_of(teacher, self.score.engine))
+
+    def generate_of(self, teacher: str) -> GenerateConfig:
+        """`generate`, its servers those of this teacher, where teachers write."""
+        return self.generate.model_copy(update=self._servers_of(teacher, self.generate.engine))
+
+    def _servers_of(self, teacher: str, engine: str) -> dict[str, object]:
+        named = self.teachers.get(teacher)
+        if named is None:
+            return {}
+        if engine == "transformers":
+            return {"urls": (), "launch": None}
+        return {"urls": named.urls, "launch": named.launch}
 
     @property
     def is_overlapped(self) -> bool:

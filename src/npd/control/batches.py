@@ -8,7 +8,8 @@ from npd.config import RunConfig, TrainConfig
 from npd.control.events import AskRef
 from npd.control.order import learning_rate, mix_each, prompt_of
 from npd.pack import balance, pack
-from npd.types import Row, SampleRef, SegmentReport, Step
+from npd.reports import SegmentReport
+from npd.types import Row, SampleRef, Step
 
 
 def make_asks(

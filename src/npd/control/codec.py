@@ -12,7 +12,8 @@ from operator import attrgetter
 from typing import Any
 
 from npd.control import events as ev
-from npd.types import EvalReport, FinishReason, SampleStats, SegmentReport, StepReport
+from npd.reports import EvalReport, SegmentReport, StepReport
+from npd.types import FinishReason, SampleStats
 
 _EVENTS: dict[str, type[Any]] = {
     kind.__name__: kind
@@ -64,9 +65,9 @@ def decode(kind: str, payload: dict[str, Any]) -> ev.Event:
         event = ev.SegmentTrained(SegmentReport(payload["segment"], steps, payload["peak"]))
     elif kind == "Evaluated":
         report = payload["report"]
-        samples = tuple((prompt, text) for prompt, text in report["samples"])
-        kl_sums = tuple(report.get("kl_sums", ()))
-        event = ev.Evaluated(EvalReport(**{**report, "samples": samples, "kl_sums": kl_sums}))
+        pairs = {key: tuple(map(tuple, report.get(key, ()))) for key in ("samples", "teacher_kls")}
+        sums = {"kl_sums": tuple(report.get("kl_sums", ()))}
+        event = ev.Evaluated(EvalReport(**(report | pairs | sums)))
     else:
         event = _EVENTS[kind](**payload)
     return event

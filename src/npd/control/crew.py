@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from npd.config import RunConfig
+from npd.config import RunConfig, ServedConfig, TeacherConfig
 from npd.control.group import RankGroup
 from npd.runtime import Needs, Runtime, Worker
 from npd.workers import Factory
@@ -29,7 +29,7 @@ def num_scorers(config: RunConfig) -> int:
     """Scorers a run needs: those configured, one for held-out text alone, or none."""
     if config.needs_scores:
         return config.score.workers
-    return 1 if config.teacher is not None and config.eval.source != "none" else 0
+    return 1 if config.teacher_models and config.eval.source != "none" else 0
 
 
 def threads_per_worker(config: RunConfig) -> int:
@@ -52,22 +52,29 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     """
     if role not in ("generator", "scorer"):
         return config
-    section = config.generate if role == "generator" else config.score
-    own: dict[str, object] = {"urls": section.urls[index :: section.workers]}
-    if section.launch is not None:
-        gpus = section.launch.gpus[index : index + 1]
-        own["launch"] = section.launch.model_copy(update={"gpus": gpus})
     name = "generate" if role == "generator" else "score"
-    return config.model_copy(update={name: section.model_copy(update=own)})
+    section = config.generate if role == "generator" else config.score
+
+    def own(servers: ServedConfig | TeacherConfig) -> dict[str, object]:
+        launch = servers.launch
+        if launch is not None:
+            launch = launch.model_copy(update={"gpus": launch.gpus[index : index + 1]})
+        return {"urls": servers.urls[index :: section.workers], "launch": launch}
+
+    teachers = {n: t.model_copy(update=own(t)) for n, t in config.teachers.items()}
+    update = {name: section.model_copy(update=own(section)), "teachers": teachers}
+    return config.model_copy(update=update)
 
 
 def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
-    """The environment that leaves a trainer rank one GPU: the `rank`-th that this process sees.
+    """The environment that leaves a rank one GPU: the `rank`-th that this process sees.
 
-    None on Ray, which deals GPUs out itself.
+    On a CPU it sees none, whatever there is. Nothing on Ray, which deals GPUs out itself.
     """
-    if config.runtime.device == "cpu" or config.runtime.kind == "ray":
+    if config.runtime.kind == "ray":
         return {}
+    if config.runtime.device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(rank)] * (rank + 1) if visible is None else visible.split(",")
     return {"CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else ""}
@@ -85,25 +92,33 @@ def needs_of(config: RunConfig, role: Role) -> Needs:
     return Needs(0.0 if is_on_servers[role] or config.runtime.device == "cpu" else None)
 
 
-def spawn_trainer(
-    config: RunConfig, runtime: Runtime, factory: Callable[[], object], threads: int, root: Path
+def spawn_ranks(
+    config: RunConfig,
+    runtime: Runtime,
+    name: str,
+    factory: Callable[[], object],
+    root: Path,
+    *,
+    ranks: int,
+    needs: Needs,
+    first_gpu: int = 0,
 ) -> Worker:
-    """The trainer: a worker, or a group of as many as `train.ranks` that share its threads."""
-    ranks, needs = config.train.ranks, needs_of(config, "trainer")
+    """A worker, or a group of as many as `ranks` that share its threads and take a GPU each."""
+    threads = threads_per_worker(config)
     if ranks == 1:
-        return runtime.spawn("trainer", factory, threads=threads, needs=needs)
+        return runtime.spawn(name, factory, threads=threads, needs=needs)
     each = threads if config.runtime.threads is not None else max(1, threads // ranks)
     workers = [
         runtime.spawn(
-            f"trainer-{rank}",
+            f"{name}-{rank}",
             factory,
             threads=each,
-            environment=gpu_of_rank(config, rank),
-            needs=replace(needs, team="trainer", size=ranks),
+            environment=gpu_of_rank(config, first_gpu + rank),
+            needs=replace(needs, team=name, size=ranks),
         )
         for rank in range(ranks)
     ]
-    return RankGroup("trainer", workers, None if config.runtime.kind == "ray" else root / "meeting")
+    return RankGroup(name, workers, None if config.runtime.kind == "ray" else root / "meeting")
 
 
 def spawn_crew(
@@ -113,16 +128,26 @@ def spawn_crew(
     factory: Callable[[str, RunConfig, Path], Callable[[], object]] = Factory,
 ) -> Crew:
     """Start every worker of the run; models load at their first call."""
-    threads = threads_per_worker(config)
 
     def spawn(name: str, role: Role, index: int = 0) -> Worker:
-        share, needs = share_of_servers(config, role, index), needs_of(config, role)
-        return runtime.spawn(name, factory(role, share, root), threads=threads, needs=needs)
+        made = factory(role, share_of_servers(config, role, index), root)
+        ranks = {"trainer": config.train.ranks, "scorer": config.score.ranks}.get(role, 1)
+        return spawn_ranks(
+            config,
+            runtime,
+            name,
+            made,
+            root,
+            ranks=ranks,
+            needs=needs_of(config, role),
+            # The trainer has the first GPUs; a teacher that needs several has others to itself.
+            first_gpu=config.train.ranks + index * ranks if role == "scorer" else 0,
+        )
 
     return Crew(
         generators=tuple(
             spawn(f"generator-{i}", "generator", i) for i in range(config.generate.workers)
         ),
         scorers=tuple(spawn(f"scorer-{i}", "scorer", i) for i in range(num_scorers(config))),
-        trainer=spawn_trainer(config, runtime, factory("trainer", config, root), threads, root),
+        trainer=spawn("trainer", "trainer"),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from npd.types import EvalReport, Outcome, SampleStats, Segment, SegmentReport
+from npd.reports import EvalReport, SegmentReport
+from npd.types import Outcome, SampleStats, Segment
 
 Stage: TypeAlias = Literal["generate", "score"]
 

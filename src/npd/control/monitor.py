@@ -20,8 +20,9 @@ from npd.observe.live import LiveState, View, WorkerState
 from npd.observe.metrics import MetricsWriter
 from npd.observe.trace import Span, TraceWriter
 from npd.observe.trackers import Tracker
+from npd.reports import EvalReport, StepReport
 from npd.store.layout import RunLayout
-from npd.types import EvalReport, Outcome, SampleStats, StepReport
+from npd.types import Outcome, SampleStats
 from npd.wording import counted
 
 if TYPE_CHECKING:
@@ -31,12 +32,17 @@ _STAGES = ("generate", "score", "train")
 
 
 class Monitor:
-    """Writes down and shows a run."""
+    """Writes down and shows a run; `teachers` are those of its prompts, where it has several."""
 
     def __init__(
-        self, config: RunConfig, layout: RunLayout, view: View, trackers: Sequence[Tracker] = ()
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        view: View,
+        trackers: Sequence[Tracker] = (),
+        teachers: Sequence[str] = (),
     ) -> None:
-        self._view, self._trackers = view, trackers
+        self._view, self._trackers, self._teachers = view, trackers, teachers
         self._metrics = MetricsWriter(layout.metrics_jsonl)
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
@@ -113,7 +119,9 @@ class Monitor:
                 self._tell_failed(shard, "score", failed)
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
                 self._judged(len(stats), actions)
-                self._write(plan.step, {"delta_median": _delta_median(stats, self._ratio)}, "score")
+                kept = _kept_by_teacher(stats, actions, self._teachers)
+                values = {"delta_median": _delta_median(stats, self._ratio), **kept}
+                self._write(plan.step, values, "score")
             case ev.SegmentTrained(report):
                 self._tokens["train"] += sum(s.total_tokens for s in report.steps)
                 for step in report.steps:
@@ -205,8 +213,10 @@ class Monitor:
 
 
 def _numbers(report: StepReport | EvalReport) -> dict[str, float | None]:
-    names = [f.name for f in fields(report) if f.name not in ("step", "samples", "kl_sums")]
-    return {name: getattr(report, name) for name in names}
+    left_out = ("step", "samples", "kl_sums", "teacher_kls")
+    names = [f.name for f in fields(report) if f.name not in left_out]
+    own = {f"kl/{teacher}": kl for teacher, kl in getattr(report, "teacher_kls", ())}
+    return {name: getattr(report, name) for name in names} | own
 
 
 def _delta_median(stats: tuple[SampleStats, ...], ratio: Ratio) -> float | None:
@@ -214,10 +224,30 @@ def _delta_median(stats: tuple[SampleStats, ...], ratio: Ratio) -> float | None:
     return median(deltas) if deltas else None
 
 
+def _kept_by_teacher(
+    stats: tuple[SampleStats, ...], actions: list[ev.Action], teachers: Sequence[str]
+) -> dict[str, float | None]:
+    """The share of a scored shard that the filter kept of each teacher's samples; of several."""
+    if not teachers:
+        return {}
+    rejected = {
+        sample_id
+        for action in actions
+        if isinstance(action, ev.Retire)
+        for sample_id, outcome, _ in action.samples
+        if outcome is Outcome.REJECTED
+    }
+    kept: dict[str, list[bool]] = {}
+    for s in stats:
+        kept.setdefault(teachers[s.prompt_index], []).append(s.sample_id not in rejected)
+    return {f"kept_share/{teacher}": sum(own) / len(own) for teacher, own in sorted(kept.items())}
+
+
 def _eval_line(report: EvalReport) -> str:
     parts = [f"evaluated after step {report.step}"]
     if report.kl is not None:
         parts.append(f"held-out KL {report.kl:.3f}")
+    parts += [f"of {teacher} {kl:.3f}" for teacher, kl in report.teacher_kls]
     if report.agreement is not None:
         parts.append(f"agreement {report.agreement:.1%}")
     if report.exact_match is not None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from npd import __version__
 from npd.config import RunConfig
 from npd.control.preparation import Prepared, model_fingerprint
+from npd.control.teaching import role_of
 from npd.errors import ConfigError, DataError, ModelError
 from npd.layers import flat
 from npd.resuming import resume_command
@@ -75,8 +76,8 @@ def open_directory(
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """A dumped config that may be read by all, as run directories are; resuming needs no more."""
-    for section in ("generate", "score"):
-        environment = (values[section]["launch"] or {}).get("env", {})
+    for section in (values["generate"], values["score"], *values["teachers"].values()):
+        environment = (section["launch"] or {}).get("env", {})
         environment |= {name: _HIDDEN for name in environment if looks_secret(name)}
     return values
 
@@ -120,19 +121,19 @@ def _check_same(config: RunConfig, prepared: Prepared, layout: RunLayout) -> Non
 
 
 def _fingerprints(config: RunConfig, prepared: Prepared) -> dict[str, str | None]:
-    return {
-        "data": prepared.data_fingerprint,
-        "student": model_fingerprint(config.student),
-        "teacher": None if config.teacher is None else model_fingerprint(config.teacher),
-    }
+    models = {"student": config.student, "teacher": config.teacher}
+    models |= {role_of(name): teacher.model for name, teacher in config.teachers.items()}
+    found = {what: model and model_fingerprint(model) for what, model in models.items()}
+    return {"data": prepared.data_fingerprint, **found}
 
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The values that decide what a run does, by dotted path."""
-    # LoRA as a whole: its keys are there or not.
-    passed_over = (*_FREE, "train.lora.")
+    # LoRA and teachers as a whole: their keys are there or not. Where a teacher is served is free.
+    passed_over = (*_FREE, "train.lora.", "teachers")
     values = {k: v for k, v in flat(dump_config(config)) if not k.startswith(passed_over)}
     values["train.lora"] = config.train.lora and config.train.lora.model_dump(mode="json")
+    values["teachers"] = {name: teacher.model for name, teacher in config.teachers.items()}
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
     return values

@@ -15,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 from npd import lora
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import DataConfig, RunConfig
+from npd.control.teaching import check_names, idle_notes, role_of
 from npd.data import encode_prompts, load_prompts
 from npd.errors import DataError, ModelError
-from npd.modeling import check_context
+from npd.modeling import check_context, resolve_device
+from npd.score.divisible import check_divisible
+from npd.train.compilers import check_compilers
 from npd.types import EncodedPrompt
 
 # A fingerprint reads this much of a weight file at this many places: 16 MiB of any model.
@@ -31,6 +34,8 @@ class Prepared:
     prompts: list[EncodedPrompt]
     heldout: list[EncodedPrompt]
     dropped: dict[str, int]
+    notes: tuple[str, ...] = ()
+    """Lines for the person watching."""
 
     @property
     def data_fingerprint(self) -> str:
@@ -53,14 +58,16 @@ def prepare(config: RunConfig) -> Prepared:
     trust = config.trust_remote_code
     if config.train.lora is not None:
         lora.require("train.lora")
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if model is not None:
-            check_model(role, model, config)
+    check_model("student", config.student, config)
+    for name, model in config.teacher_models.items():
+        check_model(role_of(name), model, config)
     if config.train.lora is not None:
         lora.check_targets(config.train.lora, config.student)
+    check_compiler(config)
+    check_ranks(config)
     chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
-    if config.teacher is not None and config.needs_teacher:
-        check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
+    for model in config.teacher_models.values() if config.needs_teacher else ():
+        check_same_vocabulary(model, config.student, trust_remote_code=trust)
     prepared = read_data(config, chat)
     for model in models_read_here(config):
         check_weights(model)
@@ -74,13 +81,15 @@ def read_data(config: RunConfig, chat: Chat) -> Prepared:
         DataError: the data cannot be used.
     """
     found = load_prompts(data_section(config))
+    read = found.train if config.trains_by_teacher else []
+    read = [*read, *found.heldout] if config.evaluates_teacher else read
+    teachers = check_names([(prompt.place, prompt.teacher) for prompt in read], config)
     prompts, dropped = encode_prompts(found.train, chat, config.data)
     heldout, dropped_heldout = encode_prompts(found.heldout, chat, config.data)
     if config.generate.source == "dataset":
         _check_completions(prompts, "generate.source dataset")
     if config.eval.source == "completion":
         _check_completions(heldout, "eval.source completion")
-    _check_teachers(prompts)
     if not prompts:
         raise DataError(
             "no training prompt is left after dropping: see data.on_long_prompt and "
@@ -89,15 +98,19 @@ def read_data(config: RunConfig, chat: Chat) -> Prepared:
     counts = [found.dropped, dropped, dropped_heldout]
     reasons = sorted({reason for count in counts for reason in count})
     total = {reason: sum(count.get(reason, 0) for count in counts) for reason in reasons}
-    return Prepared(_numbered(prompts, 0), _numbered(heldout, len(prompts)), total)
+    notes = idle_notes(teachers, config)
+    return Prepared(_numbered(prompts, 0), _numbered(heldout, len(prompts)), total, notes)
 
 
 def models_read_here(config: RunConfig) -> list[str]:
     """Models whose weights this machine reads; those of a teacher on running servers are theirs."""
-    does_not_write = config.generate.source != "teacher" or bool(config.generate.urls)
-    is_elsewhere = bool(config.score.urls) and does_not_write
-    models = (config.student, None if is_elsewhere else config.teacher)
-    return [model for model in models if model is not None]
+    teachers = config.teacher_models.items()
+    return [config.student, *(model for name, model in teachers if not _is_elsewhere(name, config))]
+
+
+def _is_elsewhere(teacher: str, config: RunConfig) -> bool:
+    writes_here = config.generate.source == "teacher" and not config.generate_of(teacher).urls
+    return bool(config.score_of(teacher).urls) and not writes_here
 
 
 def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPrompt]:
@@ -118,12 +131,33 @@ def check_model(role: str, model: str, config: RunConfig) -> None:
             f"no model directory at {model} (looked from {Path.cwd()}): correct `{role}`, or make "
             "the directory with npd prepare"
         )
-    if role in ("student", "teacher") and lora.base_of(model) is not None:
+    if role.startswith(("student", "teacher")) and lora.base_of(model) is not None:
         raise ModelError(
             f"the {role} {model} is a LoRA adapter: merge it into its base (npd export {model} "
             "DIR) and give that directory"
         )
     check_context(model, config.max_sample_tokens, trust_remote_code=config.trust_remote_code)
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Check that what `train.compile` writes can be built here.
+
+    Raises:
+        ConfigError: the compiler, or what it needs, is missing.
+    """
+    if config.train.compile:
+        check_compilers(resolve_device(config.runtime.device))
+
+
+def check_ranks(config: RunConfig) -> None:
+    """Check that each teacher can be held by `score.ranks` together.
+
+    Raises:
+        ModelError: it cannot be shared out like that.
+    """
+    for model in config.teacher_models.values():
+        trust = config.trust_remote_code
+        check_divisible(model, config.score.ranks, trust_remote_code=trust)
 
 
 def check_weights(model: str) -> None:
@@ -177,15 +211,6 @@ def data_section(config: RunConfig) -> DataConfig:
     if config.eval.source != "none":
         return config.data
     return config.data.model_copy(update={"heldout": None, "heldout_size": 0})
-
-
-def _check_teachers(prompts: Sequence[EncodedPrompt]) -> None:
-    names = sorted({prompt.teacher for prompt in prompts})
-    if len(names) > 1:
-        raise DataError(
-            f"the `teacher` column names {len(names)} teachers ({', '.join(names[:3])}, ...), and "
-            "a run has one: split the data, or take the column out"
-        )
 
 
 def _check_completions(prompts: Sequence[EncodedPrompt], needed_by: str) -> None:

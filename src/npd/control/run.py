@@ -131,7 +131,10 @@ def _session(
         with Ledger(layout.ledger_db) as ledger:
             layout.sweep()
             trackers = build_trackers(config.observe.trackers, layout.root / "trackers")
-            monitor = Monitor(config, layout, view, trackers)
+            teachers = [prompt.teacher for prompt in prepared.prompts] if config.teachers else []
+            monitor = Monitor(config, layout, view, trackers, teachers)
+            for note in prepared.notes:
+                monitor.message(note)
             try:
                 return asyncio.run(_drive(config, prepared, layout, ledger, monitor))
             except asyncio.CancelledError:

@@ -27,11 +27,12 @@ from npd.observe.report import (
     StageRate,
 )
 from npd.observe.trace import Span, read_trace
+from npd.reports import EvalReport, StepReport
 from npd.store.files import read_json
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger, SampleRow
 from npd.store.shards import read_rollouts
-from npd.types import EvalReport, Outcome, SampleStats, StepReport
+from npd.types import Outcome, SampleStats
 
 _EXAMPLES_EACH = 3
 
@@ -121,9 +122,15 @@ def _timed(evals: list[EvalReport], spans: Sequence[Span]) -> list[dict[str, Any
     ended = {span.args.get("step"): span.end for span in spans if span.name == "evaluate"}
     times = [ended.get(report.step) for report in evals]
     return [
-        asdict(report) | ({} if time is None else {"time": time})
+        _named(report) | ({} if time is None else {"time": time})
         for report, time in zip(evals, times, strict=True)
     ]
+
+
+def _named(report: EvalReport) -> dict[str, Any]:
+    """An evaluation's values by their metrics' names."""
+    values = asdict(report)
+    return values | {f"kl/{teacher}": kl for teacher, kl in values.pop("teacher_kls")}
 
 
 def throughput(spans: Sequence[Span], facts: Facts, config: RunConfig) -> dict[str, StageRate]:

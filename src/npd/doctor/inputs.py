@@ -5,44 +5,56 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from npd import lora
 from npd.chat import Chat, check_same_vocabulary
 from npd.config import RunConfig
 from npd.control.preparation import (
+    Prepared,
+    check_compiler,
     check_model,
+    check_ranks,
     check_weights,
     data_section,
     models_read_here,
     read_data,
 )
 from npd.control.sharing import check_place
+from npd.control.teaching import role_of
 from npd.data import load_prompts
 from npd.doctor.checks import Check, attempt, fail, ok, warn
+from npd.errors import NpdError
 from npd.servers.models import model_settings
 from npd.servers.sizes import GIB, size_of
 from npd.wording import counted
 
 
 def input_checks(config: RunConfig) -> Iterator[Check]:
-    """Student, teacher, their vocabularies, adapters, and the data: each that can be looked at.
+    """Student, teachers, their vocabularies, adapters, and the data: each that can be looked at.
 
     What is wrong with one hides nothing that can be said of another: only the vocabularies need
     both models, and without a student the data is read but not tokenised.
     """
     student = attempt("student", lambda: _model("student", config.student, config))
     yield student
-    has_student = student.status != "FAIL"
-    if config.teacher is not None:
-        path = config.teacher
-        teacher = attempt("teacher", lambda: _model("teacher", path, config))
+    has_student, teachers_sound = student.status != "FAIL", True
+    for name, model in config.teacher_models.items():
+        role = role_of(name)
+        teacher = attempt(role, partial(_model, role, model, config))
         yield teacher
-        if config.needs_teacher and has_student and teacher.status != "FAIL":
-            yield attempt("vocabulary", lambda: _vocabulary(config))
+        is_sound = teacher.status != "FAIL"
+        teachers_sound &= is_sound
+        if config.needs_teacher and has_student and is_sound:
+            yield attempt("vocabulary", partial(_vocabulary, role, model, config))
+    if config.score.ranks > 1 and teachers_sound:
+        yield attempt("score.ranks", lambda: _ranks(config))
+    if config.train.compile:
+        yield attempt("compiler", lambda: _compiler(config))
     if config.train.lora is not None:
         yield attempt("lora", lambda: _lora(config, has_student))
-    yield attempt("data", lambda: _data(config) if has_student else _records(config))
+    yield from _data_checks(config, has_student)
 
 
 def _model(role: str, model: str, config: RunConfig) -> str:
@@ -60,18 +72,40 @@ def _model(role: str, model: str, config: RunConfig) -> str:
     return ", ".join(parts)
 
 
-def _vocabulary(config: RunConfig) -> str:
-    assert config.teacher is not None
+def _vocabulary(role: str, teacher: str, config: RunConfig) -> str:
     trust = config.trust_remote_code
-    check_same_vocabulary(config.teacher, config.student, trust_remote_code=trust)
+    check_same_vocabulary(teacher, config.student, trust_remote_code=trust)
     size = Chat.load(config.student, trust_remote_code=trust).vocab_size
-    return f"teacher and student share {size:,} token ids"
+    return f"{role} and student share {size:,} token ids"
 
 
-def _data(config: RunConfig) -> str:
+def _ranks(config: RunConfig) -> str:
+    check_ranks(config)
+    return f"{config.score.ranks} ranks can hold each teacher together"
+
+
+def _compiler(config: RunConfig) -> str:
+    check_compiler(config)
+    return "train.compile has the compiler it needs"
+
+
+def _data_checks(config: RunConfig, has_student: bool) -> Iterator[Check]:
+    if not has_student:
+        yield attempt("data", lambda: _records(config))
+        return
     trust = config.trust_remote_code
-    chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
-    prepared = read_data(config, chat)
+    try:
+        chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
+        prepared = read_data(config, chat)
+    except NpdError as error:
+        yield fail("data", str(error))
+        return
+    yield ok("data", _counts(prepared))
+    for note in prepared.notes:
+        yield warn("data", f"{note}: take it out of the config, or correct the data's `teacher`")
+
+
+def _counts(prepared: Prepared) -> str:
     dropped = ", ".join(f"{count} dropped ({why})" for why, count in prepared.dropped.items())
     counts = f"{counted(len(prepared.prompts), 'prompt')}, {len(prepared.heldout):,} held out"
     return f"{counts}{f', {dropped}' if dropped else ''}"

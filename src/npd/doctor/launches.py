@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from npd.config import LaunchConfig, RunConfig
+from npd.config import GenerateConfig, LaunchConfig, RunConfig, ScoreConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.doctor.gpus import gpu_checks
+from npd.doctor.sections import served_sections
 from npd.errors import ConfigError
 from npd.servers.commands import (
     ServerSpec,
@@ -39,17 +40,20 @@ _SECONDS = 60.0
 
 def launch_checks(config: RunConfig) -> Iterator[Check]:
     """For each section that launches: program, version, GPUs, command."""
-    generate, score, trust = config.generate, config.score, config.trust_remote_code
-    if generate.launch is not None:
-        writer = config.teacher if generate.source == "teacher" else config.student
-        spec = generator_spec(generate, Path(writer or ""), config.max_sample_tokens, trust)
-        if config.train.lora is not None and generate.source == "student":
-            spec = replace(spec, lora_rank=config.train.lora.rank)
-        yield from _launch("generate", generate.engine, generate.launch, spec, config)
-    if score.launch is not None:
-        teacher, longest = Path(config.teacher or ""), config.max_read_tokens
-        spec = teacher_spec(score, teacher, longest, HELDOUT_TOP_K, trust)
-        yield from _launch("score", score.engine, score.launch, spec, config)
+    for where, section, model in served_sections(config):
+        if section.launch is not None:
+            spec = _spec(section, Path(model), config)
+            yield from _launch(where, section.engine, section.launch, spec, config)
+
+
+def _spec(section: GenerateConfig | ScoreConfig, model: Path, config: RunConfig) -> ServerSpec:
+    trust = config.trust_remote_code
+    if isinstance(section, ScoreConfig):
+        return teacher_spec(section, model, config.max_read_tokens, HELDOUT_TOP_K, trust)
+    spec = generator_spec(section, model, config.max_sample_tokens, trust)
+    if config.train.lora is not None and section.source == "student":
+        spec = replace(spec, lora_rank=config.train.lora.rank)
+    return spec
 
 
 def _launch(

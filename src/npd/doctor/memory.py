@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from npd.config import RunConfig
+from npd.config import RunConfig, TrainConfig
 from npd.doctor.checks import Check, fail, ok, warn
+from npd.modeling import resolve_device
 from npd.servers.sizes import GIB, ModelSize, size_of
 
 # Weights, gradients and AdamW's two moments, all float32.
@@ -28,8 +29,6 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 
 def memory_checks(config: RunConfig) -> Iterator[Check]:
     """The trainer's forecast beside what the device has."""
-    from npd.modeling import resolve_device
-
     size = size_of(config.student)
     if size is None:
         yield warn("memory", f"{config.student} is no directory here: its size is not known")
@@ -37,7 +36,7 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
     device = resolve_device(config.runtime.device)
     state, row = trainer_bytes(config, size)
     row += heap_bytes(config, size, device)
-    state, row = over_ranks(config.train.ranks, device, size, state, row)
+    state, row = over_ranks(config.train, device, size, state, row)
     beside = other_bytes(config, size)
     needed, (free, total) = state + row + beside, device_bytes(device)
     says = (
@@ -84,30 +83,36 @@ def heap_bytes(config: RunConfig, size: ModelSize, device: str) -> int:
     return size.layers * _LEFT_IN_HEAP * block
 
 
-def over_ranks(ranks: int, device: str, size: ModelSize, state: int, row: int) -> tuple[int, int]:
+def over_ranks(
+    train: TrainConfig, device: str, size: ModelSize, state: int, row: int
+) -> tuple[int, int]:
     """The same where ranks share the student: on the first one's GPU, or all of them on the CPU.
 
     The first rank holds the whole student too, while it evaluates.
     """
-    if ranks == 1:
+    if train.ranks == 1:
         return state, row
-    whole = _BYTES["float32"] * size.parameters
+    whole = _BYTES["float32" if train.lora is None else train.dtype] * size.parameters
     if device == "cpu":
-        return state + whole, ranks * row
-    return state // ranks + whole, row
+        return state + whole, train.ranks * row
+    return state // train.ranks + whole, row
 
 
 def other_bytes(config: RunConfig, size: ModelSize) -> int:
-    """Weights of the models that generators and scorers hold in process."""
+    """Weights of the models that generators and scorers hold in process: of all teachers, each.
+
+    Those of several ranks are not beside the trainer: on GPUs they have others to themselves.
+    """
     generate, score = config.generate, config.score
-    teacher = size_of(config.teacher) if config.teacher is not None else None
-    teacher_size = 0 if teacher is None else teacher.parameters
+    is_apart = score.ranks > 1 and resolve_device(config.runtime.device) != "cpu"
+    sizes = map(size_of, config.teacher_models.values())
+    teacher_size = sum(size.parameters for size in sizes if size is not None)
     total = 0
     if generate.engine == "transformers" and generate.source != "dataset":
         writer = size.parameters if generate.source == "student" else teacher_size
         total += generate.workers * _BYTES[generate.dtype] * writer
     if config.needs_scores:
-        each = teacher_size if score.engine == "transformers" else 0
+        each = teacher_size if score.engine == "transformers" and not is_apart else 0
         each += size.parameters if config.needs_ifd or config.needs_student_pass else 0
         total += score.workers * _BYTES[score.dtype] * each
     return total

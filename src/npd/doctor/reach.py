@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 
 from npd import probe
 from npd.chat import Chat
-from npd.config import RunConfig, ServedConfig
+from npd.config import GenerateConfig, RunConfig, ScoreConfig, ServedConfig
+from npd.control.teaching import role_of
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.doctor.holds import Expected, model_check
+from npd.doctor.sections import served_sections
 from npd.errors import NpdError
 from npd.servers import EngineServer, Refused, ServerFacts, Unavailable, build_server
 from npd.servers.http import Client
@@ -44,7 +46,7 @@ class _Need:
 def server_checks(config: RunConfig, sound: Collection[str]) -> Iterator[Check]:
     """Checks of every server at `urls`; of its limits only where its model is not in `sound`.
 
-    `sound`: which of `student` and `teacher` can be read. Both models' ids are the student's.
+    `sound`: roles of the models that can be read. The ids of all are the student's.
     """
     for need in _needs(config, sound):
         yield from asyncio.run(_section_checks(need))
@@ -54,42 +56,37 @@ def server_checks(config: RunConfig, sound: Collection[str]) -> Iterator[Check]:
 
 def _needs(config: RunConfig, sound: Collection[str]) -> Iterator[_Need]:
     trust = config.trust_remote_code
-    sizes = {"student": 0, "teacher": 0}
+    size = 0
     if "student" in sound:
         size = Chat.load(config.student, trust_remote_code=trust).vocab_size
-        sizes = {role: size if role in sound else 0 for role in sizes}
-    generate, score = config.generate, config.score
-    if generate.urls:
-        is_student = generate.source == "student"
-        role, model = (
-            ("student", config.student) if is_student else ("teacher", config.teacher or "")
-        )
-        yield _Need(
-            where="generate",
-            engine=generate.engine,
-            section=generate,
-            # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
-            longest=max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0),
-            top_k=0,
-            is_student=is_student,
-            is_refreshed=is_student and not config.schedule.refresh.is_never,
-            has_adapters=is_student and config.train.lora is not None,
-            expected=Expected(model, sizes[role], generate.probe_tolerance, trust),
-        )
-    if score.urls:
-        yield _Need(
-            where="score",
-            engine=score.engine,
-            section=score,
-            longest=config.max_read_tokens,
-            top_k=score.top_k,
-            is_student=False,
-            is_refreshed=False,
-            has_adapters=False,
-            expected=Expected(
-                config.teacher or "", sizes["teacher"], generate.probe_tolerance, trust
-            ),
-        )
+    models = {"student": config.student}
+    models |= {role_of(name): model for name, model in config.teacher_models.items()}
+    sound_models = {model for role, model in models.items() if role in sound}
+    for where, section, model in served_sections(config):
+        known = size if model in sound_models else 0
+        expected = Expected(model, known, config.generate.probe_tolerance, trust)
+        if section.urls:
+            yield _need(where, section, expected, config)
+
+
+def _need(
+    where: str, section: GenerateConfig | ScoreConfig, expected: Expected, config: RunConfig
+) -> _Need:
+    is_score = isinstance(section, ScoreConfig)
+    is_student = not is_score and config.generate.source == "student"
+    # The last of a sample's tokens is drawn, not read; the texts of the probe are read.
+    written = max(config.max_sample_tokens - 1, probe.MAX_TOKENS if is_student else 0)
+    return _Need(
+        where=where,
+        engine=section.engine,
+        section=section,
+        longest=config.max_read_tokens if is_score else written,
+        top_k=config.score.top_k if is_score else 0,
+        is_student=is_student,
+        is_refreshed=is_student and not config.schedule.refresh.is_never,
+        has_adapters=is_student and config.train.lora is not None,
+        expected=expected,
+    )
 
 
 async def _section_checks(need: _Need) -> list[Check]:

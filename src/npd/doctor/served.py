@@ -13,8 +13,10 @@ from npd.wording import counted
 def served_checks(config: RunConfig) -> Iterator[Check]:
     """Warnings only: shards too small for their servers, and secrets in the config."""
     yield from _shard_checks(config)
-    for where, section in (("generate", config.generate), ("score", config.score)):
-        secrets = sorted(filter(looks_secret, section.launch.env)) if section.launch else []
+    sections = {"generate": config.generate.launch, "score": config.score.launch}
+    sections |= {f"teachers.{name}": t.launch for name, t in config.teachers.items()}
+    for where, launch in sections.items():
+        secrets = sorted(filter(looks_secret, launch.env)) if launch else []
         if secrets:
             listed = ", ".join(secrets)
             yield warn(

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from npd.generate.base import Generator, build_generator
+from npd.generate.teachers import TeachersGenerator
 
-__all__ = ["Generator", "build_generator"]
+__all__ = ["Generator", "TeachersGenerator", "build_generator"]

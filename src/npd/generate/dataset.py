@@ -57,4 +57,5 @@ class DatasetGenerator:
             logprobs=None,
             finish=FinishReason.LENGTH if is_cut else FinishReason.STOP,
             seed=ask.seed,
+            teacher=prompt.teacher,
         )

@@ -174,6 +174,7 @@ class _Response:
             logprobs=np.array(self.logprobs, dtype=np.float32) if with_logprobs else None,
             finish=self.finish,
             seed=ask.seed,
+            teacher=ask.prompt.teacher,
         )
 
 

@@ -124,5 +124,6 @@ class Writing:
             logprobs=logprobs if self._with_logprobs else None,
             finish=FinishReason.STOP if is_stopped else FinishReason.LENGTH,
             seed=ask.seed,
+            teacher=ask.prompt.teacher,
             versions=versions if versions.max() > oldest else None,
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TextIO
 
-from npd.types import EvalReport
+from npd.reports import EvalReport
 
 _log = logging.getLogger("npd.live")
 NEAR_POLICY_DRIFT = 0.10

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 from npd.observe.live import NEAR_POLICY_DRIFT, LiveState, clock_text, losses, steps_text
-from npd.types import EvalReport
+from npd.reports import EvalReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from npd.names import DEFAULT_TEACHER
 from npd.types import Failed, FloatArray, IntArray, Rollout, Scored
 
 Key = TypeVar("Key", bound=Hashable)
@@ -26,12 +27,14 @@ Support: TypeAlias = Literal["topk", "sampled"]
 @dataclass(frozen=True, slots=True, eq=False)
 class Document:
     """A response after some context. `k` ids of the model's top are asked for at each of its
-    positions, and one drawn id for each of `uniforms` [L, draws] in [0, 1)."""
+    positions, and one drawn id for each of `uniforms` [L, draws] in [0, 1). `teacher` names who is
+    to read it, where there are several."""
 
     context: IntArray
     response: IntArray
     k: int = 0
     uniforms: NDArray[np.float64] | None = None
+    teacher: str = DEFAULT_TEACHER
 
     @property
     def wants(self) -> tuple[int, bool]:

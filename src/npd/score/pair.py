@@ -44,8 +44,8 @@ class PairScorer:
     """A Scorer over two readers: the teacher's, and the one `load_student` makes of a snapshot.
 
     With `support="sampled"` the `top_k` ids of a position are drawn from p_T (within the shared
-    ids), by a generator seeded with (seed, sample id). `close` lets go of the readers; a teacher
-    behind a server is closed by whoever opened it.
+    ids), by a generator seeded with (seed, sample id). `close` lets go of the readers; what they
+    hold open, such as a server, is closed by whoever opened it.
     """
 
     def __init__(
@@ -110,11 +110,10 @@ class PairScorer:
         for rollout in rollouts:
             draws = self._uniforms(rollout) if self._support == "sampled" else None
             k = self._top_k if draws is None or self._is_measured(rollout) else 0
-            documents[_whole(rollout)] = Document(
-                rollout.prompt_ids, rollout.response_ids, k, draws
-            )
+            prompt, header, response = rollout.prompt_ids, rollout.header_ids, rollout.response_ids
+            documents[_whole(rollout)] = Document(prompt, response, k, draws, rollout.teacher)
             if self._needs_ifd:
-                documents[_alone(rollout)] = Document(rollout.header_ids, rollout.response_ids)
+                documents[_alone(rollout)] = Document(header, response, teacher=rollout.teacher)
         return documents
 
     def _student_documents(self, rollouts: Sequence[Rollout]) -> dict[_Key, Document]:

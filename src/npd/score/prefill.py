@@ -21,7 +21,8 @@ from torch import Tensor
 
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
-from npd.modeling import Head, head_of, load_model, resolve_device, response_hidden
+from npd.head import Head, head_of
+from npd.modeling import load_model, resolve_device, response_hidden
 from npd.score.base import Document, Key, Reading
 
 # Block of the two-stage top-k: 64 is 3.4 times torch.topk's speed at V = 49,152, k = 10.

@@ -10,6 +10,7 @@ from npd.sections.generate import GenerateConfig
 from npd.sections.runtime import CheckpointConfig, ObserveConfig, RayConfig, RuntimeConfig
 from npd.sections.schedule import Refresh, ScheduleConfig
 from npd.sections.score import FilterConfig, ScoreConfig
+from npd.sections.teachers import Model, NamedTeacher, TeacherConfig
 from npd.sections.train import LoraConfig, LossConfig, TrainConfig
 
 __all__ = [
@@ -20,11 +21,14 @@ __all__ = [
     "GenerateConfig",
     "LoraConfig",
     "LossConfig",
+    "Model",
+    "NamedTeacher",
     "ObserveConfig",
     "RayConfig",
     "Refresh",
     "RuntimeConfig",
     "ScheduleConfig",
     "ScoreConfig",
+    "TeacherConfig",
     "TrainConfig",
 ]

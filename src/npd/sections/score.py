@@ -24,7 +24,10 @@ class _Scoring(Section):
     student_pass: Literal["auto", "always"] = "auto"
     """`auto` takes the student's conditional NLL from the rollout where the rollout has it."""
     workers: Positive = 1
-    """Scorers, each with a teacher of its own."""
+    """Scorers, each with all teachers, which it loads as they are asked."""
+    ranks: Positive = 1
+    """Processes (on GPUs: one each) that hold a teacher together, a part of every layer each: for
+    one larger than a device. For a server see docs/servers.md; `npd score` is one always."""
     dtype: Dtype = "bfloat16"
     """Type of the weights that score."""
 

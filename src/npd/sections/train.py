@@ -67,6 +67,8 @@ class TrainConfig(Section):
     """Compute type; what is trained and the optimiser's state stay float32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Put the student's layers through torch.compile; needs a compiler (GPUs: and Triton)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
     ranks: Positive = 1

@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from npd.errors import StoreError
+from npd.names import DEFAULT_TEACHER
 from npd.store.files import write_atomic
 from npd.types import FinishReason, FloatArray, Rollout, SampleRef, Scored
 
@@ -62,6 +63,8 @@ _SCHEMAS: dict[Kind, pa.Schema] = {
     "rollouts": pa.schema(_ROLLOUT_FIELDS, metadata={"npd": "rollouts/2"}),
     "scored": pa.schema(_SCORED_FIELDS, metadata={"npd": "scored/2"}),
 }
+# Only where a sample has a teacher other than the default one.
+_TEACHER = pa.field("teacher", pa.string())
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
@@ -154,6 +157,7 @@ class _Shard:
             else:
                 self._scalars[name] = column.to_pylist()
         self._rows = {sample: row for row, sample in enumerate(self._scalars["sample_id"])}
+        self._teachers = self._scalars.get("teacher") or [DEFAULT_TEACHER] * len(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,6 +180,7 @@ class _Shard:
             finish=FinishReason(self._scalars["finish"][row]),
             seed=self._scalars["seed"][row],
             versions=versions if len(versions) else None,
+            teacher=self._teachers[row],
         )
 
     def scored(self, row: int) -> Scored:
@@ -204,7 +209,7 @@ def _rollout_row(rollout: Rollout) -> dict[str, Any]:
     assert length >= 1, f"sample {rollout.sample_id} has no response"
     assert len(logprobs) in (0, length), f"sample {rollout.sample_id}: log-probs of another length"
     assert len(versions) in (0, length), f"sample {rollout.sample_id}: versions of another length"
-    row = {name: getattr(rollout, name) for name in _ROLLOUT_FIELDS}
+    row = {name: getattr(rollout, name) for name in (*_ROLLOUT_FIELDS, "teacher")}
     return row | {"logprobs": logprobs, "versions": versions, "finish": rollout.finish.value}
 
 
@@ -244,7 +249,8 @@ def _column(name: str, kind: pa.DataType, rows: Sequence[dict[str, Any]]) -> pa.
 
 def _write(path: Path, kind: Kind, rows: Sequence[dict[str, Any]]) -> None:
     assert len({row["sample_id"] for row in rows}) == len(rows), f"{path}: a sample comes twice"
-    schema = _SCHEMAS[kind]
+    is_default = all(row["teacher"] == DEFAULT_TEACHER for row in rows)
+    schema = _SCHEMAS[kind] if is_default else _SCHEMAS[kind].append(_TEACHER)
     columns = [_column(field.name, field.type, rows) for field in schema]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -274,7 +280,8 @@ def _map(path: Path, kind: Kind, *, is_verified: bool) -> pa.RecordBatch:
 
 def _parse(path: Path, kind: Kind, body: pa.Buffer) -> pa.RecordBatch:
     with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
-        if not reader.schema.equals(_SCHEMAS[kind], check_metadata=True):
+        known = (_SCHEMAS[kind], _SCHEMAS[kind].append(_TEACHER))
+        if not any(reader.schema.equals(schema, check_metadata=True) for schema in known):
             raise StoreError(f"{path} holds no {kind} this version of npd can read: {_REMEDY}")
         return reader.read_next_batch()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from npd.modeling import Head
+from npd.head import Head
 from npd.train.divergence import NOTHING, Rule, Support, kd_of_buckets
 from npd.train.tokens import Targets, TokenValues, agreement, metric_sums
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from npd.modeling import Head
+from npd.head import Head
 from npd.train.chunked import chunked_loss
 from npd.train.divergence import NOTHING, Divergence, Rule, Target, kd_of_buckets, make_support
 from npd.train.tokens import Targets, TokenValues, agreement, metric_sums

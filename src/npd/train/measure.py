@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from npd.errors import RunError
-from npd.types import Step, StepReport
+from npd.reports import StepReport
+from npd.types import Step
 
 # Ids listed in an error message; a step may hold thousands.
 _MAX_NAMED = 8

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from npd.config import LossConfig, TrainConfig
-from npd.modeling import head_of, hidden_states
+from npd.head import head_of
+from npd.modeling import hidden_states
 from npd.train.batch import TrainRow
 from npd.train.loss import near_policy_loss
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npd.train.compiled import layers_of
 from npd.world import World
 
 
@@ -23,10 +24,8 @@ def shard(objective: nn.Module, model: Any, world: World, device: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
-    layers = set(model._no_split_modules or ())
-    for module in reversed(list(model.modules())):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 
@@ -63,10 +62,11 @@ def spread(whole: Tensor, like: Tensor) -> Tensor:
 def filled(model: Any, tensors: Mapping[str, Tensor]) -> Any:
     """A copy of `model` whose parameters are `tensors`, by name; what is tied stays tied.
 
-    No parameter of `model` is copied, so that it may be an empty one or share nothing.
+    No parameter of `model` is copied, so that it may be an empty one or share nothing; those that
+    `tensors` lacks stay as they are.
     """
     memo = {
-        id(p): nn.Parameter(tensors[name], requires_grad=p.requires_grad)
+        id(p): nn.Parameter(tensors.get(name, p), requires_grad=p.requires_grad)
         for name, p in model.named_parameters()
     }
     return copy.deepcopy(model, memo)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from npd import lora
 from npd.config import LossConfig, TrainConfig
 from npd.errors import RunError
 from npd.modeling import load_model, resolve_device
+from npd.reports import SegmentReport, StepReport
 from npd.train import checkpoint
 from npd.train.batch import Read, Sample, build_row, rollout_of
+from npd.train.compiled import as_written, compile_layers
 from npd.train.device import peak_memory_mib, step_randomness
 from npd.train.measure import Measured, check_finite, report
 from npd.train.objective import Objective
 from npd.train.optimizer import build_optimizer, clip
 from npd.train.parallel import filled, gathered, hollow, shard
-from npd.types import Segment, SegmentReport, Step, StepReport
+from npd.types import Segment, Step
 from npd.world import World
 
 __all__ = ["Trainer", "build_optimizer"]
@@ -78,8 +80,9 @@ class Trainer:
         is_sharded = self.world.size > 1
         self._hollow = hollow(self.model) if is_sharded and self.world.is_first else None
         self._objective = Objective(self.model, config, loss, is_sharded=is_sharded)
+        if config.compile:
+            compile_layers(self.model, self.device)
         if is_sharded:
-            assert config.lora is None, "checked by the config"
             shard(self._objective, self.model, self.world, self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.last_step: int | None = None
@@ -105,20 +108,28 @@ class Trainer:
         return SegmentReport(segment.index, tuple(reports), peak)
 
     @contextmanager
-    def whole(self, device: str | None = None) -> Iterator[Any | None]:
+    def whole(self) -> Iterator[Any | None]:
         """The student as one plain model for the time of the `with` block, or None.
 
         Alone it is the live model. Of several ranks, all of which must enter, the first gets a copy
-        on `device` (None: its own) and the others None.
+        on its device and the others None.
         """
+        if self.world.size == 1:
+            with as_written() if self.config.compile else nullcontext():
+                yield self.model
+            return
+        tensors = gathered(dict(self.model.named_parameters()), self.world, self.device)
+        yield None if self._hollow is None else filled(self._hollow, tensors).to(self.device)
+
+    @contextmanager
+    def to_write(self) -> Iterator[Any | None]:
+        """The same for saving, on the CPU. Of adapters' base nothing is gathered: it is on disk."""
         if self.world.size == 1:
             yield self.model
             return
-        tensors = gathered(dict(self.model.named_parameters()), self.world, device or self.device)
-        if self._hollow is None:
-            yield None
-        else:
-            yield filled(self._hollow, tensors).to(device or self.device)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors = gathered(trained, self.world, "cpu")
+        yield None if self._hollow is None else filled(self._hollow, tensors)
 
     def save_snapshot(
         self,
@@ -130,13 +141,13 @@ class Trainer:
     ) -> None:
         """Write what `load_model` makes the student of: with LoRA its adapter, which is small.
 
-        `untie` writes a tied LM head out as a matrix of its own. `whole` is what `whole()` gave; it
-        may be left out where there is one rank.
+        `untie` writes a tied LM head out as a matrix of its own. `whole` is what `to_write()` gave;
+        it may be left out where there is one rank.
         """
         if self.config.lora is None:
             self.save_pretrained(directory, dtype, untie=untie, whole=whole)
         else:
-            lora.save(self.model, Path(directory), dtype)
+            lora.save(self._written(whole), Path(directory), dtype)
 
     def save_pretrained(
         self,
@@ -147,11 +158,10 @@ class Trainer:
         whole: Any = None,
     ) -> None:
         """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`."""
-        assert whole is not None or self.world.size == 1, "of several ranks the first one writes"
-        model = self.model if whole is None else whole
+        model = self._written(whole)
         if self.config.lora is not None:
             adapter = Path(directory) / "adapter"
-            self.save_snapshot(adapter, dtype)
+            self.save_snapshot(adapter, dtype, whole=whole)
             model = load_model(adapter, packed=False, trust_remote_code=self._trust_remote_code)
         checkpoint.save_pretrained(
             model,
@@ -161,6 +171,10 @@ class Trainer:
             untie=untie,
             trust_remote_code=self._trust_remote_code,
         )
+
+    def _written(self, whole: Any) -> Any:
+        assert whole is not None or self.world.size == 1, "of several ranks the first one writes"
+        return self.model if whole is None else whole
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write all that training needs to go on, as a whole or not at all.

@@ -35,6 +35,10 @@ class Factory:
             from npd.workers.generator import GeneratorWorker
 
             return GeneratorWorker(self.config, layout)
+        if self.role == "scorer" and self.config.score.ranks > 1:
+            from npd.workers.ranked import ScorerRank
+
+            return ScorerRank(self.config, layout)
         if self.role == "scorer":
             from npd.workers.scorer import ScorerWorker
 

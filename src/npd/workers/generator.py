@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npd.chat import Chat
 from npd.config import RunConfig
-from npd.modeling import resolve_device
+from npd.names import DEFAULT_TEACHER
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
 from npd.store.snapshots import latest, verify
@@ -27,25 +28,15 @@ class GeneratorWorker:
     """Writes shards of rollouts: the student's snapshots, the teacher, or the data itself."""
 
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        from npd.generate import build_generator
+        from npd.workers.writers import build_writer
 
         chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._layout = layout
         self._config = config
         self._notes: list[str] = []
         self._is_student = config.generate.source == "student"
-        self._engine = build_generator(
-            config.generate,
-            stop_ids=stop_ids(config, chat, is_teacher=config.generate.source == "teacher"),
-            pad_id=chat.pad_id,
-            vocab_size=chat.vocab_size,
-            device=resolve_device(config.runtime.device),
-            trust_remote_code=config.trust_remote_code,
-            surroundings=_surroundings(config, layout, self._notes.append),
-        )
-        if config.generate.source == "teacher":
-            assert config.teacher is not None, "checked by the config"
-            self._engine.load(Path(config.teacher), 0)
+        around = partial(_surroundings, config, layout, self._notes.append)
+        self._engine = build_writer(config, chat, around)
 
     def refresh(self, version: int) -> ShardResult:
         """Take up snapshot `version`, so that it need not be done within a shard; only notes."""
@@ -100,9 +91,9 @@ class GeneratorWorker:
 
 
 def _surroundings(
-    config: RunConfig, layout: RunLayout, tell: Callable[[str], None]
+    config: RunConfig, layout: RunLayout, tell: Callable[[str], None], teacher: str | None
 ) -> Surroundings | None:
-    """What a generator by servers must know of the run."""
+    """What a generator by servers must know of the run; `teacher`: the name of the one it runs."""
     if config.generate.engine == "transformers":
         return None
     from npd.generate.served import Surroundings
@@ -115,8 +106,9 @@ def _surroundings(
         version = latest(layout.snapshots)
         return None if version is None else (layout.snapshot(version), version)
 
+    name = "" if teacher in (None, DEFAULT_TEACHER) else f"-{teacher}"
     return Surroundings(
-        log=layout.logs / f"server-{config.generate.engine}.log",
+        log=layout.logs / f"server-{config.generate.engine}{name}.log",
         context=config.max_sample_tokens,
         in_flight=config.schedule.refresh.in_flight,
         newest=newest,
@@ -124,12 +116,3 @@ def _surroundings(
         run=f"{zlib.crc32(str(layout.root.resolve()).encode()):08x}",
         probes=layout.probes,
     )
-
-
-def stop_ids(config: RunConfig, chat: Chat, *, is_teacher: bool) -> frozenset[int]:
-    """What ends a response: the student's end tokens, and the teacher's own where it writes."""
-    if not is_teacher:
-        return chat.stop_ids
-    assert config.teacher is not None, "checked by the config"
-    teacher = Chat.load(config.teacher, trust_remote_code=config.trust_remote_code)
-    return chat.stop_ids | teacher.stop_ids

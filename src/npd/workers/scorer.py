@@ -1,9 +1,9 @@
-"""The scorer: teacher's word on shards, and the held-out text of a run."""
+"""The scorer: the teachers' word on shards, and the held-out text of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from npd.chat import Chat
 from npd.config import RunConfig
 from npd.errors import RunError
 from npd.modeling import resolve_device
+from npd.names import DEFAULT_TEACHER
 from npd.score.base import Scorer, Support
+from npd.score.together import Teacher
 from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
@@ -20,21 +22,40 @@ from npd.types import EncodedPrompt, Failed, Rollout, Scored
 from npd.workers.heldout import heldout_rollouts
 from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult, scored_stats
 
-if TYPE_CHECKING:
-    from npd.score.served import ServedTeacher
-
 
 class ScorerWorker:
-    """Scores shards by the teacher and, for Δ-IFD, by the snapshot that wrote them."""
+    """Scores shards by each prompt's teacher and, for Δ-IFD, by the snapshot that wrote them."""
 
-    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        self._config, self._layout = config, layout
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        *,
+        hold: Callable[[str], Teacher] | None = None,
+    ) -> None:
+        """With `hold` a teacher in process is not loaded here: `hold` gives it, by name."""
+        from npd.score import open_teachers
+
+        self._config, self._layout, self._hold = config, layout, hold
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._scorer: Scorer | None = None
-        self._teacher: ServedTeacher | None = None
         self._loaded: int | None = None
         self._notes: list[str] = []
+        self._teachers = open_teachers(
+            config,
+            self._chat.vocab_size,
+            device=self._device,
+            log=self._log_of,
+            widest=HELDOUT_TOP_K,
+            tell=self._notes.append,
+            hold=hold,
+        )
+
+    @property
+    def chat(self) -> Chat:
+        """The chat format that teacher and student share."""
+        return self._chat
 
     def score(self, task: ScoreTask) -> ShardResult:
         """Score the shard's chosen samples, unless that is done; returns their scalars."""
@@ -79,19 +100,22 @@ class ScorerWorker:
         return [by_id[rollout.sample_id] for rollout in rollouts]
 
     def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> HeldoutResult:
-        """Write `heldout.arrow`: held-out responses with the teacher's support.
+        """Write `heldout.arrow`: held-out responses with their teachers' support.
 
         Raises:
-            RunError: the teacher's server has no answer to a prompt, or for a response.
+            RunError: a teacher's server has no answer to a prompt, or for a response.
         """
-        path = self._layout.heldout
+        path, teachers = self._layout.heldout, self._teachers
         if not path.exists():
-            served = self._served()
-            rollouts = heldout_rollouts(self._config, self._chat, prompts, self._device, served)
-            widest = HELDOUT_TOP_K if served is None else served.max_k
+            rollouts = heldout_rollouts(
+                self._config, self._chat, prompts, self._device, teachers.served, self._hold
+            )
+            widest = teachers.widest({p.teacher for p in prompts}, HELDOUT_TOP_K)
             scorer = self._build(widest, "topk", is_for_filter=False)
             write_scored(path, _whole(scorer.score(rollouts)))
             scorer.close()
+            if not self._config.needs_scores:
+                teachers.unload()  # nothing else is read
         num_tokens = sum(len(s.rollout.response_ids) for s in read_scored(path))
         return HeldoutResult(num_tokens, self._take_notes())
 
@@ -115,10 +139,9 @@ class ScorerWorker:
         from npd.score import build_scorer
 
         config = self._config
-        assert config.teacher is not None, "checked by the config"
         return build_scorer(
             config.score.model_copy(update={"top_k": top_k}),
-            teacher=config.teacher,
+            teacher=self._teachers,
             vocab_size=self._chat.vocab_size,
             needs_ifd=is_for_filter and config.needs_ifd,
             needs_student_pass=is_for_filter and config.needs_student_pass,
@@ -126,30 +149,20 @@ class ScorerWorker:
             device=self._device,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
-            served=self._served(),
         )
 
-    def _served(self) -> ServedTeacher | None:
-        """The teacher on its servers, one connection for all that is read and written; or None."""
-        if self._teacher is None:
-            from npd.score import open_teacher
-
-            log = self._layout.logs / f"server-{self._config.score.engine}-teacher.log"
-            vocab_size = self._chat.vocab_size
-            self._teacher = open_teacher(self._config, vocab_size, log, widest=HELDOUT_TOP_K)
-            self._notes.extend(() if self._teacher is None else self._teacher.notes)
-        return self._teacher
+    def _log_of(self, teacher: str) -> Path:
+        name = "" if teacher == DEFAULT_TEACHER else f"-{teacher}"
+        return self._layout.logs / f"server-{self._config.score.engine}-teacher{name}.log"
 
     def ready(self) -> None:
         """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
 
     def close(self) -> None:
-        """Let go of the models, and of the teacher's server."""
+        """Let go of the models, and of the teachers' servers."""
         if self._scorer is not None:
             self._scorer.close()
-        if self._teacher is not None:
-            self._teacher.close()
-            self._teacher = None
+        self._teachers.close()
 
 
 def _is_of(known: Mapping[int, Scored], rollout: Rollout) -> bool:

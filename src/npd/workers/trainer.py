@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from npd.chat import Chat
 from npd.config import RunConfig
-from npd.evaluate import Match, exact_match, heldout_kl
+from npd.evaluate import Match, exact_match, heldout_kl, kl_by_teacher
 from npd.modeling import decoding, resolve_device
+from npd.reports import EvalReport, SegmentReport
 from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import is_whole, publish
-from npd.types import Ask, EncodedPrompt, EvalReport, Segment, SegmentReport
+from npd.types import Ask, EncodedPrompt, Segment
 
 if TYPE_CHECKING:
     from npd.world import World
@@ -89,7 +90,7 @@ class TrainerWorker:
 
     def publish(self, version: int) -> str:
         """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
-        with self._trainer.whole("cpu") as model:
+        with self._trainer.to_write() as model:
             if model is None:
                 return ""
             directory = self._layout.snapshot(version)
@@ -111,7 +112,7 @@ class TrainerWorker:
     def export(self) -> str:
         """Write the final student as a Hugging Face model directory, in place of an older one."""
         student = self._layout.student
-        with self._trainer.whole("cpu") as model:
+        with self._trainer.to_write() as model:
             if model is not None:
                 new = student.with_name(f"{student.name}-new")
                 remove(new)
@@ -132,10 +133,12 @@ class TrainerWorker:
     def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
         started = time.monotonic()
         match: Match | None = None
+        kls: tuple[tuple[str, float], ...] = ()
         if self._layout.heldout.exists():
             heldout = read_scored(self._layout.heldout)
             with self._autocast(self._config.train.dtype):
                 match = heldout_kl(model, heldout, self._config.train.row_tokens, 512)
+            kls = kl_by_teacher(match, heldout)
         texts = self._greedy(prompts, model)
         pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
         shown = texts[: self._config.eval.num_samples]
@@ -149,6 +152,7 @@ class TrainerWorker:
             seconds=time.monotonic() - started,
             samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),
             kl_sums=match.kl_sums if match else (),
+            teacher_kls=kls,
         )
 
     def _autocast(self, dtype: str) -> AbstractContextManager[object]:

@@ -56,7 +56,10 @@ def _header(data: ReportData) -> Html:
 
 
 def _subtitle(data: ReportData) -> str:
-    models = [str(data.config[key]) for key in ("teacher", "student") if data.config.get(key)]
+    named = data.config.get("teachers") or {}
+    teachers = [data.config.get("teacher"), *(f"{t['model']} ({n})" for n, t in named.items())]
+    told = [", ".join(str(t) for t in teachers if t), str(data.config.get("student") or "")]
+    models = [model for model in told if model]
     when = f"{_moment(data.started)} to {_moment(data.ended)} UTC"
     return " · ".join([*([" → ".join(models)] if models else []), when])
 

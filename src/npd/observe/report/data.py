@@ -129,3 +129,9 @@ def points(records: Sequence[Numbers], name: str) -> list[tuple[float, float]]:
     found = ((record["step"], record.get(name)) for record in by_step(records))
     known = ((float(step), float(value)) for step, value in found if value is not None)
     return [point for point in known if math.isfinite(point[1])]
+
+
+def teachers(data: ReportData) -> list[str]:
+    """Names of the teachers that the held-out KL is told of, where there are several."""
+    names = {name for record in data.evals for name in record if name.startswith("kl/")}
+    return sorted(name.removeprefix("kl/") for name in names)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from npd.observe.live import NEAR_POLICY_DRIFT
 from npd.observe.report.bars import category_chart
 from npd.observe.report.charts import Axes, Rule, Series, line_chart
-from npd.observe.report.data import Numbers, ReportData, points
+from npd.observe.report.data import Numbers, ReportData, points, teachers
 from npd.observe.report.html import Html
 from npd.observe.report.page import figure, grid, note, section
 from npd.observe.report.scales import number, percent
@@ -72,7 +72,8 @@ def _loss(data: ReportData) -> Html | None:
 
 
 def _heldout_kl(data: ReportData) -> Html | None:
-    series = _lines(data.evals, (("kl", "KL(teacher ‖ student)", "c1"),))
+    own = [(f"kl/{t}", t, f"c{2 + i % 5}") for i, t in enumerate(teachers(data))]
+    series = _lines(data.evals, (("kl", "KL(teacher ‖ student)", "c1"), *own))
     axes = Axes("step", "nats/token", from_zero=True)
     caption = "On fixed held-out responses, tail-bucket estimate."
     return _chart("Held-out divergence", series, axes, caption=caption, markers=_refreshes(data))

@@ -6,9 +6,9 @@ Each function returns finished text or markup from a `ReportData`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from npd.observe.report.data import Numbers, ReportData, by_step, points
+from npd.observe.report.data import Numbers, ReportData, by_step, points, teachers
 from npd.observe.report.html import Html, el
 from npd.observe.report.noise import change_error, is_noise, share_error
 from npd.observe.report.page import note, section, table, tile
@@ -63,7 +63,9 @@ def _margin(error: float | None) -> str:
 
 def result(data: ReportData) -> Html:
     """Before and after, and the run's own figures."""
-    rows = [_row(m, points(data.evals, m.name), data.evals) for m in MEASURES]
+    first, *others = MEASURES
+    own = [replace(first, name=f"kl/{t}", title=f"{first.title} {t}") for t in teachers(data)]
+    rows = [_row(m, points(data.evals, m.name), data.evals) for m in (first, *own, *others)]
     known = [row for row in rows if row is not None]
     head = ("Held-out measure", ">Before", ">After", ">Change")
     shown = (

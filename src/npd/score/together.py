@@ -1,0 +1,81 @@
+"""A teacher that several processes hold together, each a part of every layer (tensor parallel).
+
+The first rank is the scorer; the others do what it does with the teacher, and nothing else: they
+load when it loads, read what it reads and write what it writes, because a layer's output takes all
+of them. What they find is the same, so it is not compared, and what they cannot do the first rank
+cannot either: it is the one to say so. Does not start ranks or connect them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from npd.errors import NpdError
+from npd.score.base import Document, Key, Reader, Reading, Unread
+from npd.types import Ask, Rollout
+
+
+class Teacher(Reader, Protocol):
+    """A model that reads, and can write too."""
+
+    def write(self, asks: Sequence[Ask]) -> Sequence[Rollout]:
+        """A greedy response to each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What all ranks are to do at once: load the teacher, or have it read or write `what`."""
+
+    teacher: str
+    action: Literal["load", "read", "write"] = "load"
+    what: Any = None
+
+
+Load: TypeAlias = Callable[[str], Teacher]
+# Tells every rank what the first one is about to do, None when it has done; the first one's words.
+Tell: TypeAlias = Callable[[Order | None], Order | None]
+
+
+class Leader:
+    """The first rank's Teacher `name`, loaded: the others (`Follower`) do as it does."""
+
+    def __init__(self, name: str, load: Load, tell: Tell) -> None:
+        self._name, self._tell = name, tell
+        tell(Order(name))
+        self._teacher = load(name)
+
+    def read(self, documents: Mapping[Key, Document]) -> Mapping[Key, Reading | Unread]:
+        """A reading of each document, under its key."""
+        self._tell(Order(self._name, "read", documents))
+        return self._teacher.read(documents)
+
+    def write(self, asks: Sequence[Ask]) -> Sequence[Rollout]:
+        """A greedy response to each."""
+        self._tell(Order(self._name, "write", asks))
+        return self._teacher.write(asks)
+
+
+class Follower:
+    """What the other ranks do, and what they hold."""
+
+    def __init__(self, load: Load, tell: Tell) -> None:
+        self._load, self._tell = load, tell
+        self._teachers: dict[str, Teacher] = {}
+
+    def follow(self) -> None:
+        """Do what the first rank does, until it has done."""
+        while (order := self._tell(None)) is not None:
+            # An error of ours is every rank's, and the first one's answer is what counts.
+            with suppress(NpdError):
+                self._carry_out(order)
+
+    def _carry_out(self, order: Order) -> None:
+        if order.action == "load":
+            self._teachers[order.teacher] = self._load(order.teacher)
+        elif order.action == "read":
+            self._teachers[order.teacher].read(order.what)
+        else:
+            self._teachers[order.teacher].write(order.what)

@@ -1,0 +1,142 @@
+"""A scorer of several ranks: the first one scores, the others hold the teacher with it.
+
+Whatever is called is called on every rank at once. Only the first reads and writes files, holds the
+student's snapshot (a small model, which more ranks would not make faster), and answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npd.chat import Chat
+from npd.config import RunConfig
+from npd.errors import NpdError
+from npd.generate.sampling import Sampling
+from npd.generate.transformers import generate_with
+from npd.modeling import decoding, load_model, resolve_device
+from npd.score.base import Document, Key, Reading
+from npd.score.prefill import PrefillReader
+from npd.score.together import Follower, Leader, Order
+from npd.store.files import remove
+from npd.store.layout import RunLayout
+from npd.types import Ask, EncodedPrompt, Rollout
+from npd.workers.scorer import ScorerWorker
+from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult
+from npd.workers.writers import stop_ids
+from npd.world import World, connect, host
+
+
+class ScorerRank:
+    """One of the `score.ranks` processes of a scorer; `join` comes before everything else."""
+
+    def __init__(self, config: RunConfig, layout: RunLayout) -> None:
+        self._config = config
+        self._world = World()
+        self._meeting: str | None = None
+        self._hosted: Any = None
+        self._scorer = ScorerWorker(config, layout, hold=self._lead)
+        self._leaders: dict[str, Leader] = {}
+        self._follower = Follower(self._load, self._tell)
+
+    def host(self) -> str:
+        """Open a place where ranks of other machines can join this one, the first."""
+        place, self._hosted = host()
+        return place
+
+    def join(self, rank: int, meeting: str) -> None:
+        """Become rank `rank`; they meet at a new file, or where the first one hosts.
+
+        Raises:
+            ConfigError: a rank has no GPU of its own.
+        """
+        self._meeting = meeting
+        self._world = connect(
+            meeting,
+            rank=rank,
+            size=self._config.score.ranks,
+            device=resolve_device(self._config.runtime.device),
+            # Longer than the controller waits, which is the one to say what has become of a rank.
+            timeout=2 * self._config.runtime.call_timeout,
+            store=self._hosted if rank == 0 else None,
+            setting="score.ranks",
+        )
+
+    def score(self, task: ScoreTask) -> ShardResult | None:
+        """Score the shard's chosen samples; what the first rank finds."""
+        found: ShardResult | None = self._together("score", task)
+        return found
+
+    def prepare_heldout(self, prompts: tuple[EncodedPrompt, ...]) -> HeldoutResult | None:
+        """Write `heldout.arrow`; what the first rank finds."""
+        found: HeldoutResult | None = self._together("prepare_heldout", prompts)
+        return found
+
+    def ready(self) -> None:
+        """Nothing; see `ScorerWorker`."""
+
+    def close(self) -> None:
+        """Let go of the models and leave the other ranks."""
+        self._scorer.close()
+        self._world.close()
+        if self._meeting is not None:
+            # A loaded model keeps hold of the place where ranks met, and so of the file.
+            remove(Path(self._meeting))
+
+    def _together(self, method: str, *args: Any) -> Any:
+        if not self._world.is_first:
+            self._follower.follow()
+            return None
+        try:
+            found = getattr(self._scorer, method)(*args)
+        except NpdError:
+            self._tell(None)
+            raise
+        # Of any other error the others hear by losing this rank: they may be waiting in a layer.
+        self._tell(None)
+        return found
+
+    def _lead(self, name: str) -> Leader:
+        if name not in self._leaders:
+            self._leaders[name] = Leader(name, self._load, self._tell)
+        return self._leaders[name]
+
+    def _tell(self, order: Order | None) -> Order | None:
+        return self._world.decided(lambda: order)
+
+    def _load(self, name: str) -> PartOfTeacher:
+        return PartOfTeacher(self._config, self._scorer.chat, name)
+
+
+class PartOfTeacher:
+    """A teacher of which this rank holds a part: all ranks must ask the same of it."""
+
+    def __init__(self, config: RunConfig, chat: Chat, name: str) -> None:
+        model = config.teacher_models[name]
+        self._model = load_model(
+            model,
+            dtype=config.score.dtype,
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+            ranks=config.score.ranks,
+        )
+        self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
+        self._sampling = Sampling(
+            max_new_tokens=config.eval.max_new_tokens,
+            stop_ids=stop_ids(config, chat, name),
+            pad_id=chat.pad_id,
+            temperature=0.0,
+            top_p=1.0,
+            batch_size=config.eval.batch_size,
+            vocab_size=chat.vocab_size,
+        )
+
+    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
+        """A reading of each document, under its key."""
+        return self._reader.read(documents)
+
+    def write(self, asks: Sequence[Ask]) -> list[Rollout]:
+        """A greedy response to each: held-out text."""
+        with decoding(self._model) as model:
+            return generate_with(model, asks, self._sampling, with_logprobs=False)

@@ -1,0 +1,222 @@
+"""train.compile: the same numbers, names and files, and few compilations whatever the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+from conftest import save_model
+from desk import Desk
+from npd.config import LoraConfig, LossConfig
+from npd.errors import ConfigError, ModelError
+from npd.modeling import decoding, load_model
+from npd.train.compiled import compile_layers
+from npd.train.compilers import check_compilers
+from npd.types import Row, Segment, Step
+from rank_bench import gradients_of, on_ranks
+from test_ranks import check_alike, check_same, factory_of, samples, segment_on  # noqa: F401
+from test_trainer import (
+    FP32,
+    make_rollouts,
+    make_trainer,
+    own,
+    refs_of,
+    score,
+    teacher,  # noqa: F401
+    weights_of,
+)
+
+LOSS = LossConfig(target="tail")
+# torch warns of its own insides while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Norm; projections and positions; output projection; MLP. Attention between them is not compiled.
+GRAPHS = 4
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    """Each test compiles for itself, and leaves nothing compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    # With more, torch keeps a pool of threads for good.
+    with inductor.patch(compile_threads=1):
+        yield
+    torch.compiler.reset()
+
+
+def num_graphs():
+    return counters["stats"].get("unique_graphs", 0)
+
+
+def with_compile(config, **changes):
+    return config.model_copy(update={"compile": True, **changes})
+
+
+def steps_and_gradients(trainer, samples):  # noqa: F811
+    """The reports of four steps, and the gradients of the first."""
+    kept = {}
+
+    def keep(*_):
+        if not kept:
+            kept.update(gradients_of(trainer))
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    return trainer.train(segment_on(1, samples)).steps, kept
+
+
+def floats(trainer):
+    return {name: p.detach().float().numpy() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation_checkpointing": True}, {"lora": LoraConfig(rank=4, alpha=8)}],
+    ids=["plain", "recomputed", "lora"],
+)
+def test_compiled_layers_take_the_same_steps(changes, samples, tmp_path):  # noqa: F811
+    # More layers than torch would compile one by one.
+    directory = save_model(tmp_path / "student", seed=0, layers=10)
+    config = FP32.model_copy(update=changes)
+    eager = make_trainer(directory, samples, config, LOSS)
+    compiled = make_trainer(directory, samples, with_compile(config), LOSS)
+    assert list(weights_of(eager)) == list(weights_of(compiled))
+    runs = [steps_and_gradients(trainer, samples) for trainer in (eager, compiled)]
+    check_alike(runs[0][0], runs[1][0], rel=1e-4)
+    assert 0 < num_graphs() <= 2 * GRAPHS, "one compilation for all layers"
+    for name, gradient in runs[0][1].items():
+        off = np.linalg.norm(runs[1][1][name] - gradient)
+        assert off <= 1e-4 * np.linalg.norm(gradient) + 1e-7, name
+    for trainer, name in ((eager, "eager"), (compiled, "compiled")):
+        trainer.save_checkpoint(tmp_path / name)
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled")]
+    assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.slow
+def test_rows_of_any_length_and_number_of_documents_compile_once(teacher, tiny_model_dir):  # noqa: F811
+    rng = np.random.default_rng(0)
+    lengths = [tuple(rng.integers(1, 30, 2)) for _ in range(60)]
+    scored = [score(teacher, own(teacher, r)) for r in make_rollouts(lengths=lengths)]
+    refs = refs_of(scored)
+    trainer = make_trainer(tiny_model_dir, scored, with_compile(FP32), LOSS)
+
+    def train(index, count):
+        chosen = tuple(refs[i] for i in rng.choice(len(refs), count, replace=False))
+        trainer.train(Segment(index, 0, (Step(index, 1e-3, ((Row(chosen),),)),)))
+
+    train(1, 3)
+    first = num_graphs()
+    assert first == GRAPHS
+    for index in range(2, 22):
+        train(index, 1 + index % 7)
+    assert num_graphs() == first
+
+
+@pytest.mark.slow
+def test_bfloat16_is_rounded_no_worse(samples, tiny_model_dir):  # noqa: F811
+    runs = {}
+    for name, config in (
+        ("exact", FP32),
+        ("eager", FP32.model_copy(update={"dtype": "bfloat16"})),
+        ("compiled", with_compile(FP32, dtype="bfloat16")),
+    ):
+        steps = make_trainer(tiny_model_dir, samples, config, LOSS).train(segment_on(1, samples))
+        runs[name] = np.array([(step.loss, step.grad_norm) for step in steps.steps])
+    errors = {n: np.abs(runs[n] / runs["exact"] - 1).max() for n in ("eager", "compiled")}
+    assert errors["compiled"] < 2 * errors["eager"] + 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_ranks_take_the_steps_of_one(samples, tmp_path, tiny_model_dir):  # noqa: F811
+    alone = make_trainer(tiny_model_dir, samples, FP32, LOSS)
+    expected = alone.train(segment_on(1, samples))
+
+    async def story(group):
+        calls = [("train", segment_on(2, samples)), ("graphs",), ("weights",)]
+        return [(await group.call(*call)).value for call in calls]
+
+    made = factory_of(2, tiny_model_dir, samples, with_compile(FP32, activation_checkpointing=True))
+    reports, graphs, found = on_ranks(tmp_path, made, story)
+    check_alike(expected.steps, reports[0].steps, rel=1e-4)
+    check_same(floats(alone), found, atol=1e-4)
+    assert all(0 < count <= 3 * GRAPHS for count in graphs)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_repeats_one_that_was_not_stopped(samples, tmp_path, tiny_model_dir):  # noqa: F811
+    config = with_compile(FP32)
+    straight = make_trainer(tiny_model_dir, samples, config, LOSS)
+    straight.train(segment_on(1, samples))
+    straight.save_checkpoint(tmp_path / "c")
+    expected = straight.train(segment_on(1, samples, first=5))
+    torch.compiler.reset()
+    resumed = make_trainer(tiny_model_dir, samples, config, LOSS)
+    resumed.load_checkpoint(tmp_path / "c")
+    # Another row comes first here: compiled for any length, the numbers are the same bit for bit.
+    found = resumed.train(segment_on(1, samples, first=5))
+    assert [(s.loss, s.grad_norm) for s in found.steps] == [
+        (s.loss, s.grad_norm) for s in expected.steps
+    ]
+    assert all(torch.equal(weights_of(straight)[n], w) for n, w in weights_of(resumed).items())
+
+
+@pytest.mark.slow
+def test_evaluating_and_decoding_compile_nothing(samples, tiny_model_dir):  # noqa: F811
+    trainer = make_trainer(tiny_model_dir, samples, with_compile(FP32), LOSS)
+    ids = torch.arange(3, 20)[None]
+    with trainer.whole() as model, decoding(model), torch.no_grad():
+        found = model(input_ids=ids).logits
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert num_graphs() == 0
+    expected = load_model(tiny_model_dir, packed=False)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+    trainer.train(segment_on(1, samples))
+    assert num_graphs() > 0
+
+
+def test_a_model_without_named_layers_is_refused(tiny_model_dir):
+    model = load_model(tiny_model_dir)
+    model._no_split_modules = None
+    with pytest.raises(ModelError, match="does not name its layers"):
+        compile_layers(model, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "words"),
+    [("cpu", "CXX", r"a C\+\+ compiler"), ("cuda", "CC", "a C compiler")],
+)
+def test_a_missing_compiler_is_told(device, variable, words, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(ConfigError, match=rf"{words}, and there is no \${variable} \(no-such"):
+        check_compilers(device, has_triton=True)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="install it, or leave"):
+        check_compilers(device, has_triton=True)
+
+
+def test_a_gpu_needs_triton():
+    check_compilers("cuda", has_triton=True)
+    with pytest.raises(ConfigError, match="needs triton"):
+        check_compilers("cuda", has_triton=False)
+
+
+def test_it_is_told_before_anything_starts(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    desk = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    desk.write(train={"compile": True})
+    assert "compiler" in desk.npd("doctor", "run.yaml").out
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = desk.npd("doctor", "run.yaml")
+    assert found.code != 0
+    assert "FAIL  compiler" in found.out
+    assert "train.compile needs a C++ compiler" in desk.npd("run", "run.yaml").complaint(2)
+    assert not desk.layout.root.exists()

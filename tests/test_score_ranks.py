@@ -1,0 +1,336 @@
+"""A teacher held by several ranks (real processes): the scores of one, whatever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+import npd
+from conftest import make_tokenizer, save_model
+from desk import Desk
+from npd.config import RunConfig
+from npd.control.crew import spawn_crew
+from npd.control.group import RankGroup
+from npd.control.preparation import check_ranks, prepare
+from npd.errors import ModelError, NpdError
+from npd.runtime.local import LocalRuntime
+from npd.score.base import Document
+from npd.score.divisible import check_divisible
+from npd.score.together import Follower, Leader, Order
+from npd.store.layout import RunLayout
+from npd.store.shards import read_scored
+from npd.types import Ask, Outcome
+from npd.workers import Factory, GenerateTask, ScoreTask
+from test_crash import Run, _is_alive, child_named
+from test_modeling import PACKABLE, family_dir
+from test_run import QuietView, check_books, weights
+from tiny_run import tiny_config, write_prompts
+
+
+def check_scores(one, other, atol=2e-4):
+    """Two files of scores agree to float noise.
+
+    It may swap ids that are as likely, and carry a value over an edge of how the support is rounded
+    for storing (steps of 0.004).
+    """
+    expected, found = read_scored(one), read_scored(other)
+    assert [s.rollout.sample_id for s in expected] == [s.rollout.sample_id for s in found]
+    for a, b in zip(expected, found, strict=True):
+        assert a.rollout.response_ids.tolist() == b.rollout.response_ids.tolist()
+        np.testing.assert_allclose(b.teacher_logprobs, a.teacher_logprobs, atol=atol)
+        off = np.abs(b.topk_logprobs - a.topk_logprobs)
+        assert off.max() < 5e-3
+        assert (off < atol).mean() > 0.99
+        assert (a.topk_ids == b.topk_ids).mean() > 0.99
+        for name in ("nll_teacher", "nll_teacher_alone", "nll_student", "nll_student_alone"):
+            values = getattr(a, name), getattr(b, name)
+            assert values[1] == (None if values[0] is None else pytest.approx(values[0], abs=atol))
+
+
+def scored_by_ranks(config, layout, ranks, calls):
+    """What a scorer of `ranks` processes answers to `calls`, over the files of `layout`."""
+    factory = Factory("scorer", config, layout.root)
+
+    async def story():
+        runtime = LocalRuntime(layout.root / "logs", call_timeout=120.0)
+        try:
+            workers = [runtime.spawn(f"scorer-{i}", factory, threads=1) for i in range(ranks)]
+            group = RankGroup("scorer", workers, layout.root / "meeting")
+            return [(await group.call(*call)).value for call in calls]
+        finally:
+            await runtime.close()
+
+    return asyncio.run(story())
+
+
+# With a plan: norms of each head, experts, scaled embeddings and two kinds of layers.
+SPREAD = ["Qwen3", "Qwen3Moe", "Gemma3Text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny", *SPREAD])
+def test_ranks_score_as_one_process(family, tmp_path, tiny_model_dir, tiny_teacher_dir):
+    teacher = tiny_teacher_dir
+    if family != "tiny":
+        teacher = family_dir(family, {**PACKABLE[family], "vocab_size": 304}, tmp_path / "t", 0.2)
+        make_tokenizer().save_pretrained(teacher)
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+
+    def config(name, ranks):
+        return tiny_config(
+            tiny_model_dir, teacher, prompts, tmp_path / name, score={"ranks": ranks,
+            "top_k": 8, "row_tokens": 256, "dtype": "float32"}, runtime={"kind": "local",
+            "device": "cpu"},
+        )  # fmt: skip
+
+    one, two = config("one", 1), config("two", 2)
+    layout = RunLayout(one.directory)
+    layout.create()
+    trainer = Factory("trainer", one, layout.root)()
+    trainer.publish(0)
+    generator = Factory("generator", one, layout.root)()
+    asks = tuple(Ask(10 + i, 100 + i, p) for i, p in enumerate(prepare(one).prompts[:5]))
+    stats = generator.generate(GenerateTask(0, 0, asks)).stats
+    shutil.copytree(layout.root, two.directory)
+    task = ScoreTask(0, 0, tuple(s.sample_id for s in stats))
+    scorer = Factory("scorer", one, layout.root)()
+    heldout = tuple(prepare(one).heldout)
+    scorer.prepare_heldout(heldout)
+    expected = scorer.score(task)
+    for worker in (trainer, generator, scorer):
+        worker.close()
+
+    other = RunLayout(two.directory)
+    calls = [("prepare_heldout", heldout), ("score", task), ("score", task)]
+    _, found, again = scored_by_ranks(two, other, 2, calls)
+    check_scores(layout.heldout, other.heldout)
+    check_scores(layout.scored(0), other.scored(0))
+    assert [s.sample_id for s in found.stats] == [s.sample_id for s in expected.stats]
+    assert again == found, "what is there is not made again"
+
+
+@pytest.mark.slow
+def test_a_run_with_a_spread_teacher_makes_the_student_of_one(
+    tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    schedule = {"epochs": 2, "reuse": 2, "refresh": "never", "overlap": False}
+
+    def config(name, ranks, kind):
+        return tiny_config(
+            tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, schedule=schedule,
+            score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": ranks},
+            runtime={"kind": kind, "device": "cpu", "threads": 1},
+        )  # fmt: skip
+
+    one = npd.run(config("one", 1, "inline"), view=QuietView())
+    two = npd.run(config("two", 2, "local"), view=QuietView())
+    layout = RunLayout(two.directory)
+    assert check_books(layout, reuse=2) == check_books(RunLayout(one.directory), reuse=2)
+    for a, b in zip(one.data.steps, two.data.steps, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    expected, found = weights(one.student), weights(two.student)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=5e-3, err_msg=name)
+    logs = {path.name for path in layout.logs.glob("scorer*")}
+    assert logs == {"scorer-0-0.log", "scorer-0-1.log"}
+    assert not list(layout.root.glob(".meeting*")), "the place to meet is gone"
+
+
+@pytest.mark.slow
+def test_a_spread_teacher_on_ray(tmp_path, tiny_model_dir, tiny_teacher_dir, ray_address):
+    schedule = {"epochs": 2, "reuse": 2, "refresh": "never", "overlap": False}
+    config = tiny_config(
+        tiny_model_dir, tiny_teacher_dir, write_prompts(tmp_path / "prompts.jsonl"),
+        tmp_path / "run", schedule=schedule,
+        score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": 2},
+        runtime={"kind": "ray", "device": "cpu", "threads": 1, "ray": {"address": ray_address}},
+    )  # fmt: skip
+    result = npd.run(config, view=QuietView())
+    assert result.is_done
+    layout = RunLayout(result.directory)
+    assert check_books(layout, reuse=2)[Outcome.FAILED] == 0
+    assert {path.stem for path in layout.logs.glob("scorer*.log")} >= {"scorer-0-0", "scorer-0-1"}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
+    tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    run = Run(
+        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"},
+        score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": 2},
+        schedule={"epochs": None, "steps": 20, "window": 20, "reuse": 2, "max_lag": 2,
+                  "refresh": {"every_steps": 6}},
+    )  # fmt: skip
+    process = run.start()
+    seen, killed = set(), 0
+    for victim, events in (("scorer-0-1", 6), ("scorer-0-0", 16)):
+        assert run.wait_for(events, process), run.log.read_text()[-2000:]
+        pids = {name: child_named(process.pid, name) for name in ("scorer-0-0", "scorer-0-1")}
+        seen |= {pid for pid in pids.values() if pid is not None}
+        if pids[victim] is not None:
+            os.kill(pids[victim], signal.SIGKILL)
+            killed += 1
+    run.finish(process)
+    assert killed == 2
+    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
+    assert not [pid for pid in seen if _is_alive(pid)]
+    assert not list(run.layout.root.glob(".meeting*"))
+
+
+# Who does what.
+
+
+class Told:
+    """The others' ears: what the first rank tells, for a follower to hear afterwards."""
+
+    def __init__(self):
+        self.orders = []
+
+    def tell(self, order):
+        self.orders.append(order)
+        return order
+
+    def hear(self, _):
+        return self.orders.pop(0)
+
+
+class FakeReader:
+    def __init__(self, model, log):
+        if model == "broken":
+            raise ModelError("cannot load")
+        self.model, self.log = model, log
+        log.append(("load", model))
+
+    def write(self, asks):
+        self.log.append(("write", self.model, asks))
+        return asks
+
+    def read(self, documents):
+        self.log.append(("read", self.model, sorted(documents)))
+        if "bad" in documents:
+            raise ModelError("a token too high")
+        return documents
+
+
+def test_the_others_do_what_the_first_does_and_survive_what_it_is_told():
+    told, first, second = Told(), [], []
+    ids = np.array([1], dtype=np.int32)
+    document = Document(ids, ids)
+
+    def load_first(model):
+        return FakeReader(model, first)
+
+    def whole_story():
+        with pytest.raises(ModelError):
+            Leader("broken", load_first, told.tell)
+        reader = Leader("m", load_first, told.tell)
+        assert reader.read({"a": document}) == {"a": document}
+        assert reader.write(("ask",)) == ("ask",)
+        with pytest.raises(NpdError):
+            reader.read({"bad": document})
+        Leader("m", load_first, told.tell).read({"b": document})
+        told.tell(None)
+
+    whole_story()
+    Follower(lambda model: FakeReader(model, second), told.hear).follow()
+    assert second == first
+    assert first.count(("load", "m")) == 2, "loaded again when it is told so"
+    assert not told.orders
+    assert Order("m").what is None
+
+
+# What is refused, and where ranks run.
+
+SETTINGS = {
+    "student": "s",
+    "teacher": "t",
+    "data": {"train": "p"},
+    "schedule": {"steps": 5, "refresh": "never"},
+    "runtime": {"kind": "local"},
+    "score": {"ranks": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("runtime", {"kind": "inline"}, r"score\.ranks 2 needs a process"),
+        ("runtime", {"device": "cuda:1"}, r"score\.ranks 2 takes a GPU for each.*cuda:1"),
+        ("runtime", {"kind": "ray", "ray": {"gpus": {"scorer": 0.5}}}, r"each rank needs one"),
+        ("generate", {"source": "teacher"}, r"vllm, with generate\.launch\.tensor_parallel"),
+        ("score", {"ranks": 2, "engine": "vllm", "urls": ["http://h:1"]},
+         r"set score\.launch\.tensor_parallel instead"),
+    ],
+)  # fmt: skip
+def test_what_several_ranks_cannot_do_is_refused(section, values, words):
+    RunConfig.model_validate(SETTINGS)
+    with pytest.raises(ValueError, match=words):
+        RunConfig.model_validate({**SETTINGS, section: values})
+
+
+def test_a_teacher_that_cannot_be_shared_out_is_refused_before_anything_starts(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    desk = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    desk.write(score={"ranks": 2}, runtime={"kind": "local"})
+    assert "score.ranks" in desk.npd("doctor", "run.yaml").out
+    # Four heads and two of keys and values: three ranks cannot have as many each.
+    desk.write(score={"ranks": 3}, runtime={"kind": "local"})
+    found = desk.npd("doctor", "run.yaml")
+    assert "FAIL  score.ranks" in found.out
+    said = desk.npd("run", "run.yaml").complaint(2)
+    assert "score.ranks 3 does not divide its num_attention_heads (4): set score.ranks to 2" in said
+    assert not desk.layout.root.exists()
+
+
+def test_a_model_without_a_plan_is_refused(tmp_path):
+    directory = family_dir("GPT2", {**PACKABLE["GPT2"], "vocab_size": 304}, tmp_path / "g", 0.2)
+    check_divisible(str(directory), 1)
+    with pytest.raises(ModelError, match="no tensor-parallel plan for gpt2"):
+        check_divisible(str(directory), 2)
+
+
+def test_a_run_without_a_teacher_needs_no_plan(tiny_model_dir):
+    values = {**SETTINGS, "student": str(tiny_model_dir), "teacher": None,
+              "loss": {"kd_weight": 0.0}, "filter": {"name": "none"},
+              "eval": {"source": "completion"}}  # fmt: skip
+    check_ranks(RunConfig.model_validate(values))
+
+
+class FakeRuntime:
+    def __init__(self):
+        self.spawned = {}
+
+    def spawn(self, name, factory, *, threads, environment=None, needs=None):
+        self.spawned[name] = (threads, dict(environment or {}))
+        return self
+
+
+def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runtime = FakeRuntime()
+    config = RunConfig.model_validate(
+        {**SETTINGS, "train": {"ranks": 2}, "score": {"ranks": 2, "workers": 2},
+         "runtime": {"kind": "local", "device": "cuda", "threads": 4}}
+    )  # fmt: skip
+    crew = spawn_crew(config, runtime, tmp_path)
+    assert [scorer.name for scorer in crew.scorers] == ["scorer-0", "scorer-1"]
+    gpus = {name: env.get("CUDA_VISIBLE_DEVICES") for name, (_, env) in runtime.spawned.items()}
+    assert gpus == {
+        "generator-0": None, "trainer-0": "0", "trainer-1": "1",
+        "scorer-0-0": "2", "scorer-0-1": "3", "scorer-1-0": "4", "scorer-1-1": "5",
+    }  # fmt: skip
+
+
+def test_an_undivided_vocabulary_is_named(tmp_path):
+    save_model(tmp_path / "t", vocab=305)
+    with pytest.raises(ModelError, match=r"does not divide its vocab_size \(305\)"):
+        check_divisible(str(tmp_path / "t"), 2)
