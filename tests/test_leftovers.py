@@ -20,7 +20,7 @@ from npd.servers import nanny
 from run_process import LIMIT, Run, check_books, child_named
 
 SCHEDULE = {
-    "epochs": None, "steps": 400, "window": 20, "reuse": 2, "max_lag": 2,
+    "epochs": None, "steps": 120, "window": 20, "reuse": 2, "max_lag": 2,
     "refresh": {"every_steps": 6},
 }  # fmt: skip
 
@@ -42,14 +42,14 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
     around = Surroundings(tmp_path)
     run.environment = around.environment
 
-    def started(events: int):
-        process = run.start()
-        assert run.wait_for(events, process), run.log.read_text()[-2000:]
+    def started():
+        before, process = run.num_events(), run.start()
+        assert run.wait_for(before + 8, process), run.log.read_text()[-2000:]
         around.look()
         assert len(around.processes()) >= 5, "the controller and its workers are seen"
         return process
 
-    process = started(8)
+    process = started()
     victim = child_named(process.pid, "trainer-1")
     if victim is not None:
         os.kill(victim, signal.SIGKILL)
@@ -57,14 +57,14 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
     assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
     assert around.left(run.layout.root) == [], "SIGTERM"
 
-    process = started(12)
+    process = started()
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     assert process.wait(LIMIT) in (1, 130), run.log.read_text()[-2000:]
     assert around.left(run.layout.root) == [], "SIGINT twice"
 
-    process = started(run.num_events() + 2)
+    process = started()
     size = run.layout.ledger_db.with_name("ledger.db-wal").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     assert process.wait(LIMIT) == 1, run.log.read_text()[-2000:]
