@@ -82,8 +82,10 @@ import subprocess, sys, time
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 resource_tracker.register = resource_tracker.unregister = lambda *_: None
+import multiprocessing
+lock = multiprocessing.get_context("spawn").Lock()
 kept = [SharedMemory(create=True, size=4096) for _ in range(2)] + [SharedMemory(sys.argv[1])]
-print(kept[0].name, kept[1].name, flush=True)
+print(kept[0].name, kept[1].name, "sem." + lock._semlock.name.strip("/"), flush=True)
 time.sleep(600)
 """
 
@@ -110,7 +112,8 @@ def test_the_shared_memory_of_a_killed_server_goes_and_nobody_elses(monkeypatch)
             text=True,
         )
         os.close(watched)
-        own, used = guard.stdout.readline().split()
+        own, used, semaphore = guard.stdout.readline().split()
+        assert Path("/dev/shm", semaphore).exists()
         user = hold(SharedMemory(used))
         [server] = Path(f"/proc/{guard.pid}/task/{guard.pid}/children").read_text().split()
         time.sleep(nanny._LOOK_SECONDS + 0.5)
@@ -118,5 +121,6 @@ def test_the_shared_memory_of_a_killed_server_goes_and_nobody_elses(monkeypatch)
         assert guard.wait(20) == 128 + signal.SIGKILL
         guard.stdout.close()
         assert not Path("/dev/shm", own).exists()
+        assert not Path("/dev/shm", semaphore).exists()
         assert Path("/dev/shm", user.name).exists(), "somebody uses it"
         assert Path("/dev/shm", before.name).exists(), "it was there before"
