@@ -1,7 +1,7 @@
 """One run under `kill -9`: random processes of it, at random moments, until it has ended.
 
     make soak                                 # 100 kills, 10 to 20 minutes on 2 cores
-    python benchmarks/soak.py --quick         # 12 kills, as the tests do
+    python benchmarks/soak.py --quick         # 10 kills, as the tests do
     python benchmarks/soak.py --vllm VENV     # vLLM writes; its servers are killed too
 
 The run is a real `npd run` of tiny models with two generators, two scorers and a trainer of two
@@ -74,7 +74,7 @@ class Soak:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, help="default 100; with --quick 12, with --vllm 5")
+    parser.add_argument("--kills", type=int, help="default 100; with --quick 10, with --vllm 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps of the run")
     parser.add_argument("--baselines", type=int, default=3, help="undisturbed runs, 2 to 8")
@@ -84,8 +84,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for soak.json and soak.md")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
     args = parser.parse_args()
-    args.kills = args.kills or (5 if args.vllm else 12 if args.quick else 100)
-    args.steps = args.steps or (12 if args.quick or args.vllm else 8) * args.kills
+    args.kills = args.kills or (5 if args.vllm else 10 if args.quick else 100)
+    args.steps = args.steps or (10 if args.quick or args.vllm else 3) * args.kills
     return args
 
 

@@ -20,7 +20,7 @@ from npd.servers import nanny
 from run_process import LIMIT, Run, check_books, child_named
 
 SCHEDULE = {
-    "epochs": None, "steps": 400, "window": 20, "reuse": 2, "max_lag": 2,
+    "epochs": None, "steps": 120, "window": 20, "reuse": 2, "max_lag": 2,
     "refresh": {"every_steps": 6},
 }  # fmt: skip
 
@@ -42,14 +42,14 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
     around = Surroundings(tmp_path)
     run.environment = around.environment
 
-    def started(events: int):
-        process = run.start()
-        assert run.wait_for(events, process), run.log.read_text()[-2000:]
+    def started():
+        before, process = run.num_events(), run.start()
+        assert run.wait_for(before + 8, process), run.log.read_text()[-2000:]
         around.look()
         assert len(around.processes()) >= 5, "the controller and its workers are seen"
         return process
 
-    process = started(8)
+    process = started()
     victim = child_named(process.pid, "trainer-1")
     if victim is not None:
         os.kill(victim, signal.SIGKILL)
@@ -57,14 +57,14 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
     assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
     assert around.left(run.layout.root) == [], "SIGTERM"
 
-    process = started(12)
+    process = started()
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     assert process.wait(LIMIT) in (1, 130), run.log.read_text()[-2000:]
     assert around.left(run.layout.root) == [], "SIGINT twice"
 
-    process = started(run.num_events() + 2)
+    process = started()
     size = run.layout.ledger_db.with_name("ledger.db-wal").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     assert process.wait(LIMIT) == 1, run.log.read_text()[-2000:]
@@ -82,8 +82,10 @@ import subprocess, sys, time
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 resource_tracker.register = resource_tracker.unregister = lambda *_: None
+import multiprocessing
+lock = multiprocessing.get_context("spawn").Lock()
 kept = [SharedMemory(create=True, size=4096) for _ in range(2)] + [SharedMemory(sys.argv[1])]
-print(kept[0].name, kept[1].name, flush=True)
+print(kept[0].name, kept[1].name, "sem." + lock._semlock.name.strip("/"), flush=True)
 time.sleep(600)
 """
 
@@ -110,7 +112,8 @@ def test_the_shared_memory_of_a_killed_server_goes_and_nobody_elses(monkeypatch)
             text=True,
         )
         os.close(watched)
-        own, used = guard.stdout.readline().split()
+        own, used, semaphore = guard.stdout.readline().split()
+        assert Path("/dev/shm", semaphore).exists()
         user = hold(SharedMemory(used))
         [server] = Path(f"/proc/{guard.pid}/task/{guard.pid}/children").read_text().split()
         time.sleep(nanny._LOOK_SECONDS + 0.5)
@@ -118,5 +121,6 @@ def test_the_shared_memory_of_a_killed_server_goes_and_nobody_elses(monkeypatch)
         assert guard.wait(20) == 128 + signal.SIGKILL
         guard.stdout.close()
         assert not Path("/dev/shm", own).exists()
+        assert not Path("/dev/shm", semaphore).exists()
         assert Path("/dev/shm", user.name).exists(), "somebody uses it"
         assert Path("/dev/shm", before.name).exists(), "it was there before"

@@ -33,7 +33,8 @@ _REAP_SECONDS = 0.02
 # Reading the maps of a server's processes takes some milliseconds.
 _LOOK_SECONDS = 2.0
 _SHARED = "/dev/shm"
-_SEGMENT = re.compile(rf"{_SHARED}/(\S+)$", re.MULTILINE)
+# By its number: a semaphore is mapped under another name than it has in the end.
+_SEGMENT = re.compile(rf" (\d+) +{_SHARED}/")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -49,7 +50,7 @@ def main(fd: int, command: list[str]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, stop)
     _adopt_orphans()
-    foreign, mapped, looked = _segments(), set[str](), time.monotonic()
+    foreign, mapped, looked = set(_segments()), set[int](), time.monotonic()
     # vLLM keeps its sockets there; killed, it leaves them.
     place = tempfile.mkdtemp(prefix="npd-server-")
     server = subprocess.Popen(
@@ -76,9 +77,9 @@ def main(fd: int, command: list[str]) -> NoReturn:
     while _is_group(server.pid) and time.monotonic() < asked + _GONE_SECONDS:
         time.sleep(_REAP_SECONDS)
     shutil.rmtree(place, ignore_errors=True)
-    for name in (mapped & _segments()) - foreign - _mapped():
-        with suppress(OSError):
-            os.unlink(f"{_SHARED}/{name}")
+    for inode in mapped - foreign - _mapped():
+        with suppress(OSError, KeyError):
+            os.unlink(f"{_SHARED}/{_segments()[inode]}")
     sys.exit(128 - status if status < 0 else status)
 
 
@@ -99,22 +100,23 @@ def _is_group(group: int) -> bool:
     return True
 
 
-def _segments() -> set[str]:
-    """The names of shared memory on this machine (Linux; elsewhere none)."""
+def _segments() -> dict[int, str]:
+    """The shared memory on this machine, names by inode (Linux; elsewhere none)."""
     try:
-        return set(os.listdir(_SHARED))
+        with os.scandir(_SHARED) as found:
+            return {entry.inode(): entry.name for entry in found}
     except OSError:
-        return set()
+        return {}
 
 
-def _mapped(group: int | None = None) -> set[str]:
+def _mapped(group: int | None = None) -> set[int]:
     """The segments that a group's processes have mapped, or any that we may look at."""
-    found: set[str] = set()
+    found: set[int] = set()
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with suppress(OSError):
             if group is None or os.getpgid(int(name)) == group:
                 with open(f"/proc/{name}/maps", encoding="utf-8", errors="replace") as maps:
-                    found.update(_SEGMENT.findall(maps.read()))
+                    found.update(map(int, _SEGMENT.findall(maps.read())))
     return found
 
 
