@@ -85,6 +85,12 @@ def data():
             "failed": 0,
             "live": 100,
         },
+        reasons={
+            (Outcome.TRAINED_OUT, ""): 100,
+            (Outcome.REJECTED, EVIL): 200,
+            (Outcome.REJECTED, ""): 100,
+            (Outcome.STALE, "max_lag"): 100,
+        },
         spans=[
             Span("generator", "generate", START, START + 400.0, {"shard": EVIL}),
             Span("trainer", "train", START + 300.0, START + 700.0),
@@ -400,3 +406,11 @@ def test_a_share_of_few_prompts_is_noise(data):
     assert "+5.0 points +10 %, within noise" in words(build_report(replace(data, evals=evals)))
     many = [dict(e, num_prompts=4800) for e in evals]
     assert "within noise" not in words(build_report(replace(data, evals=many)))
+
+
+def test_why_samples_left_is_told_of_all_of_them(data):
+    """From the ledger's counts: samples may be shown in part only."""
+    page = build_report(replace(data, samples=data.samples[::20], every=20))
+    assert "200 (33.3 %)" in page
+    assert "rejected: no reason given" in page
+    assert "(one in 20 of all)" in page

@@ -1,12 +1,13 @@
 """A run told from its directory: what the report and `npd show` are made from.
 
-Reads the ledger, the trace and the shards; needs no model and no tokenizer but to show texts.
+Reads the ledger, the trace and the shards; needs no model and no tokenizer but to show texts. Of
+many samples every k-th is looked at one by one, so that memory stays bounded; counts are of all.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -35,23 +36,32 @@ from npd.store.shards import read_rollouts
 from npd.types import Outcome, SampleStats
 
 _EXAMPLES_EACH = 3
+# Drawn one by one; more would be more bytes and no other picture.
+_MOST_SAMPLES = 20_000
 
 
 @dataclass(slots=True)
 class Facts:
-    """The events of a run, sorted by kind."""
+    """The events of a run, sorted by kind.
 
+    `stats` are of every `every`-th sample, `recent` of those scored last; `written` and `scored`
+    count (tokens, samples) of all.
+    """
+
+    every: int
+    recent: deque[SampleStats]
     stats: dict[int, SampleStats] = field(default_factory=dict)
-    scored: list[SampleStats] = field(default_factory=list)
+    written: tuple[int, int] = (0, 0)
+    scored: tuple[int, int] = (0, 0)
     steps: list[StepReport] = field(default_factory=list)
     evals: list[EvalReport] = field(default_factory=list)
     snapshots: list[tuple[int, int]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, ledger: Ledger) -> Facts:
-        """Read every event once."""
-        facts = cls()
+    def of(cls, ledger: Ledger, *, every: int, history: int) -> Facts:
+        """Read every event once; `recent` are at most `history`."""
+        facts = cls(every, deque(maxlen=history))
         for _, kind, payload in ledger.events():
             payload.pop("digest", None)
             facts._note(codec.decode(kind, payload))
@@ -60,10 +70,15 @@ class Facts:
     def _note(self, event: ev.Event) -> None:
         match event:
             case ev.ShardGenerated(_, stats):
-                self.stats |= {s.sample_id: s for s in stats}
+                self._keep(stats)
+                tokens, samples = self.written
+                tokens += sum(s.response_tokens for s in stats)
+                self.written = tokens, samples + len(stats)
             case ev.ShardScored(_, stats):
-                self.stats |= {s.sample_id: s for s in stats}
-                self.scored.extend(stats)
+                self._keep(stats)
+                self.recent.extend(stats)
+                tokens, samples = self.scored
+                self.scored = tokens + sum(s.num_tokens for s in stats), samples + len(stats)
             case ev.SegmentTrained(report):
                 self.steps.extend(report.steps)
             case ev.Evaluated(report):
@@ -75,15 +90,21 @@ class Facts:
             case ev.Started() | ev.CheckpointSaved():
                 pass
 
+    def _keep(self, stats: Sequence[SampleStats]) -> None:
+        self.stats |= {s.sample_id: s for s in stats if s.sample_id % self.every == 0}
+
 
 def tell(layout: RunLayout, config: RunConfig) -> ReportData:
     """Everything the report shows of the run in `layout`."""
     about = read_json(layout.config_json)
     spans = read_trace(layout.trace_jsonl)
     with Ledger.reader(layout.ledger_db) as ledger:
-        facts, rows = Facts.of(ledger), ledger.samples()
-        lags = dict(_lags(ledger))
         conservation = ledger.conservation()
+        every = max(1, math.ceil(conservation.asked / _MOST_SAMPLES))
+        facts = Facts.of(ledger, every=every, history=config.filter.history)
+        rows = ledger.samples(every=every)
+        lags = dict(_lags(ledger, every))
+        reasons, unused = ledger.reasons(), ledger.unused()
     ratio = config.filter.ratio
     samples = [
         ReportSample(
@@ -104,9 +125,11 @@ def tell(layout: RunLayout, config: RunConfig) -> ReportData:
         steps=[asdict(step) for step in facts.steps],
         evals=_timed(facts.evals, spans),
         samples=samples,
-        bounds=_bounds(config, facts.scored),
+        every=every,
+        bounds=_bounds(config, facts.recent),
         conservation=asdict(conservation),
-        unused=Counter((r.outcome, r.reason) for r in rows if r.outcome and not r.uses),
+        reasons=reasons,
+        unused=unused,
         spans=spans,
         snapshots=facts.snapshots,
         throughput=throughput(spans, facts, config),
@@ -139,10 +162,9 @@ def throughput(spans: Sequence[Span], facts: Facts, config: RunConfig) -> dict[s
     for span in spans:
         if span.name in busy:
             busy[span.name] += span.seconds
-    written = facts.stats.values()
     amounts = {
-        "generate": (sum(s.response_tokens for s in written), len(written)),
-        "score": (sum(s.num_tokens for s in facts.scored), len(facts.scored)),
+        "generate": facts.written,
+        "score": facts.scored,
         "train": (
             sum(step.total_tokens for step in facts.steps),
             sum(step.num_samples for step in facts.steps),
@@ -160,20 +182,21 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _lags(ledger: Ledger) -> Iterator[tuple[int, int]]:
-    """(sample id, snapshots it was behind when last trained on)."""
+def _lags(ledger: Ledger, every: int) -> Iterator[tuple[int, int]]:
+    """(sample id, snapshots it was behind when last trained on) of every `every`-th sample."""
     for segment in ledger.segments_after(-1):
         for ref in segment.refs:
-            yield ref.sample_id, segment.version - ref.version
+            if ref.sample_id % every == 0:
+                yield ref.sample_id, segment.version - ref.version
 
 
-def _bounds(config: RunConfig, scored: list[SampleStats]) -> FilterBounds | None:
+def _bounds(config: RunConfig, recent: Sequence[SampleStats]) -> FilterBounds | None:
     """The Δ-IFD bounds in force at the end of the run."""
-    if config.filter.name != "delta_ifd" or not scored:
+    if config.filter.name != "delta_ifd" or not recent:
         return None
     if config.filter.bounds == "fixed":
         return FilterBounds(config.filter.low, config.filter.high, config.filter.tolerance)
-    low, high = bounds(config.filter, scored[-config.filter.history :])
+    low, high = bounds(config.filter, list(recent))
     return FilterBounds(low, high)
 
 

@@ -209,16 +209,20 @@ class Ledger:
         return int(rows[0][0])
 
     def samples(
-        self, outcome: Outcome | Literal["live"] | None = None, limit: int | None = None
+        self,
+        outcome: Outcome | Literal["live"] | None = None,
+        limit: int | None = None,
+        *,
+        every: int = 1,
     ) -> list[SampleRow]:
-        """Samples by id: all, only those of an outcome, or only live ones; at most `limit`."""
+        """Samples by id: all, those of an outcome, or live ones; at most `limit`, every k-th id."""
         by = "1" if outcome is None else "outcome IS NULL" if outcome == "live" else "outcome = ?"
         keys = (outcome.value,) if isinstance(outcome, Outcome) else ()
         query = (
             "SELECT sample_id, prompt_index, shard, version, uses, outcome, reason "
-            f"FROM samples WHERE {by} ORDER BY sample_id LIMIT ?"
+            f"FROM samples WHERE {by} AND sample_id % ? = 0 ORDER BY sample_id LIMIT ?"
         )
-        rows = self._all(query, (*keys, -1 if limit is None else limit))
+        rows = self._all(query, (*keys, every, -1 if limit is None else limit))
         return [_sample_row(*row) for row in rows]
 
     def conservation(self) -> Conservation:
@@ -233,6 +237,12 @@ class Ledger:
     def reasons(self) -> dict[tuple[Outcome, str], int]:
         """How many left, by outcome and reason."""
         rows = self._all("SELECT what, reason, n FROM tally WHERE what <> 'asked'")
+        return {(Outcome(what), reason): n for what, reason, n in rows}
+
+    def unused(self) -> dict[tuple[Outcome, str], int]:
+        """How many left without a single use, by outcome and reason."""
+        left = "FROM samples WHERE outcome IS NOT NULL AND uses = 0"
+        rows = self._all(f"SELECT outcome, reason, COUNT(*) {left} GROUP BY outcome, reason")
         return {(Outcome(what), reason): n for what, reason, n in rows}
 
     def _all(self, query: str, keys: Sequence[object] = ()) -> list[Any]:

@@ -83,9 +83,9 @@ class ReportData:
     `started`, `ended`: unix seconds. `steps`: StepReport fields each (a step trained twice, after a
     crash, counts as its last). `evals`: EvalReport fields each, with `time` (unix seconds) where
     known. `snapshots`: (version, step it was published at). `throughput`: stage -> rate.
-    `conservation`: asked, trained_out, rejected, stale, failed, live. `unused`: samples that left
-    without a single use, by outcome and reason. `origins`: dotted config key -> where its value
-    came from.
+    `conservation`: asked, trained_out, rejected, stale, failed, live. `reasons`: samples that left,
+    by outcome and reason; `unused`: those without a single use. `samples` are one in `every`.
+    `origins`: dotted config key -> where its value came from.
     """
 
     title: str
@@ -95,8 +95,10 @@ class ReportData:
     steps: Sequence[Numbers] = ()
     evals: Sequence[Numbers] = ()
     samples: Sequence[ReportSample] = ()
+    every: int = 1
     bounds: FilterBounds | None = None
     conservation: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[tuple[Outcome, str], int] = field(default_factory=dict)
     unused: Mapping[tuple[Outcome, str], int] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     snapshots: Sequence[tuple[int, int]] = ()

@@ -97,22 +97,20 @@ def _quantiles(data: ReportData) -> str:
     found = [(share, ordered[round(share * (len(ordered) - 1))]) for share in shares]
     told = ", ".join(f"{100 * share:.0f} %: {number(value, 2)}" for share, value in found)
     scored = counted(len(ordered), "scored sample")
+    scored += f" (one in {data.every:,} of all)" if data.every > 1 else ""
     return f"{scored}. Quantiles {told}. Outer bins hold what lies beyond."
 
 
 def _reasons(data: ReportData) -> Html | None:
-    left = Counter(
-        (sample.outcome, sample.reason or "no reason given")
-        for sample in data.samples
-        if sample.outcome not in (None, Outcome.TRAINED_OUT)
-    )
-    if not left:
+    left = Counter({k: n for k, n in data.reasons.items() if k[0] is not Outcome.TRAINED_OUT})
+    asked = data.conservation.get("asked", 0)
+    if not left or not asked:
         return None
     bars = [
         Bar(
-            f"{outcome}: {reason}",
+            f"{outcome}: {reason or 'no reason given'}",
             n,
-            f"{n:,} ({100 * n / len(data.samples):.1f} %)",
+            f"{n:,} ({100 * n / asked:.1f} %)",
             _COLORS[str(outcome)],
         )
         for (outcome, reason), n in left.most_common(12)
