@@ -23,7 +23,7 @@ from npd.observe.report.bars import bin_edges, count
 from npd.observe.report.charts import moving_mean, thin
 from npd.observe.report.gantt import merge
 from npd.observe.report.html import Html, el
-from npd.observe.report.noise import change_error
+from npd.observe.report.noise import change_error, share_error
 from npd.observe.report.scales import duration, nice_bounds, number, tick_labels, ticks, time_ticks
 from npd.observe.trace import Span
 from npd.types import FinishReason, Outcome, SampleStats
@@ -414,3 +414,9 @@ def test_why_samples_left_is_told_of_all_of_them(data):
     assert "200 (33.3 %)" in page
     assert "rejected: no reason given" in page
     assert "(one in 20 of all)" in page
+
+
+def test_the_error_of_exact_match_is_that_of_prompts_with_answers():
+    evals = [{"step": 0, "exact_match": 0.5, "num_prompts": 100, "num_answers": 25}]
+    assert share_error(0.5, evals) == pytest.approx(0.1)
+    assert share_error(0.5, [{"step": 0, "num_prompts": 100}]) == pytest.approx(0.05)

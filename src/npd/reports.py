@@ -52,7 +52,8 @@ class EvalReport:
 
     `kl` is the tail-bucket KL(teacher || student) in nats per token on fixed held-out responses,
     `kl_sums` that of each response in all, `agreement` the share of positions where both argmaxes
-    agree, `exact_match` the share of prompts with an `answer` that end in it when greedy.
+    agree, `exact_match` the share of the `num_answers` prompts with an `answer` that end in it when
+    greedy.
     `teacher_kls` are (teacher's name, `kl` on its prompts) where there are several.
     """
 
@@ -65,4 +66,5 @@ class EvalReport:
     seconds: float
     samples: tuple[tuple[str, str], ...] = ()
     kl_sums: tuple[float, ...] = ()
+    num_answers: int = 0
     teacher_kls: tuple[tuple[str, float], ...] = ()

@@ -140,12 +140,12 @@ def check_model(role: str, model: str, config: RunConfig) -> None:
 
 
 def check_compiler(config: RunConfig) -> None:
-    """Check that what `train.compile` writes can be built here.
+    """Check that what `train.compile` writes can be built here, if the trainer is to be here.
 
     Raises:
         ConfigError: the compiler, or what it needs, is missing.
     """
-    if config.train.compile:
+    if config.train.compile and config.runtime.kind != "ray":
         check_compilers(resolve_device(config.runtime.device))
 
 

@@ -45,7 +45,9 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
         f"{device} has {_gib(free)} free of {_gib(total)}"
     )
     smaller = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
-    if state > total:
+    if config.runtime.kind == "ray":
+        yield warn("memory", f"{says} on this machine, which may not be the trainer's")
+    elif state > total:
         yield fail("memory", f"{says}: the student does not fit, take a smaller one")
     elif needed > free:
         yield warn("memory", f"{says}: {smaller}")

@@ -51,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "kl": Metric("nats/token", "tail-bucket KL(teacher || student) on fixed held-out responses"),
     "exact_match": Metric("share", "held-out prompts answered right, greedy decoding"),
     "num_prompts": Metric("prompts", "held-out prompts evaluated"),
+    "num_answers": Metric("prompts", "of them, those with an answer to match"),
     "num_tokens": Metric("tokens", "held-out response tokens compared"),
     # the run as a whole
     "tokens_per_second": Metric("tokens/s", "a stage's tokens over the seconds it worked"),

@@ -148,6 +148,7 @@ class TrainerWorker:
             agreement=match.agreement if match else None,
             exact_match=exact_match(pairs) if pairs else None,
             num_prompts=len(prompts),
+            num_answers=len(pairs),
             num_tokens=match.num_tokens if match else 0,
             seconds=time.monotonic() - started,
             samples=tuple((self._chat.decode(p.prompt_ids), text) for p, text in shown),

@@ -44,6 +44,7 @@ def _paired(before: Sequence[float], after: Sequence[float], num_tokens: int) ->
 
 
 def share_error(share: float, evals: Sequence[Numbers]) -> float | None:
-    """Standard error of a share of the held-out prompts, each right or wrong."""
-    prompts = next((e["num_prompts"] for e in evals if e.get("num_prompts")), None)
+    """Standard error of a share of the held-out prompts with an answer, each right or wrong."""
+    counts = (e.get("num_answers") or e.get("num_prompts") for e in evals)
+    prompts = next(filter(None, counts), None)
     return math.sqrt(max(0.0, share * (1 - share)) / prompts) if prompts else None
