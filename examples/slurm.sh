@@ -20,11 +20,11 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}'):$port
 
 # `--block` keeps each node's Ray in its job step, so that Slurm ends it with the job.
-srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     ray start --head --port="$port" --include-dashboard=false --block &
 sleep 20
 if [ "$SLURM_NNODES" -gt 1 ]; then
-    srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" --overlap \
+    srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" \
         ray start --address="$address" --block &
     sleep 20
 fi

@@ -136,6 +136,9 @@ class Desk:
     async def restore(self):
         pass
 
+    def pass_over(self, steps):
+        pass
+
     async def export(self):
         return "student"
 
@@ -210,3 +213,34 @@ def test_resuming_remembers_only_what_made_shards_still_needed(tmp_path):
     assert num_shards > 300
     assert 0 < len(again.makers) < 40, "window and segments since the last checkpoint"
     assert held(again.simulation.plan) < 1_500
+
+
+class Losing(Desk):
+    """Servers write, so that nothing can be made again; one shard's first try is lost, and the run
+    ends before the second."""
+
+    rewrites_exactly, loses, lost = False, 3, False
+
+    async def run(self, action):
+        if isinstance(action, ev.Generate) and action.shard == self.loses:
+            if self.lost:
+                raise RunError("the disk is full")
+            self.lost = True
+            self.num_done += 1
+            return ev.ShardFailed(action.shard, "generate", "lost")
+        return await super().run(action)
+
+
+def test_a_lost_try_is_made_by_the_run_that_goes_on_not_by_repair(tmp_path):
+    """Its shard was never written: it is missing for a good reason."""
+    config = make_bounded(60, 1, 40, {}, overlap=True)
+    desk = Losing(RunLayout(tmp_path), Simulation(config, 30))
+    with pytest.raises(RunError, match="the disk is full"):
+        drive(desk)
+    assert "ShardFailed" in [kind for _, kind, _ in events_of(desk.layout)]
+    simulation = Simulation(config, 30)
+    simulation.written = desk.simulation.written
+    again = Losing(desk.layout, simulation)
+    again.loses = None
+    drive(again)
+    assert again.simulation.plan.step == 60

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
+from npd.control import codec
 from npd.control import events as ev
+from npd.control.damage import survey
+from npd.control.place import Folder
 from npd.control.repair import repair
 from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import write_rollouts, write_scored
-from npd.types import Outcome, Row, SampleRef, Segment, Step
+from npd.types import FinishReason, Outcome, Row, SampleRef, SampleStats, Segment, Step
+from store_samples import make_rollout
 
 MAKERS = (
     ev.Score(0, 0, (0, 1)),
@@ -29,6 +36,9 @@ class FakeDispatcher:
     def __init__(self, layout, *, rewrites_exactly, refused=()):
         self.layout, self.rewrites_exactly, self.done = layout, rewrites_exactly, []
         self.refused = tuple((i, "http://a refuses") for i in refused)
+
+    def pass_over(self, steps):
+        pass
 
     async def run(self, action):
         self.done.append(action)
@@ -72,13 +82,21 @@ def test_rollouts_come_before_their_scores(layout):
     assert repaired(layout) == [MAKERS[1], MAKERS[0]]
 
 
+def test_rollouts_that_are_scored_are_not_needed(layout):
+    """A scored shard holds them; what a server wrote must not end a run for nothing."""
+    layout.rollouts(0).unlink()
+    assert repaired(layout, rewrites_exactly=False) == []
+
+
 def test_once_a_run_is_over_what_is_live_is_not_needed(layout):
     layout.rollouts(0).unlink()
+    layout.scored(0).unlink()
     assert repaired(layout, is_over=True) == []
     step = Step(1, 0.1, ((Row((SampleRef(1, 0, 0, 9),)),),))
     with Ledger(layout.ledger_db) as ledger:
         ledger.add_segment(Segment(0, 0, (step,)))
-    assert repaired(layout, is_over=True) == [MAKERS[1]], "the trainer has to repeat it"
+    made = repaired(layout, is_over=True)
+    assert made == [MAKERS[1], MAKERS[0]], "the trainer has to repeat it"
 
 
 @pytest.mark.parametrize("keep", [0, 20, -1])
@@ -95,6 +113,7 @@ def test_a_damaged_file_is_made_again_like_a_missing_one(layout, keep):
 def test_what_a_server_wrote_is_not_written_again_but_scored(layout):
     layout.scored(0).unlink()
     assert repaired(layout, rewrites_exactly=False) == [MAKERS[0]]
+    layout.scored(0).unlink()
     layout.rollouts(0).unlink()
     with pytest.raises(StoreError, match="bring the file back, or start a new run"):
         repaired(layout, rewrites_exactly=False)
@@ -108,3 +127,46 @@ def test_a_sample_that_is_needed_and_refused_now_is_not_passed_over(layout):
     with Ledger(layout.ledger_db) as ledger:
         ledger.set_outcomes([(1, Outcome.FAILED, "score: http://a refuses")])
     assert repaired(layout, refused=[1]) == [MAKERS[0]], "it had left already"
+
+
+def test_scores_of_two_snapshots_rest_on_both(layout):
+    """Around a refresh that servers had; the older one alone cannot score the newer one's text."""
+    rollouts = [replace(make_rollout(i), version=version) for i, version in ((0, 3), (1, 4))]
+    write_rollouts(layout.rollouts(0), rollouts)
+    layout.scored(0).unlink()
+    maker = ev.Score(0, 3, (0, 1))
+    with Ledger(layout.ledger_db) as ledger:
+        for version in (3, 4):
+            ledger.add_snapshot(version, 10 * version, layout.snapshot(version), "sum")
+        damage = survey(lambda _: [maker], ledger, layout, Folder(), (), is_over=False)
+    (shard,) = damage.shards
+    assert (shard.versions, shard.newest) == ({3, 4}, 4)
+    assert damage.steps == {3: 30, 4: 40}, "both are pruned, and are published again first"
+    assert damage.versions == [3, 4]
+    assert damage.of(3) == []
+
+
+def test_what_comes_back_otherwise_is_not_trained_on(layout):
+    """The ledger has the lengths of the old text: rows and verdicts would be of other samples."""
+    stats = SampleStats(0, 0, 0, 5, 7, FinishReason.STOP, 0.0)
+    with Ledger(layout.ledger_db) as ledger:
+        kind, payload = codec.encode(ev.ShardGenerated(0, (stats,)))
+        ledger.append_event(kind, json.loads(json.dumps(payload)))
+
+    class Other(FakeDispatcher):
+        async def run(self, action):
+            event = await super().run(action)
+            if isinstance(action, ev.Generate):
+                return ev.ShardGenerated(0, (stats._replace(response_tokens=self.length),))
+            return event
+
+    for length, outcome in (
+        (7, nullcontext()),
+        (8, pytest.raises(StoreError, match="sample 0 is")),
+    ):
+        for path in (layout.rollouts(0), layout.scored(0)):
+            path.unlink(missing_ok=True)
+        dispatcher = Other(layout, rewrites_exactly=True)
+        dispatcher.length = length
+        with Ledger(layout.ledger_db) as ledger, outcome:
+            asyncio.run(repair(lambda _: MAKERS, dispatcher, ledger, layout))

@@ -171,3 +171,22 @@ def test_prune_of_checkpoints(tmp_path):
         snapshots.publish(layout.checkpoint(step), writer())
     assert snapshots.prune(layout.checkpoints, {300}) == [100, 200]
     snapshots.verify(layout.checkpoint(300))
+
+
+def test_pruning_leaves_what_was_written_this_moment(tmp_path):
+    """A checkpoint may be there before its event is; only what is older than the kept ones goes."""
+    layout = RunLayout(tmp_path)
+    for step in (100, 200, 300):
+        snapshots.publish(layout.checkpoint(step), writer())
+    assert snapshots.prune(layout.checkpoints, [200]) == [100]
+    assert sorted(os.listdir(layout.checkpoints)) == ["step-000200", "step-000300"]
+
+
+def test_what_belongs_to_a_forgotten_history_goes_with_its_pointer(tmp_path):
+    layout = RunLayout(tmp_path)
+    for version in range(3):
+        snapshots.publish(layout.snapshot(version), writer())
+    snapshots.set_latest(layout.snapshots, 2)
+    snapshots.drop_newer(layout.snapshots, 1)
+    assert snapshots.latest(layout.snapshots) is None
+    assert sorted(os.listdir(layout.snapshots)) == ["v000000", "v000001"]

@@ -92,6 +92,7 @@ def connect(
     kind = torch.device(device).type
     limit = timedelta(seconds=timeout)
     store = store if store is not None else _store(place, size, limit)
+    store.set_timeout(limit)  # torch's own is five minutes, less than an autoscaler may take
     _check_devices(store, kind, rank, size, setting)
     is_far = place.startswith(_TCP)
     interface = _interface(os.environ.get(ADDRESS, _LOOPBACK)) if is_far else _loopback()

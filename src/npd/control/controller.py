@@ -97,6 +97,10 @@ class Controller:
 
     async def _repair(self) -> None:
         is_over = self._plan.is_stopped
+        # What a loss of power left the ledger without belongs to another history.
+        self._place.forget(self._layout.snapshots, self._plan.version)
+        saved = self._ledger.last_checkpoint()
+        self._place.forget(self._layout.checkpoints, saved.step if saved else 0)
         versions = range(self._plan.oldest_version_needed, self._plan.version + 1)
         made = await repair(
             self._makers_of,
@@ -243,7 +247,8 @@ class Controller:
                 del self._segments[event.report.segment]
             pending = pending or {}
             done = pending.pop(ev.key(event), None)
-            if isinstance(done, ev.Generate | ev.Score) and done.shard in self._covered:
+            is_made = not isinstance(event, ev.ShardFailed)
+            if is_made and isinstance(done, Maker) and done.shard in self._covered:
                 self._makers[ev.key(done)] = done
             for action in actions:
                 self._remember(action, pending)

@@ -21,25 +21,41 @@ from npd.store.shards import Kind
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """A file to be made again, by what once made it, with these snapshots."""
+
+    maker: Maker
+    path: Path
+    versions: frozenset[int]
+
+    @property
+    def newest(self) -> int:
+        """The newest of its snapshots."""
+        return max(self.versions)
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """What has to be made again: `shards` with their makers, snapshots with their `steps`.
 
-    `needed` are the samples, by shard, that something goes on with.
+    `needed` are the samples, by shard, that something goes on with. `checkpoints` are the steps of
+    those that are there and damaged.
     """
 
-    shards: tuple[tuple[Maker, Path], ...]
+    shards: tuple[Shard, ...]
     steps: dict[int, int]
     needed: dict[int, set[int]]
+    checkpoints: frozenset[int]
 
     @property
     def versions(self) -> list[int]:
-        """The snapshots, lost or not, that something of it belongs to; oldest first."""
-        return sorted({action.version for action, _ in self.shards} | set(self.steps))
+        """The snapshots, lost or not, that something of it rests on; oldest first."""
+        return sorted({shard.newest for shard in self.shards} | set(self.steps))
 
-    def of(self, version: int) -> list[tuple[Maker, Path]]:
-        """The shards of a snapshot, rollouts before their scores."""
-        found = [item for item in self.shards if item[0].version == version]
-        return sorted(found, key=lambda item: isinstance(item[0], ev.Score))
+    def of(self, version: int) -> list[Shard]:
+        """The shards that rest on snapshots up to this one, rollouts before their scores."""
+        found = [shard for shard in self.shards if shard.newest == version]
+        return sorted(found, key=lambda shard: isinstance(shard.maker, ev.Score))
 
 
 def survey(
@@ -53,7 +69,8 @@ def survey(
 ) -> Damage:
     """Everything to be made again so that `wanted` snapshots and all needed samples are there."""
     published = {row.version: row.step for row in ledger.snapshots()}
-    saved = [row.step for row in ledger.checkpoints() if place.is_whole(row.path)]
+    there = {row.step: row.path for row in ledger.checkpoints() if place.has(row.path)}
+    saved = [step for step, path in there.items() if place.is_whole(path)]
 
     @cache
     def is_lost(version: int) -> bool:
@@ -69,12 +86,28 @@ def survey(
         until = min(steps.values(), default=None)
         needed = needed_samples(ledger, saved, until=until, is_over=is_over)
         makers = [maker for maker in makers_of(needed.keys()) if maker.shard in needed]
+        # A scored shard holds its rollouts: nothing reads theirs any more.
+        scored = {m.shard for m in makers if isinstance(m, ev.Score)}
+        scored -= {shard for shard in scored if is_broken(layout.scored(shard), "scored")}
+        makers = [m for m in makers if isinstance(m, ev.Score) or m.shard not in scored]
         files = [(maker, *_file(maker, layout)) for maker in makers]
-        broken = [(maker, path) for maker, path, kind in files if is_broken(path, kind)]
-        more = set(filter(is_lost, {*wanted, *(maker.version for maker, _ in broken)}))
+        broken = [
+            Shard(maker, path, _versions(maker, layout, place))
+            for maker, path, kind in files
+            if is_broken(path, kind)
+        ]
+        more = set(filter(is_lost, set(wanted).union(*(shard.versions for shard in broken))))
         if more == lost:
-            return Damage(tuple(broken), steps, needed)
+            return Damage(tuple(broken), steps, needed, frozenset(there) - set(saved))
         lost = more
+
+
+def _versions(maker: Maker, layout: RunLayout, place: Place) -> frozenset[int]:
+    """The snapshots that wrote a shard's samples: two, around a refresh that servers had."""
+    versions = {maker.version}
+    if isinstance(maker, ev.Score):
+        versions |= place.versions(layout.rollouts(maker.shard))
+    return frozenset(versions)
 
 
 def _file(maker: Maker, layout: RunLayout) -> tuple[Path, Kind]:

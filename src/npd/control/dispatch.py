@@ -9,7 +9,7 @@ checkpoint and repeats the segments recorded since).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from npd.config import RunConfig
@@ -54,6 +54,7 @@ class Dispatcher:
         self._scorers: asyncio.Queue[Worker] = _queue(crew.scorers)
         self._trainer_turn = asyncio.Lock()
         self._is_trainer_behind = False
+        self._damaged: set[int] = set()
         self._held: dict[str, int] = {}
 
     @property
@@ -104,6 +105,14 @@ class Dispatcher:
         """Bring the trainer to where the ledger says it is: last checkpoint, then the redo log."""
         self._is_trainer_behind = True
         await self._with_trainer(_nothing)
+
+    def pass_over(self, steps: Collection[int]) -> None:
+        """Never restore these checkpoints: they are damaged."""
+        for step in sorted(set(steps) - self._damaged):
+            self._on_message(
+                f"the checkpoint of step {step} is damaged. Going back further instead"
+            )
+        self._damaged.update(steps)
 
     async def republish(self, version: int, step: int) -> str:
         """Have the student as it was after `step` published again; returns the checksum.
@@ -221,11 +230,13 @@ class Dispatcher:
         everything."""
         trainer = self._crew.trainer
         for saved in reversed(self._ledger.checkpoints()):
-            if not self._place.has(saved.path) or (until is not None and saved.step > until):
+            is_late = until is not None and saved.step > until
+            if is_late or saved.step in self._damaged or not self._place.has(saved.path):
                 continue
             try:
                 await self._call(trainer, "restore", saved.step, doing="restore")
             except StoreError as error:
+                self._damaged.add(saved.step)
                 self._on_message(f"{error}. Going back further instead")
             else:
                 return saved.step

@@ -18,7 +18,7 @@ from npd.store import files, snapshots
 from npd.store.exchange import Exchange
 from npd.store.layout import RunLayout
 from npd.store.remote import Remote
-from npd.store.shards import Kind, verify_shard
+from npd.store.shards import Kind, read_rollouts, verify_shard
 from npd.workers.scratch import Scratch
 
 
@@ -33,8 +33,16 @@ class Place(Protocol):
         """Whether it is there and undamaged; `kind` is that of a shard."""
         ...
 
+    def versions(self, path: Path) -> set[int]:
+        """The snapshots that wrote a shard of rollouts; none if that cannot be told."""
+        ...
+
     def remove(self, path: Path) -> None:
         """Remove it, whole or not, so that it can be made again."""
+        ...
+
+    def forget(self, root: Path, newest: int) -> None:
+        """Remove snapshots or checkpoints in `root` that are newer than this. Nobody may write."""
         ...
 
     def point(self, root: Path, version: int) -> None:
@@ -67,9 +75,20 @@ class Folder:
             return False
         return True
 
+    def versions(self, path: Path) -> set[int]:
+        """See `Place`."""
+        try:
+            return {rollout.version for rollout in read_rollouts(path)}
+        except StoreError:
+            return set()
+
     def remove(self, path: Path) -> None:
         """See `Place`."""
         files.remove(path)
+
+    def forget(self, root: Path, newest: int) -> None:
+        """See `Place`."""
+        snapshots.drop_newer(root, newest)
 
     def point(self, root: Path, version: int) -> None:
         """See `Place`."""
@@ -98,9 +117,17 @@ class Elsewhere:
         """See `Place`. Notes are written last; what lies under one is checked when it is taken."""
         return self._exchange.has(path)
 
+    def versions(self, path: Path) -> set[int]:
+        """See `Place`. Nothing: that would take the file itself."""
+        return set()
+
     def remove(self, path: Path) -> None:
         """See `Place`."""
         self._exchange.remove(path)
+
+    def forget(self, root: Path, newest: int) -> None:
+        """See `Place`."""
+        self._exchange.drop_newer(root, newest)
 
     def point(self, root: Path, version: int) -> None:
         """See `Place`."""

@@ -8,18 +8,19 @@ actions that once made the shards; decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from npd.control import events as ev
-from npd.control.damage import Damage, survey
+from npd.control.damage import Damage, Shard, survey
 from npd.control.dispatch import Dispatcher
 from npd.control.place import Folder, Place
-from npd.control.replay import Maker
+from npd.control.replay import Maker, written
 from npd.errors import RunError, StoreError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.types import SampleStats
 from npd.wording import counted
 
 
@@ -46,41 +47,62 @@ async def repair(
     damage = survey(makers_of, ledger, layout, place, versions, is_over=is_over)
     if not dispatcher.rewrites_exactly:
         _check_is_makeable(damage)
+    dispatcher.pass_over(damage.checkpoints)
+    lost = {s.maker.shard for s in damage.shards if isinstance(s.maker, ev.Generate)}
+    recorded = written(lost, ledger) if lost else {}
     made = []
     for version in damage.versions:
         if version in damage.steps:
             await dispatcher.republish(version, damage.steps[version])
             made.append(f"made again: snapshot v{version}, which was missing or damaged")
-        for action, path in damage.of(version):
-            place.remove(path)
-            await _make(action, dispatcher, path, damage.needed[action.shard])
+        for shard in damage.of(version):
+            needed = damage.needed[shard.maker.shard]
+            place.remove(shard.path)
+            event = await _make(shard, dispatcher, needed)
+            if isinstance(event, ev.ShardGenerated):
+                _check_is_same(shard.path, event, recorded, needed)
     if damage.shards:
         made.append(f"made again: {counted(len(damage.shards), 'missing or damaged shard file')}")
     return made
 
 
 def _check_is_makeable(damage: Damage) -> None:
-    for action, path in damage.shards:
-        if isinstance(action, ev.Generate):
+    for shard in damage.shards:
+        if isinstance(shard.maker, ev.Generate):
             raise StoreError(
-                f"{path} is missing or damaged, and what a server wrote is not written the same "
-                "again: bring the file back, or start a new run"
+                f"{shard.path} is missing or damaged, and what a server wrote is not written the "
+                "same again: bring the file back, or start a new run"
             )
 
 
 async def _make(
-    action: ev.Generate | ev.Score, dispatcher: Dispatcher, path: Path, needed: set[int]
-) -> None:
-    """Carry `action` out, again after each loss of its worker."""
+    shard: Shard, dispatcher: Dispatcher, needed: set[int]
+) -> ev.ShardGenerated | ev.ShardScored:
+    """Carry out what made it, again after each loss of its worker."""
     cause = ""
     for _ in range(dispatcher.max_tries):
-        event = await dispatcher.run(action)
+        event = await dispatcher.run(shard.maker)
         if isinstance(event, ev.ShardGenerated | ev.ShardScored):
             lost = [f"sample {i}: {reason}" for i, reason in event.failed if i in needed]
             if not lost:
-                return
+                return event
             cause = lost[0]
             break
         assert isinstance(event, ev.ShardFailed)
         cause = event.error
-    raise RunError(f"{path} could not be made again: {cause}; mend the cause and use --resume")
+    raise RunError(
+        f"{shard.path} could not be made again: {cause}; mend the cause and use --resume"
+    )
+
+
+def _check_is_same(
+    path: Path, event: ev.ShardGenerated, recorded: Mapping[int, SampleStats], needed: set[int]
+) -> None:
+    """On another device, or with other libraries, samples may come out otherwise."""
+    for stats in event.stats:
+        before = recorded.get(stats.sample_id)
+        if stats.sample_id in needed and before != stats:
+            raise StoreError(
+                f"{path} was lost, and sample {stats.sample_id} is not written the same again here "
+                "(another device or version?): resume where the run was, or start a new run"
+            )

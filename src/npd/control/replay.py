@@ -10,6 +10,7 @@ from npd.control import events as ev
 from npd.control.plan import Plan
 from npd.errors import RunError
 from npd.store.ledger import Ledger
+from npd.types import SampleStats
 
 Maker: TypeAlias = ev.Generate | ev.Score
 Makers: TypeAlias = dict[tuple[str, int], Maker]
@@ -47,3 +48,15 @@ def makers_of(shards: Collection[int], ledger: Ledger, plan: Plan) -> Makers:
         wanted = (a for a in actions if isinstance(a, ev.Generate | ev.Score))
         under_way |= {ev.key(action): action for action in wanted if action.shard in shards}
     return makers
+
+
+def written(shards: Collection[int], ledger: Ledger) -> dict[int, SampleStats]:
+    """What was recorded of the samples of these shards when they were written, by id."""
+    found: dict[int, SampleStats] = {}
+    for _, kind, payload in ledger.events():
+        if kind == "ShardGenerated" and payload["shard"] in shards:
+            payload.pop("digest", None)
+            event = codec.decode(kind, payload)
+            assert isinstance(event, ev.ShardGenerated)
+            found |= {stats.sample_id: stats for stats in event.stats}
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from npd.config import RunConfig
 from npd.control import codec
 from npd.control import events as ev
 from npd.control.place import readable
-from npd.errors import NpdError
+from npd.errors import NpdError, StoreError
 from npd.filters import bounds, delta_ifd
 from npd.observe.report import (
     Example,
@@ -211,17 +212,13 @@ def _examples(
         group = chosen.setdefault((sample.outcome, sample.reason), [])
         if len(group) < _EXAMPLES_EACH:
             group.append(sample)
-    try:
-        with readable(layout, config) as shown:
-            return [
-                _example(shown, chat, sample, shards[sample.stats.sample_id])
-                for group in chosen.values()
-                for sample in group
-            ]
-    except NpdError:
-        if config.shared_url is None:
-            raise
-        return []  # this machine may not read there; the numbers are worth telling without texts
+    found = []
+    # This machine may not read there, or a file may be gone: the numbers are worth telling still.
+    with suppress(NpdError), readable(layout, config) as shown:
+        for sample in (sample for group in chosen.values() for sample in group):
+            with suppress(StoreError):
+                found.append(_example(shown, chat, sample, shards[sample.stats.sample_id]))
+    return found
 
 
 def _example(layout: RunLayout, chat: Chat, sample: ReportSample, shard: int) -> Example:

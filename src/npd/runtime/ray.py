@@ -81,7 +81,10 @@ class RayWorker(SerialWorker):
             reply = await _within(limit, request)
         except TimeoutError:
             raise self._overran(method, limit) from None
-        except _errors().RayError:
+        except _errors().RayError as error:
+            # Out of reach is not dead: what Ray lost sight of must not write on unseen.
+            if not isinstance(error, _errors().ActorDiedError):
+                self._kill(for_ever=False)
             raise self._died(f"while it held {method}()") from None
         if not reply:
             raise self._died("while it was idle")
@@ -100,13 +103,18 @@ class RayWorker(SerialWorker):
             except TimeoutError:
                 break
             except _errors().RayError as error:
+                if self._gone is not None:
+                    raise WorkerLostError(self._gone) from None
                 self._actor = self._start()
                 raise self._lose(
                     f"worker {self.name} could not be started by Ray: {_cause(error)}"
                 ) from None
             else:
+                if self._gone is not None:
+                    raise WorkerLostError(self._gone)
                 if life != self._former:
                     return life
+                self._kill(for_ever=False)
                 await asyncio.sleep(_POLL_SECONDS)
         raise RunError(
             f"worker {self.name} got no place in the Ray cluster within {self._start_timeout:g} s "

@@ -90,6 +90,10 @@ class Exchange:
         newest = max(keep, default=0)
         self._remove_where(root, lambda number, _: number < newest and number not in keep)
 
+    def drop_newer(self, root: Path, newest: int) -> None:
+        """Remove versions (or steps) in `root` that are newer. Only while nobody writes."""
+        self._remove_where(root, lambda number, _: number > newest)
+
     def sweep(self, root: Path) -> None:
         """Remove parts of directories that killed writers left. Only while nobody writes."""
         self._remove_where(root, lambda _, path: self._note(path) is None)

@@ -273,7 +273,8 @@ class Ledger:
         self._execute("COMMIT")
         if self._is_durable:
             # What a commit wrote is in the write-ahead log; SQLite takes no locks on that file.
-            files.sync(self.path.with_name(f"{self.path.name}-wal"))
+            with files.explain_write(self.path):
+                files.sync(self.path.with_name(f"{self.path.name}-wal"))
 
     def _relative(self, path: Path) -> str:
         """Relative to the run directory where it lies in it, so that the directory may move."""

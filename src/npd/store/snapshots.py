@@ -90,14 +90,30 @@ def latest(root: Path) -> int | None:
 
 
 def prune(root: Path, keep: Collection[int]) -> list[int]:
-    """Remove versions (or checkpoint steps) not in `keep`, never LATEST's; returns the removed."""
+    """Remove versions (or checkpoint steps) not in `keep` and older than the newest of it.
+
+    Never LATEST's, nor what is newer: that may have been written this moment. Returns the removed.
+    """
     kept: set[int | None] = {*keep, latest(root)}
-    numbered = [(path, _VERSIONED.fullmatch(path.name)) for path in sorted(root.glob("*"))]
-    found = {int(match[1]): path for path, match in numbered if match and path.is_dir()}
-    removed = [number for number in sorted(found) if number not in kept]
+    newest, found = max(keep, default=0), _published(root)
+    removed = [number for number in sorted(found) if number not in kept and number < newest]
     for number in removed:
         _discard(found[number])
     return removed
+
+
+def drop_newer(root: Path, newest: int) -> None:
+    """Remove versions (or steps) that are newer, and LATEST where it names one of them."""
+    for number, path in sorted(_published(root).items()):
+        if number > newest:
+            if (root / _LATEST).exists() and latest(root) == number:
+                files.remove(root / _LATEST)
+            _discard(path)
+
+
+def _published(root: Path) -> dict[int, Path]:
+    numbered = [(path, number_of(path.name)) for path in sorted(root.glob("*")) if path.is_dir()]
+    return {number: path for path, number in numbered if number is not None}
 
 
 def number_of(name: str) -> int | None:

@@ -62,8 +62,10 @@ class ScorerWorker:
         path = self._layout.scored(task.shard)
         there = read_scored(path) if path.exists() else []
         failed: tuple[Failed, ...] = ()
-        if _ids(there) != task.sample_ids:
-            found = self._completed(there, self._chosen(task))
+        rollouts = self._chosen(task)
+        known = {record.rollout.sample_id: record for record in there}
+        if _ids(there) != task.sample_ids or not all(_is_of(known, r) for r in rollouts):
+            found = self._completed(there, rollouts)
             failed = tuple(item for item in found if isinstance(item, Failed))
             records = [item for item in found if isinstance(item, Scored)]
             # Records are equal where they are the same one: rounding them again is not free.
