@@ -106,7 +106,8 @@ def test_each_worker_has_a_place_of_its_own(kind, tmp_path):
     else:
         assert os.getpid() not in inside
         assert [pid for pid, _ in places] == pids
-        assert not any(is_running(pid) for pid in pids)
+        # Ray ends the process of an actor that is no more a moment later.
+        assert all(wait_until_gone(pid, 15.0 if kind == "ray" else 0.0) for pid in pids)
 
 
 def test_calls_of_one_worker_take_turns_in_order(kind, tmp_path):

@@ -72,6 +72,8 @@ class RayWorker(SerialWorker):
             with suppress(_errors().RayError, TimeoutError):
                 await _within(_GRACE_SECONDS, self._actor.close.remote())
         self._kill(for_ever=True)
+        with suppress(_errors().RayError, TimeoutError):  # until Ray knows that it is no more
+            await _within(_GRACE_SECONDS, self._actor.life.remote())
         await self._settle()
 
     async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> Reply:
