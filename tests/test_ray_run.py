@@ -18,7 +18,7 @@ from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from test_crash import Run, _is_alive
+from run_process import Run, is_alive
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
 
@@ -167,7 +167,7 @@ def test_no_cluster_at_the_address_is_one_line(tmp_path, tiny_model_dir, tiny_te
 
 def _wait_until_gone(pids) -> None:
     deadline = time.monotonic() + 30
-    while (alive := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline:
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
 

@@ -26,7 +26,7 @@ from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
 from npd.workers import Factory, GenerateTask, ScoreTask
-from test_crash import Run, _is_alive, child_named
+from run_process import Run, child_named, is_alive
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
@@ -180,7 +180,7 @@ def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
     run.finish(process)
     assert killed == 2
     assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
-    assert not [pid for pid in seen if _is_alive(pid)]
+    assert not [pid for pid in seen if is_alive(pid)]
     assert not list(run.layout.root.glob(".meeting*"))
 
 

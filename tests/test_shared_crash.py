@@ -10,7 +10,8 @@ import pytest
 
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from test_crash import Run, child_named, student_bytes
+from run_process import Run, child_named
+from test_crash import student_bytes
 from test_ray_run import seats
 from test_run import check_books
 
