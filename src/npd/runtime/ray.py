@@ -47,7 +47,7 @@ class RayWorker(SerialWorker):
         self._actor = start()
         self._met: Life | None = None
         self._former: Life | None = None
-        self._is_alive = True
+        self._is_alive, self._is_doubtful = True, False
 
     @property
     def pid(self) -> int | None:
@@ -57,7 +57,9 @@ class RayWorker(SerialWorker):
     async def restart(self) -> None:
         """End what is left of the actor's life; its next one is met by the next call."""
         self._gone = f"worker {self.name} was restarted while it held a call: ask again"
-        if self._is_alive:
+        if self._is_doubtful:
+            await self._make_sure()
+        elif self._is_alive:
             self._kill(for_ever=False)
         await self._settle()
         self._former, self._met = self._met or self._former, None
@@ -84,13 +86,30 @@ class RayWorker(SerialWorker):
         except TimeoutError:
             raise self._overran(method, limit) from None
         except _errors().RayError as error:
-            # Out of reach is not dead: what Ray lost sight of must not write on unseen.
-            if not isinstance(error, _errors().ActorDiedError):
-                self._kill(for_ever=False)
+            self._is_doubtful = not isinstance(error, _errors().ActorDiedError)
             raise self._died(f"while it held {method}()") from None
         if not reply:
             raise self._died("while it was idle")
         return opened(reply)
+
+    async def _make_sure(self) -> None:
+        """Out of reach is not dead: what Ray only lost sight of must not write on unseen."""
+        self._is_doubtful = False
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                life = await _within(_GRACE_SECONDS, self._actor.life.remote())
+            except _errors().ActorUnavailableError:
+                await asyncio.sleep(_POLL_SECONDS)  # it is being started again
+            except TimeoutError:
+                break  # busy, with what it was lost over
+            except _errors().RayError:
+                return
+            else:
+                if life != self._met:
+                    return
+                break
+        self._kill(for_ever=False)
 
     async def _meet(self) -> Life:
         """The actor's present life, once Ray has found it a place; not the one that was ended."""
