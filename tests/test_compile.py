@@ -32,7 +32,7 @@ from test_trainer import (
 
 LOSS = LossConfig(target="tail")
 # torch warns of its own insides while it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1200)]
 
 # Norm; projections and positions; output projection; MLP. Attention between them is not compiled.
 GRAPHS = 4

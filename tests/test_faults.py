@@ -30,30 +30,25 @@ OVERLAPPED = {
 
 
 @pytest.fixture
-def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    """Makes the run in `tmp_path`; `disk` is where its directory lies."""
-
-    runs = []
+def make(make_run):
+    """As `make_run`; `disk` is where the run's directory lies."""
 
     def build(disk: SmallDisk | DyingDisk | None = None, **sections) -> Run:
-        run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, **sections)
-        runs.append(run)
+        run = make_run(**sections)
         if disk is not None:
             run.prefix = disk.prefix
             run.layout = RunLayout(disk.view(run.layout.root))
         return run
 
-    yield build
-    for run in runs:
-        run.end()
+    return build
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
     """The student of an undisturbed inline run, and how many events that takes."""
-    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
-    run.finish()
-    return student_bytes(run), run.num_events()
+    with Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir) as run:
+        run.finish()
+        return student_bytes(run), run.num_events()
 
 
 def student_bytes(run: Run) -> bytes:

@@ -18,10 +18,11 @@ from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import Run, is_alive
+from run_process import is_alive
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
 
+pytestmark = pytest.mark.timeout(1200)
 TRAIN = {
     "batch_size": 6, "row_tokens": 112, "lr": 2e-3, "min_lr": 2e-4, "dtype": "float32",
 }  # fmt: skip
@@ -80,13 +81,8 @@ def test_a_run_on_ray_makes_the_student_of_one_process(
 
 
 @pytest.mark.slow
-def test_killed_actors_are_replaced_and_nothing_is_lost(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, on_ray
-):
-    run = Run(
-        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=on_ray, schedule=WINDOWED,
-        train={**TRAIN, "ranks": 2},
-    )  # fmt: skip
+def test_killed_actors_are_replaced_and_nothing_is_lost(make_run, on_ray):
+    run = make_run(runtime=on_ray, schedule=WINDOWED, train={**TRAIN, "ranks": 2})
     process = run.start()
     victims = ("generator-0", "scorer-0", "trainer-0", "trainer-1")
     killed = []
@@ -108,10 +104,8 @@ def test_killed_actors_are_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_killed_controller_takes_its_actors_along_and_resumes(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, on_ray
-):
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=on_ray, schedule=WINDOWED)
+def test_a_killed_controller_takes_its_actors_along_and_resumes(make_run, on_ray):
+    run = make_run(runtime=on_ray, schedule=WINDOWED)
     process = run.start()
     assert run.wait_for(12, process), run.log.read_text()[-2000:]
     pids = seats(run.layout.root)
@@ -124,12 +118,10 @@ def test_a_killed_controller_takes_its_actors_along_and_resumes(
 
 
 @pytest.mark.slow
-def test_one_machine_is_a_cluster_of_its_own_and_leaves_nothing(
-    tmp_path, tiny_model_dir, tiny_teacher_dir
-):
+def test_one_machine_is_a_cluster_of_its_own_and_leaves_nothing(make_run):
     """`address` null: Ray is started for the run, and gone with it, however the run ends."""
     ray = {"kind": "ray", "device": "cpu", "threads": 1}
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=ray, schedule=WINDOWED)
+    run = make_run(runtime=ray, schedule=WINDOWED)
     before = _ray_processes()
     process = run.start()
     assert run.wait_for(6, process), run.log.read_text()[-2000:]
