@@ -276,7 +276,7 @@ def _steps(run: Run, after: int) -> list[int]:
     """The recorded steps after `after`; none where there is no ledger yet."""
     try:
         with Ledger.reader(run.layout.ledger_db) as ledger:
-            segments = ledger.segments_after(after)
+            segments = list(ledger.segments_after(after))
     except NpdError:
         return []
     return [step.index for segment in segments for step in segment.steps if step.index > after]
