@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def tiny_model_dir(tmp_path_factory):
 def tiny_teacher_dir(tmp_path_factory):
     """A saved tiny teacher (seed 1, one layer more), same tokenizer as the student's."""
     return save_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=3)
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    """Makes a `run_process.Run` in `tmp_path`; what is left of it ends with the test."""
+    from run_process import Run
+
+    with ExitStack() as stack:
+        yield lambda **sections: stack.enter_context(
+            Run(tmp_path, tiny_model_dir, tiny_teacher_dir, **sections)
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A disk of a test's own, that only the test's commands see: in a mount namespace of its own.
 
 Real `ENOSPC`, `EROFS` and `EIO`, for root too, without touching the machine. Where the system does
-not let the test make one, it is skipped.
+not let the test make one, it is skipped; with NPD_REQUIRE_DISKS=1 it fails.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 _EXT4_IOC_SHUTDOWN, _WITHOUT_LOG = 0x8004587D, 2
+
+
+def _do_without(reason: str) -> NoReturn:
+    assert os.environ.get("NPD_REQUIRE_DISKS") != "1", reason
+    pytest.skip(reason)
 
 
 class _Disk:
@@ -24,16 +30,21 @@ class _Disk:
     def __init__(self, place: Path, spaces: list[str], mount: str) -> None:
         self.place, self._spaces = place, spaces
         place.mkdir()
-        script = f"{mount} && echo ready && exec sleep 900"
+        # `cat` ends with its standard input, so with this process, however that ends.
+        script = f"{mount} && echo ready && exec cat"
         as_root = ["--map-root-user"] if "--user" in spaces else []
-        self._holder = subprocess.Popen(
-            ["unshare", *as_root, *spaces, "sh", "-c", script],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        try:
+            self._holder = subprocess.Popen(
+                ["unshare", *as_root, *spaces, "sh", "-c", script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except FileNotFoundError:
+            _do_without("this system has no unshare (util-linux)")
         if self._holder.stdout.readline() != b"ready\n":
             self.close()
-            pytest.skip("this system does not let a test mount a disk of its own")
+            _do_without("this system does not let a test mount a disk of its own")
 
     def __enter__(self):
         return self
@@ -45,6 +56,7 @@ class _Disk:
         """Take the disk away with everything on it."""
         self._holder.kill()
         self._holder.wait()
+        self._holder.stdin.close()
         self._holder.stdout.close()
 
     @property
@@ -96,7 +108,7 @@ class DyingDisk(_Disk):
 
     def __init__(self, place: Path, mib: int = 64) -> None:
         if os.geteuid() or shutil.which("mkfs.ext4") is None:
-            pytest.skip("mounting a file as a disk needs root and mkfs.ext4")
+            _do_without("mounting a file as a disk needs root and mkfs.ext4")
         image = place.with_suffix(".img")
         with image.open("wb") as file:
             file.truncate(mib * 2**20)

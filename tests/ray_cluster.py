@@ -26,7 +26,7 @@ ENVIRONMENT = {
 def ray_cluster() -> Iterator[tuple[str, list[int]]]:
     """Its address, and the processes that hold it: two nodes, of two and of three CPUs.
 
-    Every worker can import what tests can.
+    Neither has a GPU, whatever the machine has. Every worker can import what tests can.
     """
     options = {"prefix": "ray-", "dir": "/tmp", "ignore_cleanup_errors": True}
     with tempfile.TemporaryDirectory(**options) as place:
@@ -48,7 +48,7 @@ def ray_cluster() -> Iterator[tuple[str, list[int]]]:
 
 
 def _start(options: dict[str, object], log: Path) -> subprocess.Popen:
-    options = {**options, "object-store-memory": 128 * 2**20, "block": None}
+    options = {**options, "num-gpus": 0, "object-store-memory": 128 * 2**20, "block": None}
     flags = [f"--{name}" + ("" if v is None else f"={v}") for name, v in options.items()]
     with log.open("wb") as out:
         process = subprocess.Popen(

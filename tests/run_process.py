@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -25,7 +26,8 @@ LIMIT = 600.0
 class Run:
     """One run directory, driven by as many `npd run` processes as it takes.
 
-    `prefix` is put before the command, `environment` over this process's own.
+    `prefix` is put before the command, `environment` over this process's own. As a context it ends
+    what it started; in a test, `make_run` of conftest.py does.
     """
 
     def __init__(
@@ -41,6 +43,12 @@ class Run:
         self.log = folder / "out.log"
         self._started: list[subprocess.Popen] = []
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
     def start(self) -> subprocess.Popen:
         resume = ["--resume"] if self.layout.config_json.exists() else []
         command = [*self.prefix, sys.executable, "-m", "npd", "run", str(self.config), *resume]
@@ -53,7 +61,7 @@ class Run:
         return process
 
     def end(self) -> None:
-        """Kill what is still running of it, after a test that failed."""
+        """Kill what is still running of it; its workers go with it."""
         for process in self._started:
             process.kill()
             process.wait()
@@ -92,6 +100,16 @@ def child_named(parent: int, name: str) -> int | None:
             if name.encode() in arguments:
                 return int(pid)
     return None
+
+
+def wait_for_child(process: subprocess.Popen, name: str, known: Collection[int] = ()) -> int:
+    """The same, as soon as there is one that is not among the `known`; the run must go on."""
+    deadline = time.monotonic() + LIMIT
+    while (pid := child_named(process.pid, name)) is None or pid in known:
+        assert process.poll() is None, f"the run ended without {name}"
+        assert time.monotonic() < deadline, f"no {name}"
+        time.sleep(0.01)
+    return pid
 
 
 def is_alive(pid: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -32,10 +34,22 @@ from test_trainer import (
 
 LOSS = LossConfig(target="tail")
 # torch warns of its own insides while it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1200)]
 
 # Norm; projections and positions; output projection; MLP. Attention between them is not compiled.
 GRAPHS = 4
+
+
+@pytest.fixture
+def compiler():
+    """For tests that compile: skips them where nothing can (not with NPD_REQUIRE_COMPILER=1)."""
+    try:
+        check_compilers("cpu")
+        return
+    except ConfigError as error:
+        reason = str(error)
+    assert os.environ.get("NPD_REQUIRE_COMPILER") != "1", reason
+    pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +88,7 @@ def floats(trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"activation_checkpointing": True}, {"lora": LoraConfig(rank=4, alpha=8)}],
@@ -99,6 +114,7 @@ def test_compiled_layers_take_the_same_steps(changes, samples, tmp_path):  # noq
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_rows_of_any_length_and_number_of_documents_compile_once(teacher, tiny_model_dir):  # noqa: F811
     rng = np.random.default_rng(0)
     lengths = [tuple(rng.integers(1, 30, 2)) for _ in range(60)]
@@ -119,6 +135,7 @@ def test_rows_of_any_length_and_number_of_documents_compile_once(teacher, tiny_m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_bfloat16_is_rounded_no_worse(samples, tiny_model_dir):  # noqa: F811
     runs = {}
     for name, config in (
@@ -133,6 +150,7 @@ def test_bfloat16_is_rounded_no_worse(samples, tiny_model_dir):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_compiled_ranks_take_the_steps_of_one(samples, tmp_path, tiny_model_dir):  # noqa: F811
     alone = make_trainer(tiny_model_dir, samples, FP32, LOSS)
     expected = alone.train(segment_on(1, samples))
@@ -149,6 +167,7 @@ def test_compiled_ranks_take_the_steps_of_one(samples, tmp_path, tiny_model_dir)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_a_run_that_goes_on_repeats_one_that_was_not_stopped(samples, tmp_path, tiny_model_dir):  # noqa: F811
     config = with_compile(FP32)
     straight = make_trainer(tiny_model_dir, samples, config, LOSS)
@@ -167,6 +186,7 @@ def test_a_run_that_goes_on_repeats_one_that_was_not_stopped(samples, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_evaluating_and_decoding_compile_nothing(samples, tiny_model_dir):  # noqa: F811
     trainer = make_trainer(tiny_model_dir, samples, with_compile(FP32), LOSS)
     ids = torch.arange(3, 20)[None]
@@ -180,6 +200,7 @@ def test_evaluating_and_decoding_compile_nothing(samples, tiny_model_dir):  # no
     assert num_graphs() > 0
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_model_without_named_layers_is_refused(tiny_model_dir):
     model = load_model(tiny_model_dir)
     model._no_split_modules = None
@@ -201,6 +222,7 @@ def test_a_missing_compiler_is_told(device, variable, words, monkeypatch, tmp_pa
         check_compilers(device, has_triton=True)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_gpu_needs_triton():
     check_compilers("cuda", has_triton=True)
     with pytest.raises(ConfigError, match="needs triton"):

@@ -14,7 +14,9 @@ import pytest
 
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import LIMIT, Run, check_books, child_named, is_alive
+from run_process import LIMIT, Run, check_books, child_named, is_alive, wait_for_child
+
+pytestmark = pytest.mark.timeout(1200)
 
 
 def student_bytes(run: Run) -> bytes:
@@ -24,17 +26,15 @@ def student_bytes(run: Run) -> bytes:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
     """An undisturbed inline run: its number of events and its student."""
-    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
-    run.finish()
-    return run.num_events(), student_bytes(run)
+    with Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir) as run:
+        run.finish()
+        return run.num_events(), student_bytes(run)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.55, 0.8])
-def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(
-    share, whole, tmp_path, tiny_model_dir, tiny_teacher_dir
-):
+def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(share, whole, make_run):
     events, expected = whole
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir)
+    run = make_run()
     process = run.start()
     assert run.wait_for(int(share * events), process)
     process.kill()
@@ -49,13 +49,8 @@ def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(
 
 
 @pytest.mark.parametrize("victim", ["generator-0", "scorer-0", "trainer"])
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(
-    victim, tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(victim, make_run):
+    run = make_run(
         runtime={"kind": "local"},
         schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
                   "refresh": {"every_steps": 6}},
@@ -78,10 +73,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     assert steps == list(range(1, 25)), "each step counts once"
 
 
-def test_a_killed_local_controller_takes_its_workers_along_and_resumes(
-    tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"})
+def test_a_killed_local_controller_takes_its_workers_along_and_resumes(make_run):
+    run = make_run(runtime={"kind": "local"})
     process = run.start()
     for events in (3, 15):
         assert run.wait_for(events, process)
@@ -99,10 +92,8 @@ def test_a_killed_local_controller_takes_its_workers_along_and_resumes(
     check_books(run.layout, reuse=2)
 
 
-def test_sigterm_drains_saves_and_resumes_and_a_second_signal_stops_at_once(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, whole
-):
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir)
+def test_sigterm_drains_saves_and_resumes_and_a_second_signal_stops_at_once(make_run, whole):
+    run = make_run()
     process = run.start()
     assert run.wait_for(8, process)
     process.terminate()
@@ -122,16 +113,10 @@ def test_sigterm_drains_saves_and_resumes_and_a_second_signal_stops_at_once(
     assert student_bytes(run) == whole[1]
 
 
-def test_workers_lost_while_loading_and_preparing_are_replaced(
-    tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"})
+def test_workers_lost_while_loading_and_preparing_are_replaced(make_run):
+    run = make_run(runtime={"kind": "local"})
     process = run.start()
-    deadline = time.monotonic() + LIMIT
     for name in ("scorer-0", "trainer"):
-        while (pid := child_named(process.pid, name)) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(wait_for_child(process, name), signal.SIGKILL)
     run.finish(process)
     check_books(run.layout, reuse=2)

@@ -8,6 +8,7 @@ run bit for bit.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import time
@@ -30,30 +31,25 @@ OVERLAPPED = {
 
 
 @pytest.fixture
-def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    """Makes the run in `tmp_path`; `disk` is where its directory lies."""
-
-    runs = []
+def make(make_run):
+    """As `make_run`; `disk` is where the run's directory lies."""
 
     def build(disk: SmallDisk | DyingDisk | None = None, **sections) -> Run:
-        run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, **sections)
-        runs.append(run)
+        run = make_run(**sections)
         if disk is not None:
             run.prefix = disk.prefix
             run.layout = RunLayout(disk.view(run.layout.root))
         return run
 
-    yield build
-    for run in runs:
-        run.end()
+    return build
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
     """The student of an undisturbed inline run, and how many events that takes."""
-    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
-    run.finish()
-    return student_bytes(run), run.num_events()
+    with Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir) as run:
+        run.finish()
+        return student_bytes(run), run.num_events()
 
 
 def student_bytes(run: Run) -> bytes:
@@ -130,19 +126,22 @@ def test_damaged_files_are_found_named_and_made_again(make, expected):
     flip(run.layout.heldout)
     assert f"{run.layout.heldout} does not match its checksum: delete it" in complaint(run)
     run.layout.heldout.unlink()
-    [checkpoint] = run.layout.checkpoints.glob("step-*")
-    flip(checkpoint / "optimizer.safetensors")
-    snapshots = sorted(run.layout.snapshots.glob("v*"))
-    flip(snapshots[-1] / "model.safetensors")
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        checkpoint, snapshot = ledger.last_checkpoint(), ledger.snapshots()[-1]
+    # More may lie there: one just saved and not recorded yet, and the one before it.
+    for file in run.layout.checkpoints.glob("step-*/optimizer.safetensors"):
+        flip(file)
+    for file in run.layout.snapshots.glob("v*/model.safetensors"):
+        flip(file)
     for shard, path in enumerate(sorted(run.layout.rollouts(0).parent.glob("*.arrow"))):
         path.write_bytes(path.read_bytes()[: 8 * shard])
     for path in run.layout.scored(0).parent.glob("*.arrow"):
         flip(path)
     run.finish()
     said = run.log.read_text()
-    assert f"{checkpoint} is damaged" in said
-    assert f"snapshot v{int(snapshots[-1].name[1:])} was missing or damaged" in said
-    assert "shard files were missing or damaged, and are made again" in said
+    assert f"{checkpoint.path} is damaged" in said
+    assert f"snapshot v{snapshot.version}, which was missing or damaged" in said
+    assert re.search(r"made again: \d+ missing or damaged shard files", said)
     check_books(run.layout, reuse=2)
     assert student_bytes(run) == expected[0]
 

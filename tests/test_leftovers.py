@@ -17,7 +17,7 @@ import pytest
 
 from leftovers import Surroundings
 from npd.servers import nanny
-from run_process import LIMIT, Run, check_books, child_named
+from run_process import LIMIT, check_books, wait_for_child
 
 SCHEDULE = {
     "epochs": None, "steps": 120, "window": 20, "reuse": 2, "max_lag": 2,
@@ -27,18 +27,12 @@ SCHEDULE = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_leaves_nothing_behind_however_it_ends(
-    request, tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
+def test_a_run_leaves_nothing_behind_however_it_ends(make_run, tmp_path):
+    run = make_run(
         runtime={"kind": "local"},
         train={"row_tokens": 112, "ranks": 2},
         schedule=SCHEDULE,
     )
-    request.addfinalizer(run.end)
     around = Surroundings(tmp_path)
     run.environment = around.environment
 
@@ -50,9 +44,7 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
         return process
 
     process = started()
-    victim = child_named(process.pid, "trainer-1")
-    if victim is not None:
-        os.kill(victim, signal.SIGKILL)
+    os.kill(wait_for_child(process, "trainer-1"), signal.SIGKILL)
     process.terminate()
     assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
     assert around.left(run.layout.root) == [], "SIGTERM"

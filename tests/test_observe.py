@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd.errors import ConfigError, StoreError
+from npd.errors import ConfigError, RunError, StoreError
+from npd.observe.jsonl import JsonLines, read_json_lines
 from npd.observe.live import LiveState, PlainView, WorkerState, clock_text, make_view
 from npd.observe.metrics import METRICS, MetricsWriter, metric, read_metrics
 from npd.observe.panel import RichView, render_panel
@@ -24,6 +25,7 @@ from npd.observe.trace import (
 )
 from npd.observe.trackers import build_trackers
 from npd.reports import EvalReport, StepReport
+from store_samples import file_size_limit
 
 NOT_NUMBERS = {"step", "samples", "kl_sums", "teacher_kls"}
 SPANS = [
@@ -82,6 +84,23 @@ def test_a_line_torn_anywhere_costs_that_line_only(tmp_path_factory, cut):
     assert [line["step"] for line in read_metrics(path)] == list(range(whole))
     write_lines(path, 1)
     assert [line["step"] for line in read_metrics(path)] == [*range(whole), 0]
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    path = tmp_path / "m.jsonl"
+    lines = JsonLines(path)
+    lines.append({"step": 1})
+    whole = path.read_bytes()
+    # A part is taken in, as by a disk that fills up, and the rest refused.
+    with (
+        file_size_limit(len(whole) + 5),
+        pytest.raises(RunError, match=r"no space left while writing .*m\.jsonl"),
+    ):
+        lines.append({"step": 2})
+    assert path.read_bytes() == whole
+    lines.append({"step": 3})
+    lines.close()
+    assert read_json_lines(path) == [{"step": 1}, {"step": 3}]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):

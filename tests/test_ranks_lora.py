@@ -29,6 +29,7 @@ from test_run import QuietView, check_books, weights
 from test_trainer import make_trainer, teacher  # noqa: F401
 from tiny_run import tiny_config, write_prompts
 
+pytestmark = pytest.mark.timeout(1200)
 # Three does not divide by two or by four: some rank holds a smaller part, or none.
 LORA = LoraConfig(rank=3, alpha=6)
 

@@ -13,10 +13,11 @@ from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import Run, check_books, child_named, is_alive
+from run_process import check_books, is_alive, wait_for_child
 from test_run import QuietView, weights
 from tiny_run import tiny_config, write_prompts
 
+pytestmark = pytest.mark.timeout(1200)
 # Two or three rows a step, so that both ranks have work, and sometimes one has not.
 TRAIN = {
     "batch_size": 6, "row_tokens": 112, "lr": 2e-3, "min_lr": 2e-4, "dtype": "float32",
@@ -62,29 +63,22 @@ def test_a_run_on_two_ranks_makes_the_student_of_one(tmp_path, tiny_model_dir, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victims", [("trainer-1", "trainer-0")])
-def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
-    victims, tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
+def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(victims, make_run):
+    run = make_run(
         runtime={"kind": "local"},
         train={**TRAIN, "ranks": 2},
         schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
                   "refresh": {"every_steps": 6}},
     )  # fmt: skip
     process = run.start()
-    killed, seen = 0, set()
+    seen = set()
     for victim, events in zip(victims, (6, 20), strict=True):
         assert run.wait_for(events, process), run.log.read_text()[-2000:]
-        pids = {name: child_named(process.pid, name) for name in ("trainer-0", "trainer-1")}
-        seen |= {pid for pid in pids.values() if pid is not None}
-        if pids[victim] is not None:
-            os.kill(pids[victim], signal.SIGKILL)
-            killed += 1
+        names = ("trainer-0", "trainer-1")
+        pids = {name: wait_for_child(process, name, known=seen) for name in names}
+        seen |= set(pids.values())
+        os.kill(pids[victim], signal.SIGKILL)
     run.finish(process)
-    assert killed == 2
     assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
     with Ledger.reader(run.layout.ledger_db) as ledger:
         steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]

@@ -14,14 +14,16 @@ import pytest
 import yaml
 
 import npd
+from leftovers import Surroundings
 from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import Run, is_alive
+from run_process import LIMIT, is_alive
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
 
+pytestmark = pytest.mark.timeout(1200)
 TRAIN = {
     "batch_size": 6, "row_tokens": 112, "lr": 2e-3, "min_lr": 2e-4, "dtype": "float32",
 }  # fmt: skip
@@ -80,13 +82,8 @@ def test_a_run_on_ray_makes_the_student_of_one_process(
 
 
 @pytest.mark.slow
-def test_killed_actors_are_replaced_and_nothing_is_lost(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, on_ray
-):
-    run = Run(
-        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=on_ray, schedule=WINDOWED,
-        train={**TRAIN, "ranks": 2},
-    )  # fmt: skip
+def test_killed_actors_are_replaced_and_nothing_is_lost(make_run, on_ray):
+    run = make_run(runtime=on_ray, schedule=WINDOWED, train={**TRAIN, "ranks": 2})
     process = run.start()
     victims = ("generator-0", "scorer-0", "trainer-0", "trainer-1")
     killed = []
@@ -108,10 +105,8 @@ def test_killed_actors_are_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_killed_controller_takes_its_actors_along_and_resumes(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, on_ray
-):
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=on_ray, schedule=WINDOWED)
+def test_a_killed_controller_takes_its_actors_along_and_resumes(make_run, on_ray):
+    run = make_run(runtime=on_ray, schedule=WINDOWED)
     process = run.start()
     assert run.wait_for(12, process), run.log.read_text()[-2000:]
     pids = seats(run.layout.root)
@@ -124,31 +119,41 @@ def test_a_killed_controller_takes_its_actors_along_and_resumes(
 
 
 @pytest.mark.slow
-def test_one_machine_is_a_cluster_of_its_own_and_leaves_nothing(
-    tmp_path, tiny_model_dir, tiny_teacher_dir
-):
+def test_one_machine_is_a_cluster_of_its_own_and_leaves_nothing(make_run, tmp_path):
     """`address` null: Ray is started for the run, and gone with it, however the run ends."""
     ray = {"kind": "ray", "device": "cpu", "threads": 1}
-    run = Run(tmp_path, tiny_model_dir, tiny_teacher_dir, runtime=ray, schedule=WINDOWED)
-    before = _ray_processes()
-    process = run.start()
-    assert run.wait_for(6, process), run.log.read_text()[-2000:]
-    started = _ray_processes() - before
-    assert started
-    listening = _far_listeners(started)
+    run = make_run(runtime=ray, schedule=WINDOWED)
+    around = Surroundings(tmp_path)
+    run.environment = around.environment
+
+    def started(events=None):
+        process = run.start()
+        if events is not None:
+            assert run.wait_for(events, process), run.log.read_text()[-2000:]
+            around.look()
+            lines = around.processes().values()
+            assert any(line[0].endswith("raylet") for line in lines), "Ray is seen"
+        return process
+
+    def left(process):
+        # Its folder is not in TMPDIR where that is too long for Unix sockets.
+        folders = Path("/tmp").glob(f"npd-ray-{process.pid}-*")
+        return [*around.left(patience=30.0), *map(str, folders)]
+
+    process = started(6)
+    listening = _far_listeners(set(around.processes()))
     process.kill()
     process.wait()
-    _wait_until_gone(started)
+    assert left(process) == [], "kill -9"
     assert not listening, "a port is open to other machines"
-    process = run.start()
-    assert run.wait_for(14, process), run.log.read_text()[-2000:]
+    process = started(14)
     process.terminate()
-    assert process.wait(120) == 130, run.log.read_text()[-2000:]
-    _wait_until_gone(_ray_processes() - before)
-    run.finish()
-    _wait_until_gone(_ray_processes() - before)
+    assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
+    assert left(process) == [], "SIGTERM"
+    process = started()
+    run.finish(process)
+    assert left(process) == [], "success"
     check_books(run.layout, reuse=2)
-    assert not [p for p in Path("/tmp").glob("npd-ray-*") if str(process.pid) in p.name]
     assert "Traceback" not in run.log.read_text()
 
 
@@ -170,19 +175,6 @@ def _wait_until_gone(pids) -> None:
     while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive
-
-
-def _ray_processes() -> set[int]:
-    """Ray's processes of this machine: raylets, servers, actors."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"npd-ray-" in line or line.startswith(b"ray::"):
-            found.add(int(entry.name))
-    return found
 
 
 def _far_listeners(pids: set[int]) -> list[str]:

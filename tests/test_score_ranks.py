@@ -26,10 +26,12 @@ from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
 from npd.workers import Factory, GenerateTask, ScoreTask
-from run_process import Run, child_named, is_alive
+from run_process import is_alive, wait_for_child
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
+
+pytestmark = pytest.mark.timeout(1200)
 
 
 def check_scores(one, other, atol=2e-4):
@@ -159,26 +161,22 @@ def test_a_spread_teacher_on_ray(tmp_path, tiny_model_dir, tiny_teacher_dir, ray
 
 
 @pytest.mark.slow
-def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(
-    tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = Run(
-        tmp_path, tiny_model_dir, tiny_teacher_dir, runtime={"kind": "local"},
+def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(make_run):
+    run = make_run(
+        runtime={"kind": "local"},
         score={"top_k": 8, "row_tokens": 256, "dtype": "float32", "ranks": 2},
         schedule={"epochs": None, "steps": 20, "window": 20, "reuse": 2, "max_lag": 2,
                   "refresh": {"every_steps": 6}},
     )  # fmt: skip
     process = run.start()
-    seen, killed = set(), 0
+    seen = set()
     for victim, events in (("scorer-0-1", 6), ("scorer-0-0", 16)):
         assert run.wait_for(events, process), run.log.read_text()[-2000:]
-        pids = {name: child_named(process.pid, name) for name in ("scorer-0-0", "scorer-0-1")}
-        seen |= {pid for pid in pids.values() if pid is not None}
-        if pids[victim] is not None:
-            os.kill(pids[victim], signal.SIGKILL)
-            killed += 1
+        names = ("scorer-0-0", "scorer-0-1")
+        pids = {name: wait_for_child(process, name, known=seen) for name in names}
+        seen |= set(pids.values())
+        os.kill(pids[victim], signal.SIGKILL)
     run.finish(process)
-    assert killed == 2
     assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
     assert not [pid for pid in seen if is_alive(pid)]
     assert not list(run.layout.root.glob(".meeting*"))

@@ -10,38 +10,42 @@ import pytest
 
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import Run, child_named
+from run_process import Run, child_named, wait_for_child
 from test_crash import student_bytes
 from test_ray_run import seats
 from test_run import check_books
 
+pytestmark = pytest.mark.timeout(1200)
 
-def start_run(tmp_path, student, teacher, **sections) -> Run:
-    runtime = {
-        "kind": "inline",
-        "shared": f"file://{tmp_path}/store",
-        "scratch": str(tmp_path / "scratch"),
-        **sections.pop("runtime", {}),
-    }
-    return Run(tmp_path, student, teacher, runtime=runtime, **sections)
+
+@pytest.fixture
+def make_shared(make_run, tmp_path):
+    """Makes a run that exchanges its files by way of `tmp_path`."""
+    places = {"shared": f"file://{tmp_path}/store", "scratch": str(tmp_path / "scratch")}
+
+    def make(**sections) -> Run:
+        runtime = {"kind": "inline", **places, **sections.pop("runtime", {})}
+        return make_run(runtime=runtime, **sections)
+
+    return make
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
     """An undisturbed inline run in one folder: its number of events and its student."""
-    run = Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir)
-    run.finish()
-    return run.num_events(), student_bytes(run)
+    with Run(tmp_path_factory.mktemp("whole"), tiny_model_dir, tiny_teacher_dir) as run:
+        run.finish()
+        return run.num_events(), student_bytes(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("share", "keeps_scratch"), [(0.1, True), (0.5, False), (0.8, True)])
 def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(
-    share, keeps_scratch, whole, tmp_path, tiny_model_dir, tiny_teacher_dir
+    share, keeps_scratch, whole, tmp_path, make_shared
 ):
     """With what its workers left on their machine, or on a machine that has nothing."""
     events, expected = whole
-    run = start_run(tmp_path, tiny_model_dir, tiny_teacher_dir)
+    run = make_shared()
     process = run.start()
     assert run.wait_for(int(share * events), process)
     process.kill()
@@ -60,13 +64,8 @@ def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["generator-0", "scorer-0", "trainer"])
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(
-    victim, tmp_path, tiny_model_dir, tiny_teacher_dir
-):
-    run = start_run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(victim, tmp_path, make_shared):
+    run = make_shared(
         runtime={"kind": "local"},
         schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
                   "refresh": {"every_steps": 6}},
@@ -91,33 +90,20 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_trainer_of_two_ranks_exchanges_files_too(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    run = start_run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
-        runtime={"kind": "local"},
-        train={"ranks": 2},
-    )
+def test_a_trainer_of_two_ranks_exchanges_files_too(make_shared):
+    run = make_shared(runtime={"kind": "local"}, train={"ranks": 2})
     process = run.start()
     assert run.wait_for(20, process)
-    pid = child_named(process.pid, "trainer-1")
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    os.kill(wait_for_child(process, "trainer-1"), signal.SIGKILL)
     run.finish(process)
     check_books(run.layout, reuse=2)
     assert student_bytes(run)
 
 
 @pytest.mark.slow
-def test_actors_on_ray_that_share_no_folder_exchange_files(
-    tmp_path, tiny_model_dir, tiny_teacher_dir, ray_address
-):
+def test_actors_on_ray_that_share_no_folder_exchange_files(tmp_path, make_shared, ray_address):
     """Their run directory is the controller's alone; the trainer's actor is killed half way."""
-    run = start_run(
-        tmp_path,
-        tiny_model_dir,
-        tiny_teacher_dir,
+    run = make_shared(
         runtime={"kind": "ray", "device": "cpu", "threads": 1, "ray": {"address": ray_address}},
     )
     process = run.start()

@@ -3,29 +3,74 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from leftovers import Surroundings
+from soak import Soak, _judge
 from victims import CONTROLLER, KINDS, find_victims
 
+LIMIT = 1000.0
 SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts `soak.py --quick`; ends it, and it its runs, if the test does not see its end."""
+    started = []
+
+    def begin(**environment):
+        command = [sys.executable, SOAK, "--quick", "--out", tmp_path]
+        with (tmp_path / "out.log").open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+            )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_under_random_kills_ends_by_itself_and_nothing_is_lost(tmp_path):
-    command = [sys.executable, SOAK, "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+@pytest.mark.timeout(1200)
+def test_a_run_under_random_kills_ends_by_itself_and_nothing_is_lost(start, tmp_path):
+    assert start().wait(LIMIT) == 0, (tmp_path / "out.log").read_text()[-3000:]
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["problems"] == []
     assert len(found["kills"]) == 10
     assert len({kill["kind"] for kill in found["kills"]}) >= 2
     assert "Nothing was wrong" in (tmp_path / "soak.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_soak_that_is_told_to_end_takes_its_runs_along(start, tmp_path):
+    around = Surroundings(tmp_path)
+    # What torch compiled it keeps for good.
+    process = start(**around.environment, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "torch"))
+    while sum("npd" in line for line in around.processes().values()) < 3:
+        assert process.poll() is None, (tmp_path / "out.log").read_text()[-3000:]
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert around.left(patience=0.0) == []
+
+
+def test_undisturbed_runs_that_agree_by_chance_leave_room():
+    near, far = Soak(), Soak()
+    _judge(0.505, [0.5, 0.5, 0.5], near)
+    _judge(0.6, [0.5, 0.5, 0.5], far)
+    assert near.problems == []
+    assert far.problems == ["held-out KL 0.6000, expected 0.4427 to 0.5573"]
 
 
 def test_victims_are_the_runs_workers_and_servers_by_their_command_lines():

@@ -1,14 +1,16 @@
 """Append-only files of one JSON object a line, as a crash may leave them.
 
-Promises: a record is readable once `append` has returned, and a line that a crash tore off at the
-end is dropped by readers and by the next writer alike. Does not fsync: a lost last line of metrics
-costs nothing that the ledger does not keep.
+Promises: a record is readable once `append` has returned; what a full disk took of one is cut off
+again, and a line that a crash tore off at the end is dropped by readers and by the next writer
+alike. Does not fsync: a lost last line of metrics costs nothing that the ledger does not keep.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,19 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. RunError when the disk does not take it."""
-        data = memoryview(f"{_ENCODE(record)}\n".encode())
+        data, written = memoryview(f"{_ENCODE(record)}\n".encode()), 0
         with explain_write(self._path):
-            while data:  # a disk that fills up takes a part, and refuses the rest
-                data = data[self._file.write(data) :]
+            try:
+                while written < len(data):  # a disk that fills up takes a part, refuses the rest
+                    written += self._file.write(data[written:])
+            except OSError:
+                self._take_back(written)
+                raise
+
+    def _take_back(self, size: int) -> None:
+        """Cut the last `size` bytes off, so that the next line does not go on from half a one."""
+        with suppress(OSError):
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - size)
 
     def close(self) -> None:
         """Close the file; appending afterwards is an error."""
