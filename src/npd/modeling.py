@@ -10,7 +10,6 @@ Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ _LOADING = Lock()  # one thread at a time: transformers makes models on a device
 # for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
 # is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
 _PLACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
-_LOADING = threading.Lock()  # from_pretrained works on globals of torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
