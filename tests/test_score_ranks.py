@@ -52,20 +52,30 @@ def check_scores(one, other, atol=2e-4):
             assert values[1] == (None if values[0] is None else pytest.approx(values[0], abs=atol))
 
 
-def scored_by_ranks(config, layout, ranks, calls):
-    """What a scorer of `ranks` processes answers to `calls`, over the files of `layout`."""
-    factory = Factory("scorer", config, layout.root)
+def scored_by_ranks(configs, layout, calls):
+    """What a scorer answers to `calls`, or raises, over the files of `layout`; a config a rank."""
+    factories = [Factory("scorer", config, layout.root) for config in configs]
 
     async def story():
         runtime = LocalRuntime(layout.root / "logs", call_timeout=120.0)
         try:
-            workers = [runtime.spawn(f"scorer-{i}", factory, threads=1) for i in range(ranks)]
+            workers = [
+                runtime.spawn(f"scorer-{i}", factory, threads=1)
+                for i, factory in enumerate(factories)
+            ]
             group = RankGroup("scorer", workers, layout.root / "meeting")
-            return [(await group.call(*call)).value for call in calls]
+            return [await answer(group, call) for call in calls]
         finally:
             await runtime.close()
 
     return asyncio.run(story())
+
+
+async def answer(group, call):
+    try:
+        return (await group.call(*call)).value
+    except NpdError as error:
+        return error
 
 
 # With a plan: norms of each head, experts, scaled embeddings and two kinds of layers.
@@ -107,11 +117,38 @@ def test_ranks_score_as_one_process(family, tmp_path, tiny_model_dir, tiny_teach
 
     other = RunLayout(two.directory)
     calls = [("prepare_heldout", heldout), ("score", task), ("score", task)]
-    _, found, again = scored_by_ranks(two, other, 2, calls)
+    _, found, again = scored_by_ranks([two, two], other, calls)
     check_scores(layout.heldout, other.heldout)
     check_scores(layout.scored(0), other.scored(0))
     assert [s.sample_id for s in found.stats] == [s.sample_id for s in expected.stats]
     assert again == found, "what is there is not made again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "is_there"), [(1, False), (0, False), (1, True)])
+def test_a_model_that_one_rank_cannot_load_is_named_by_all(
+    victim, is_there, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    bad, prompts = tmp_path / "bad", write_prompts(tmp_path / "prompts.jsonl")
+    if is_there:
+        shutil.copytree(tiny_teacher_dir, bad)
+        os.truncate(bad / "model.safetensors", 100)
+
+    def config(teacher):
+        return tiny_config(
+            tiny_model_dir, teacher, prompts, tmp_path / "run", score={"ranks": 2},
+            runtime={"kind": "local", "device": "cpu"},
+        )  # fmt: skip
+
+    configs = [config(bad if rank == victim else tiny_teacher_dir) for rank in (0, 1)]
+    layout = RunLayout(tmp_path / "run")
+    layout.create()
+    call = ("prepare_heldout", tuple(prepare(config(tiny_teacher_dir)).heldout))
+    found = scored_by_ranks(configs, layout, [call, call])
+    # The second answer: no rank was lost, and all are where they were.
+    assert [type(error) for error in found] == [ModelError] * 2
+    assert all(str(error).startswith(f"rank {victim}, on ") for error in found)
+    assert all(str(bad) in str(error) for error in found)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 The first rank is the scorer; the others do what it does with the teacher, and nothing else: they
 load when it loads, read what it reads and write what it writes, because a layer's output takes all
 of them. What they find is the same, so it is not compared, and what they cannot do the first rank
-cannot either: it is the one to say so. Does not start ranks or connect them.
+cannot either (a load that fails on one fails on all: `World.agreed`): it is the one to say so. Does
+not start ranks or connect them.
 """
 
 from __future__ import annotations

@@ -106,20 +106,20 @@ class ScorerRank:
         return self._world.decided(lambda: order)
 
     def _load(self, name: str) -> PartOfTeacher:
-        return PartOfTeacher(self._config, self._scorer.chat, name)
+        return PartOfTeacher(self._config, self._scorer.chat, name, self._world)
 
 
 class PartOfTeacher:
     """A teacher of which this rank holds a part: all ranks must ask the same of it."""
 
-    def __init__(self, config: RunConfig, chat: Chat, name: str) -> None:
+    def __init__(self, config: RunConfig, chat: Chat, name: str, world: World) -> None:
         model = config.teacher_models[name]
         self._model = load_model(
             model,
             dtype=config.score.dtype,
             device=resolve_device(config.runtime.device),
             trust_remote_code=config.trust_remote_code,
-            ranks=config.score.ranks,
+            world=world,
         )
         self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
         self._sampling = Sampling(
