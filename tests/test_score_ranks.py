@@ -335,6 +335,14 @@ def test_a_model_without_a_plan_is_refused(tmp_path):
         check_divisible(str(directory), 2)
 
 
+def test_a_transformers_that_cannot_share_out_is_refused(tiny_model_dir, monkeypatch):
+    check_divisible(str(tiny_model_dir), 2)
+    monkeypatch.setattr("transformers.DistributedConfig", None)
+    check_divisible(str(tiny_model_dir), 1)
+    with pytest.raises(ModelError, match=r"score\.ranks 2 needs transformers 5\.17 or newer"):
+        check_divisible(str(tiny_model_dir), 2)
+
+
 def test_a_run_without_a_teacher_needs_no_plan(tiny_model_dir):
     values = {**SETTINGS, "student": str(tiny_model_dir), "teacher": None,
               "loss": {"kd_weight": 0.0}, "filter": {"name": "none"},

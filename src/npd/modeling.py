@@ -216,6 +216,13 @@ def read_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def can_share_out() -> bool:
+    """Whether this transformers can load a part of a model in each of several ranks: 5.17 can."""
+    import transformers
+
+    return getattr(transformers, "DistributedConfig", None) is not None
+
+
 def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = False) -> None:
     """Raises ModelError when the model's context is shorter than `longest` tokens.
 
