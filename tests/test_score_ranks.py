@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -21,11 +23,12 @@ from npd.errors import ModelError, NpdError
 from npd.runtime.local import LocalRuntime
 from npd.score.base import Document
 from npd.score.divisible import check_divisible
-from npd.score.together import Follower, Leader, Order
+from npd.score.together import Follower, Leader, Leaders, Order
 from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
 from npd.workers import Factory, GenerateTask, ScoreTask
+from npd.workers.ranked import PartOfTeacher, ScorerRank
 from run_process import Run, child_named, is_alive
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
@@ -281,6 +284,46 @@ def test_the_others_do_what_the_first_does_and_survive_what_it_is_told():
     assert first.count(("load", "m")) == 2, "loaded again when it is told so"
     assert not told.orders
     assert Order("m").what is None
+
+
+def test_what_the_first_lets_go_of_nobody_holds():
+    told, first, second = Told(), [], []
+    leaders = Leaders(lambda model: FakeReader(model, first), told.tell)
+    for name in ("m", "n", "m"):
+        leaders.hold(name).read({name: 0})
+    leaders.unload()
+    leaders.hold("m").read({"b": 0})
+    leaders.unload()
+    told.tell(None)
+    kept = weakref.WeakSet()
+
+    def load(model):
+        kept.add(reader := FakeReader(model, second))
+        return reader
+
+    follower = Follower(load, told.hear)
+    follower.follow()
+    assert second == first
+    assert first.count(("load", "m")) == 2
+    assert first.count(("load", "n")) == 1
+    assert not kept
+
+
+def test_held_out_text_alone_leaves_no_teacher_loaded(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    config = tiny_config(
+        tiny_model_dir, tiny_teacher_dir, write_prompts(tmp_path / "prompts.jsonl"),
+        tmp_path / "run", loss={"kd_weight": 0.0}, filter={"name": "none"}, score={"ranks": 2},
+        runtime={"kind": "local", "device": "cpu"},
+    )  # fmt: skip
+    assert not config.needs_scores
+    layout = RunLayout(config.directory)
+    layout.create()
+    scorer = ScorerRank(config, layout)  # joins nobody: the whole teacher is its part
+    scorer.prepare_heldout(tuple(prepare(config).heldout))
+    gc.collect()
+    assert layout.heldout.exists()
+    assert not [found for found in gc.get_objects() if type(found) is PartOfTeacher]
+    scorer.close()
 
 
 # What is refused, and where ranks run.

@@ -18,7 +18,7 @@ from npd.generate.transformers import generate_with
 from npd.modeling import decoding, load_model, resolve_device
 from npd.score.base import Document, Key, Reading
 from npd.score.prefill import PrefillReader
-from npd.score.together import Follower, Leader, Order
+from npd.score.together import Follower, Leaders, Order
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.types import Ask, EncodedPrompt, Rollout
@@ -36,8 +36,7 @@ class ScorerRank:
         self._world = World()
         self._meeting: str | None = None
         self._hosted: Any = None
-        self._scorer = ScorerWorker(config, layout, hold=self._lead)
-        self._leaders: dict[str, Leader] = {}
+        self._scorer = ScorerWorker(config, layout, held=Leaders(self._load, self._tell))
         self._follower = Follower(self._load, self._tell)
 
     def host(self) -> str:
@@ -96,11 +95,6 @@ class ScorerRank:
         # Of any other error the others hear by losing this rank: they may be waiting in a layer.
         self._tell(None)
         return found
-
-    def _lead(self, name: str) -> Leader:
-        if name not in self._leaders:
-            self._leaders[name] = Leader(name, self._load, self._tell)
-        return self._leaders[name]
 
     def _tell(self, order: Order | None) -> Order | None:
         return self._world.decided(lambda: order)
