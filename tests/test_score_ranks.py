@@ -29,6 +29,7 @@ from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
 from npd.workers import Factory, GenerateTask, ScoreTask
 from npd.workers.ranked import PartOfTeacher, ScorerRank
+from npd.workers.scorer import ScorerWorker
 from run_process import Run, child_named, is_alive
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
@@ -307,6 +308,29 @@ def test_what_the_first_lets_go_of_nobody_holds():
     assert first.count(("load", "m")) == 2
     assert first.count(("load", "n")) == 1
     assert not kept
+
+
+def test_held_out_text_is_written_in_the_type_that_one_process_writes_in(
+    tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+
+    def texts(name, make, writes, reads):
+        config = tiny_config(
+            tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, score={"dtype": reads},
+            generate={"dtype": writes}, eval={"max_new_tokens": 64}, runtime={"device": "cpu"},
+            data={"heldout_size": 20},
+        )  # fmt: skip
+        layout = RunLayout(config.directory)
+        layout.create()
+        scorer = make(config, layout)
+        scorer.prepare_heldout(tuple(prepare(config).heldout))
+        scorer.close()
+        return [s.rollout.response_ids.tolist() for s in read_scored(layout.heldout)]
+
+    whole = texts("a", ScorerWorker, "float32", "bfloat16")
+    assert texts("b", ScorerRank, "float32", "bfloat16") == whole
+    assert texts("c", ScorerRank, "bfloat16", "float32") != whole, "the types write alike"
 
 
 def test_held_out_text_alone_leaves_no_teacher_loaded(tmp_path, tiny_model_dir, tiny_teacher_dir):

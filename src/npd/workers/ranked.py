@@ -104,21 +104,21 @@ class ScorerRank:
 
 
 class PartOfTeacher:
-    """A teacher of which this rank holds a part: all ranks must ask the same of it."""
+    """A teacher of which this rank holds a part: all ranks must ask the same of it.
+
+    It reads in `score.dtype` and writes in `generate.dtype`, as one process would: loaded as it is
+    first asked, and anew where the other type is, because two copies might not fit.
+    """
 
     def __init__(self, config: RunConfig, chat: Chat, name: str, world: World) -> None:
-        model = config.teacher_models[name]
-        self._model = load_model(
-            model,
-            dtype=config.score.dtype,
-            device=resolve_device(config.runtime.device),
-            trust_remote_code=config.trust_remote_code,
-            world=world,
-        )
-        self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
+        self._config, self._world = config, world
+        self._path = config.teacher_models[name]
+        self._vocab_size = chat.vocab_size
+        self._model: Any = None
+        self._dtype: str | None = None
         self._sampling = Sampling(
             max_new_tokens=config.eval.max_new_tokens,
-            stop_ids=stop_ids(config, chat, name),
+            stop_ids=world.agreed(lambda: stop_ids(config, chat, name)),
             pad_id=chat.pad_id,
             temperature=0.0,
             top_p=1.0,
@@ -128,9 +128,24 @@ class PartOfTeacher:
 
     def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
         """A reading of each document, under its key."""
-        return self._reader.read(documents)
+        score = self._config.score
+        model = self._in(score.dtype)
+        return PrefillReader(model, self._path, self._vocab_size, score).read(documents)
 
     def write(self, asks: Sequence[Ask]) -> list[Rollout]:
         """A greedy response to each: held-out text."""
-        with decoding(self._model) as model:
+        with decoding(self._in(self._config.generate.dtype)) as model:
             return generate_with(model, asks, self._sampling, with_logprobs=False)
+
+    def _in(self, dtype: str) -> Any:
+        if dtype != self._dtype:
+            self._model = self._dtype = None
+            self._model = load_model(
+                self._path,
+                dtype=dtype,
+                device=resolve_device(self._config.runtime.device),
+                trust_remote_code=self._config.trust_remote_code,
+                world=self._world,
+            )
+            self._dtype = dtype
+        return self._model
