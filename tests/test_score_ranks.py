@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -21,11 +23,13 @@ from npd.errors import ModelError, NpdError
 from npd.runtime.local import LocalRuntime
 from npd.score.base import Document
 from npd.score.divisible import check_divisible
-from npd.score.together import Follower, Leader, Order
+from npd.score.together import Follower, Leader, Leaders, Order
 from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
 from npd.types import Ask, Outcome
 from npd.workers import Factory, GenerateTask, ScoreTask
+from npd.workers.ranked import PartOfTeacher, ScorerRank
+from npd.workers.scorer import ScorerWorker
 from run_process import is_alive, wait_for_child
 from test_modeling import PACKABLE, family_dir
 from test_run import QuietView, check_books, weights
@@ -54,20 +58,30 @@ def check_scores(one, other, atol=2e-4):
             assert values[1] == (None if values[0] is None else pytest.approx(values[0], abs=atol))
 
 
-def scored_by_ranks(config, layout, ranks, calls):
-    """What a scorer of `ranks` processes answers to `calls`, over the files of `layout`."""
-    factory = Factory("scorer", config, layout.root)
+def scored_by_ranks(configs, layout, calls):
+    """What a scorer answers to `calls`, or raises, over the files of `layout`; a config a rank."""
+    factories = [Factory("scorer", config, layout.root) for config in configs]
 
     async def story():
         runtime = LocalRuntime(layout.root / "logs", call_timeout=120.0)
         try:
-            workers = [runtime.spawn(f"scorer-{i}", factory, threads=1) for i in range(ranks)]
+            workers = [
+                runtime.spawn(f"scorer-{i}", factory, threads=1)
+                for i, factory in enumerate(factories)
+            ]
             group = RankGroup("scorer", workers, layout.root / "meeting")
-            return [(await group.call(*call)).value for call in calls]
+            return [await answer(group, call) for call in calls]
         finally:
             await runtime.close()
 
     return asyncio.run(story())
+
+
+async def answer(group, call):
+    try:
+        return (await group.call(*call)).value
+    except NpdError as error:
+        return error
 
 
 # With a plan: norms of each head, experts, scaled embeddings and two kinds of layers.
@@ -109,11 +123,38 @@ def test_ranks_score_as_one_process(family, tmp_path, tiny_model_dir, tiny_teach
 
     other = RunLayout(two.directory)
     calls = [("prepare_heldout", heldout), ("score", task), ("score", task)]
-    _, found, again = scored_by_ranks(two, other, 2, calls)
+    _, found, again = scored_by_ranks([two, two], other, calls)
     check_scores(layout.heldout, other.heldout)
     check_scores(layout.scored(0), other.scored(0))
     assert [s.sample_id for s in found.stats] == [s.sample_id for s in expected.stats]
     assert again == found, "what is there is not made again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "is_there"), [(1, False), (0, False), (1, True)])
+def test_a_model_that_one_rank_cannot_load_is_named_by_all(
+    victim, is_there, tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    bad, prompts = tmp_path / "bad", write_prompts(tmp_path / "prompts.jsonl")
+    if is_there:
+        shutil.copytree(tiny_teacher_dir, bad)
+        os.truncate(bad / "model.safetensors", 100)
+
+    def config(teacher):
+        return tiny_config(
+            tiny_model_dir, teacher, prompts, tmp_path / "run", score={"ranks": 2},
+            runtime={"kind": "local", "device": "cpu"},
+        )  # fmt: skip
+
+    configs = [config(bad if rank == victim else tiny_teacher_dir) for rank in (0, 1)]
+    layout = RunLayout(tmp_path / "run")
+    layout.create()
+    call = ("prepare_heldout", tuple(prepare(config(tiny_teacher_dir)).heldout))
+    found = scored_by_ranks(configs, layout, [call, call])
+    # The second answer: no rank was lost, and all are where they were.
+    assert [type(error) for error in found] == [ModelError] * 2
+    assert all(str(error).startswith(f"rank {victim}, on ") for error in found)
+    assert all(str(bad) in str(error) for error in found)
 
 
 @pytest.mark.slow
@@ -244,6 +285,69 @@ def test_the_others_do_what_the_first_does_and_survive_what_it_is_told():
     assert Order("m").what is None
 
 
+def test_what_the_first_lets_go_of_nobody_holds():
+    told, first, second = Told(), [], []
+    leaders = Leaders(lambda model: FakeReader(model, first), told.tell)
+    for name in ("m", "n", "m"):
+        leaders.hold(name).read({name: 0})
+    leaders.unload()
+    leaders.hold("m").read({"b": 0})
+    leaders.unload()
+    told.tell(None)
+    kept = weakref.WeakSet()
+
+    def load(model):
+        kept.add(reader := FakeReader(model, second))
+        return reader
+
+    follower = Follower(load, told.hear)
+    follower.follow()
+    assert second == first
+    assert first.count(("load", "m")) == 2
+    assert first.count(("load", "n")) == 1
+    assert not kept
+
+
+def test_held_out_text_is_written_in_the_type_that_one_process_writes_in(
+    tmp_path, tiny_model_dir, tiny_teacher_dir
+):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+
+    def texts(name, make, writes, reads):
+        config = tiny_config(
+            tiny_model_dir, tiny_teacher_dir, prompts, tmp_path / name, score={"dtype": reads},
+            generate={"dtype": writes}, eval={"max_new_tokens": 64}, runtime={"device": "cpu"},
+            data={"heldout_size": 20},
+        )  # fmt: skip
+        layout = RunLayout(config.directory)
+        layout.create()
+        scorer = make(config, layout)
+        scorer.prepare_heldout(tuple(prepare(config).heldout))
+        scorer.close()
+        return [s.rollout.response_ids.tolist() for s in read_scored(layout.heldout)]
+
+    whole = texts("a", ScorerWorker, "float32", "bfloat16")
+    assert texts("b", ScorerRank, "float32", "bfloat16") == whole
+    assert texts("c", ScorerRank, "bfloat16", "float32") != whole, "the types write alike"
+
+
+def test_held_out_text_alone_leaves_no_teacher_loaded(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    config = tiny_config(
+        tiny_model_dir, tiny_teacher_dir, write_prompts(tmp_path / "prompts.jsonl"),
+        tmp_path / "run", loss={"kd_weight": 0.0}, filter={"name": "none"}, score={"ranks": 2},
+        runtime={"kind": "local", "device": "cpu"},
+    )  # fmt: skip
+    assert not config.needs_scores
+    layout = RunLayout(config.directory)
+    layout.create()
+    scorer = ScorerRank(config, layout)  # joins nobody: the whole teacher is its part
+    scorer.prepare_heldout(tuple(prepare(config).heldout))
+    gc.collect()
+    assert layout.heldout.exists()
+    assert not [found for found in gc.get_objects() if type(found) is PartOfTeacher]
+    scorer.close()
+
+
 # What is refused, and where ranks run.
 
 SETTINGS = {
@@ -294,6 +398,14 @@ def test_a_model_without_a_plan_is_refused(tmp_path):
     check_divisible(str(directory), 1)
     with pytest.raises(ModelError, match="no tensor-parallel plan for gpt2"):
         check_divisible(str(directory), 2)
+
+
+def test_a_transformers_that_cannot_share_out_is_refused(tiny_model_dir, monkeypatch):
+    check_divisible(str(tiny_model_dir), 2)
+    monkeypatch.setattr("transformers.DistributedConfig", None)
+    check_divisible(str(tiny_model_dir), 1)
+    with pytest.raises(ModelError, match=r"score\.ranks 2 needs transformers 5\.17 or newer"):
+        check_divisible(str(tiny_model_dir), 2)
 
 
 def test_a_run_without_a_teacher_needs_no_plan(tiny_model_dir):

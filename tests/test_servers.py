@@ -711,7 +711,10 @@ def config(**generate):
         ({"engine": "vllm", "urls": [URL], "launch": {}}, "exactly one of"),
         ({"urls": [URL]}, "set generate.engine: vllm, or leave them out"),
         ({"launch": {}}, "set generate.engine: vllm"),
-        ({"engine": "vllm", "urls": [URL], "workers": 2}, r"more than the 1 servers"),
+        (
+            {"engine": "vllm", "urls": [URL], "workers": 2},
+            r"generate.urls has servers \(1\)",
+        ),
         ({"engine": "vllm", "urls": ["10.0.0.5:8000"]}, "must be like http://host:8000"),
         ({"engine": "vllm", "launch": {"gpus": ["0"]}, "workers": 2}, "one entry a worker"),
         ({"engine": "vllm", "launch": {"venv": "v", "command": ["c"]}}, "one of venv and command"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_a_place_is_one_run_s_and_a_run_keeps_its_place(make, tmp_path):
     with pytest.raises(ConfigError, match="/store/tiny holds a run already: go on with it"):
         npd.run(make("other"), view=QuietView())
     assert not (tmp_path / "other").exists(), "nothing was started"
+    shutil.rmtree(RunLayout(config.directory).student)  # so that it has not come to its end
     elsewhere = make(url=f"file://{tmp_path}/store2")
     with pytest.raises(ConfigError, match="store2/tiny holds nothing, not the shards of"):
         npd.run(elsewhere, resume=True, view=QuietView())
@@ -125,7 +127,9 @@ def test_a_place_is_one_run_s_and_a_run_keeps_its_place(make, tmp_path):
     npd.run(make("third", url=f"file://{tmp_path}/store3"), view=QuietView())
     with pytest.raises(ConfigError, match="store3/tiny holds another run"):
         npd.run(make(url=f"file://{tmp_path}/store3"), resume=True, view=QuietView())
-    npd.run(make("plain", url=None), view=QuietView())
+    plain = make("plain", url=None)
+    npd.run(plain, view=QuietView())
+    shutil.rmtree(RunLayout(plain.directory).student)
     with pytest.raises(ConfigError, match="started with its shards in its directory"):
         npd.run(make("plain", url=f"file://{tmp_path}/s4"), resume=True, view=QuietView())
 

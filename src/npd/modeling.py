@@ -10,7 +10,6 @@ Dimensions: T tokens of a packed row, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from npd import lora
@@ -28,13 +28,14 @@ from npd.attention import ATTENTION, Boundaries, registered_attention
 from npd.errors import ModelError
 from npd.head import head_of
 from npd.types import IntArray
+from npd.world import World
 
 _LOADING = Lock()  # one thread at a time: transformers makes models on a device set for all
 # What a document may differ by, relative, at another place of a row of the same shape: measured 0
 # for attention-only models (24 layers, mixture of experts), 0.3 to 1.3 for those that mix. The room
 # is for rounding in another order; an untrained mixer (3e-4) is still told apart in float32.
 _PLACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
-_LOADING = threading.Lock()  # from_pretrained works on globals of torch and transformers
+_ALONE = World()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +69,34 @@ def load_model(
     device: str = "cpu",
     packed: bool = True,
     trust_remote_code: bool = False,
-    ranks: int = 1,
+    world: World = _ALONE,
 ) -> Any:
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
     The directory of a LoRA adapter gives the model it was trained on with the adapter merged in.
     `packed=True` gives the packed attention (no cache) and probes the architecture; False keeps
-    SDPA, for decoding, where a model need not be packable. Threads that load take turns. With
-    `ranks` above 1 each rank of torch.distributed's world gets its part of every layer.
+    SDPA, for decoding, where a model need not be packable. Threads that load take turns. In a
+    `world` of several ranks each gets its part of every layer, or none gets any.
 
     Raises:
-        ModelError: the directory cannot be loaded, the documents of a packed row mix (recurrent,
-            convolutional or ALiBi models), or the model's logits are not what its head gives.
+        ModelError: the directory cannot be loaded (on some rank), the documents of a packed row mix
+            (recurrent, convolutional or ALiBi models), or the model's logits are not what its head
+            gives.
     """
+    if world.size > 1:
+        # Ranks meet as weights begin to load: one whose model is missing would never come.
+        world.agreed(lambda: read_config(path, trust_remote_code=trust_remote_code))
+
+    def load() -> Any:
+        return _loaded(path, dtype, packed, trust_remote_code, world.size).to(device).eval()
+
+    model = world.agreed(load)
+    if packed:
+        _check_packable(model, str(path))
+    return model
+
+
+def _loaded(path: str | Path, dtype: str, packed: bool, trust: bool, ranks: int) -> Any:
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     if packed:
@@ -88,28 +104,25 @@ def load_model(
     base = lora.base_of(path)
     # Known to newer releases only, so it is left out where it says nothing.
     spread: dict[str, Any] = {} if ranks == 1 else {"distributed_config": {"tp_size": ranks}}
+    # Of a whole model that may be a snapshot, the caller says what is damaged.
+    damaged = () if ranks == 1 else (SafetensorError,)
     try:
         with quiet(), _LOADING:
             model = AutoModelForCausalLM.from_pretrained(
                 str(base or path),
                 dtype=getattr(torch, "float32" if base else dtype),
                 attn_implementation=ATTENTION if packed else "sdpa",
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust,
                 use_safetensors=True,
                 **spread,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, *damaged) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"cannot load a causal language model from {str(base or path)!r}: {reason}. "
             "Give a Hugging Face model directory with safetensors weights"
         ) from error
-    if base is not None:
-        model = lora.merge(model, Path(path), dtype)
-    model = model.to(device).eval()
-    if packed:
-        _check_packable(model, str(path))
-    return model
+    return model if base is None else lora.merge(model, Path(path), dtype)
 
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
@@ -201,6 +214,13 @@ def read_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             f"{str(path)!r} is not a model npd can read (no usable config.json): give a Hugging "
             "Face model directory or the name of one that is on this machine"
         ) from error
+
+
+def can_share_out() -> bool:
+    """Whether this transformers can load a part of a model in each of several ranks: 5.17 can."""
+    import transformers
+
+    return getattr(transformers, "DistributedConfig", None) is not None
 
 
 def check_context(path: str | Path, longest: int, *, trust_remote_code: bool = False) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from npd.errors import ConfigError
+from npd.errors import ConfigError, InputError
 
 T = TypeVar("T")
 # The address that other machines know this one by; set by a runtime that spans several.
@@ -53,12 +53,34 @@ class World:
         """What the first rank finds, so that no two ranks go different ways."""
         return self.gather(decide() if self.is_first else None)[0]  # type: ignore[return-value]
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What `work` gives this rank, once all have done it. None waits for another within it.
+
+        Raises:
+            InputError: `work` failed on a rank; the same on all, and it names that rank.
+        """
+        found, error = _outcome(work)
+        told = self.gather((socket.gethostname(), error))
+        if error is not None and all(other is not None for _, other in told):
+            raise error
+        for rank, (machine, other) in enumerate(told):
+            if other is not None:
+                raise type(other)(f"rank {rank}, on {machine}: {other}")
+        return found  # type: ignore[return-value]
+
     def close(self) -> None:
         """Leave the world."""
         if self.size > 1:
             import torch
 
             torch.distributed.destroy_process_group()
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    try:
+        return work(), None
+    except InputError as error:
+        return None, error
 
 
 def host() -> tuple[str, Any]:

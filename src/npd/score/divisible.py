@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npd.errors import ModelError
-from npd.modeling import read_config
+from npd.modeling import can_share_out, read_config
 
 # What is shared out: heads, the width of MLPs (of experts), and the LM head by vocabulary.
 _SHARED_OUT = (
@@ -19,12 +19,18 @@ def check_divisible(model: str, ranks: int, *, trust_remote_code: bool = False) 
     """Check that each of `ranks` can have an equal part of every layer of `model`.
 
     Raises:
-        ModelError: transformers has no plan for its architecture, or some size cannot be divided.
+        ModelError: transformers is too old or has no plan for its architecture, or some size cannot
+            be divided.
     """
     if ranks == 1:
         return
-    config = read_config(model, trust_remote_code=trust_remote_code).get_text_config()
     remedy = "set score.ranks: 1, or score with vLLM (score.engine, docs/servers.md)"
+    if not can_share_out():
+        raise ModelError(
+            f"score.ranks {ranks} needs transformers 5.17 or newer: pip install -U transformers, "
+            f"{remedy}"
+        )
+    config = read_config(model, trust_remote_code=trust_remote_code).get_text_config()
     if not getattr(config, "base_model_tp_plan", None):
         raise ModelError(
             f"{model}: transformers has no tensor-parallel plan for {config.model_type}, so "

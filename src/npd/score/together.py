@@ -1,9 +1,10 @@
 """A teacher that several processes hold together, each a part of every layer (tensor parallel).
 
 The first rank is the scorer; the others do what it does with the teacher, and nothing else: they
-load when it loads, read what it reads and write what it writes, because a layer's output takes all
-of them. What they find is the same, so it is not compared, and what they cannot do the first rank
-cannot either: it is the one to say so. Does not start ranks or connect them.
+load when it loads, read what it reads, write what it writes and unload when it does, because a
+layer's output takes all of them. What they find is the same, so it is not compared, and what they
+cannot do the first rank cannot either (a load that fails on one fails on all: `World.agreed`): it
+is the one to say so. Does not start ranks or connect them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Teacher(Reader, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What all ranks are to do at once: load the teacher, or have it read or write `what`."""
+    """What all ranks are to do with the teacher at once; `what` is what it reads or writes."""
 
     teacher: str
-    action: Literal["load", "read", "write"] = "load"
+    action: Literal["load", "read", "write", "unload"] = "load"
     what: Any = None
 
 
@@ -57,6 +58,29 @@ class Leader:
         self._tell(Order(self._name, "write", asks))
         return self._teacher.write(asks)
 
+    def unload(self) -> None:
+        """Have the others let go of their parts, as the caller is about to do with this one."""
+        self._tell(Order(self._name, "unload"))
+
+
+class Leaders:
+    """The first rank's teachers by name, each loaded as it is first asked for."""
+
+    def __init__(self, load: Load, tell: Tell) -> None:
+        self._load, self._tell = load, tell
+        self._held: dict[str, Leader] = {}
+
+    def hold(self, name: str) -> Leader:
+        """The teacher, which all ranks hold from now on."""
+        if name not in self._held:
+            self._held[name] = Leader(name, self._load, self._tell)
+        return self._held[name]
+
+    def unload(self) -> None:
+        """All ranks let go of all teachers; one that is asked for again is loaded again."""
+        while self._held:
+            self._held.popitem()[1].unload()
+
 
 class Follower:
     """What the other ranks do, and what they hold."""
@@ -77,5 +101,7 @@ class Follower:
             self._teachers[order.teacher] = self._load(order.teacher)
         elif order.action == "read":
             self._teachers[order.teacher].read(order.what)
-        else:
+        elif order.action == "write":
             self._teachers[order.teacher].write(order.what)
+        else:
+            del self._teachers[order.teacher]

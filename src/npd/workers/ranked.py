@@ -18,7 +18,7 @@ from npd.generate.transformers import generate_with
 from npd.modeling import decoding, load_model, resolve_device
 from npd.score.base import Document, Key, Reading
 from npd.score.prefill import PrefillReader
-from npd.score.together import Follower, Leader, Order
+from npd.score.together import Follower, Leaders, Order
 from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.types import Ask, EncodedPrompt, Rollout
@@ -36,8 +36,7 @@ class ScorerRank:
         self._world = World()
         self._meeting: str | None = None
         self._hosted: Any = None
-        self._scorer = ScorerWorker(config, layout, hold=self._lead)
-        self._leaders: dict[str, Leader] = {}
+        self._scorer = ScorerWorker(config, layout, held=Leaders(self._load, self._tell))
         self._follower = Follower(self._load, self._tell)
 
     def host(self) -> str:
@@ -97,34 +96,29 @@ class ScorerRank:
         self._tell(None)
         return found
 
-    def _lead(self, name: str) -> Leader:
-        if name not in self._leaders:
-            self._leaders[name] = Leader(name, self._load, self._tell)
-        return self._leaders[name]
-
     def _tell(self, order: Order | None) -> Order | None:
         return self._world.decided(lambda: order)
 
     def _load(self, name: str) -> PartOfTeacher:
-        return PartOfTeacher(self._config, self._scorer.chat, name)
+        return PartOfTeacher(self._config, self._scorer.chat, name, self._world)
 
 
 class PartOfTeacher:
-    """A teacher of which this rank holds a part: all ranks must ask the same of it."""
+    """A teacher of which this rank holds a part: all ranks must ask the same of it.
 
-    def __init__(self, config: RunConfig, chat: Chat, name: str) -> None:
-        model = config.teacher_models[name]
-        self._model = load_model(
-            model,
-            dtype=config.score.dtype,
-            device=resolve_device(config.runtime.device),
-            trust_remote_code=config.trust_remote_code,
-            ranks=config.score.ranks,
-        )
-        self._reader = PrefillReader(self._model, model, chat.vocab_size, config.score)
+    It reads in `score.dtype` and writes in `generate.dtype`, as one process would: loaded as it is
+    first asked, and anew where the other type is, because two copies might not fit.
+    """
+
+    def __init__(self, config: RunConfig, chat: Chat, name: str, world: World) -> None:
+        self._config, self._world = config, world
+        self._path = config.teacher_models[name]
+        self._vocab_size = chat.vocab_size
+        self._model: Any = None
+        self._dtype: str | None = None
         self._sampling = Sampling(
             max_new_tokens=config.eval.max_new_tokens,
-            stop_ids=stop_ids(config, chat, name),
+            stop_ids=world.agreed(lambda: stop_ids(config, chat, name)),
             pad_id=chat.pad_id,
             temperature=0.0,
             top_p=1.0,
@@ -134,9 +128,24 @@ class PartOfTeacher:
 
     def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
         """A reading of each document, under its key."""
-        return self._reader.read(documents)
+        score = self._config.score
+        model = self._in(score.dtype)
+        return PrefillReader(model, self._path, self._vocab_size, score).read(documents)
 
     def write(self, asks: Sequence[Ask]) -> list[Rollout]:
         """A greedy response to each: held-out text."""
-        with decoding(self._model) as model:
+        with decoding(self._in(self._config.generate.dtype)) as model:
             return generate_with(model, asks, self._sampling, with_logprobs=False)
+
+    def _in(self, dtype: str) -> Any:
+        if dtype != self._dtype:
+            self._model = self._dtype = None
+            self._model = load_model(
+                self._path,
+                dtype=dtype,
+                device=resolve_device(self._config.runtime.device),
+                trust_remote_code=self._config.trust_remote_code,
+                world=self._world,
+            )
+            self._dtype = dtype
+        return self._model

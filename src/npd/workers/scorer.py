@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from npd.errors import RunError
 from npd.modeling import resolve_device
 from npd.names import DEFAULT_TEACHER
 from npd.score.base import Scorer, Support
-from npd.score.together import Teacher
+from npd.score.together import Leaders
 from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
@@ -31,12 +31,13 @@ class ScorerWorker:
         config: RunConfig,
         layout: RunLayout,
         *,
-        hold: Callable[[str], Teacher] | None = None,
+        held: Leaders | None = None,
     ) -> None:
-        """With `hold` a teacher in process is not loaded here: `hold` gives it, by name."""
+        """With `held` teachers in process are not loaded here alone: `held` has them."""
         from npd.score import open_teachers
 
-        self._config, self._layout, self._hold = config, layout, hold
+        self._config, self._layout, self._held = config, layout, held
+        self._hold = None if held is None else held.hold
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._scorer: Scorer | None = None
@@ -49,7 +50,7 @@ class ScorerWorker:
             log=self._log_of,
             widest=HELDOUT_TOP_K,
             tell=self._notes.append,
-            hold=hold,
+            hold=self._hold,
         )
 
     @property
@@ -117,9 +118,14 @@ class ScorerWorker:
             write_scored(path, _whole(scorer.score(rollouts)))
             scorer.close()
             if not self._config.needs_scores:
-                teachers.unload()  # nothing else is read
+                self._unload()  # nothing else is read
         num_tokens = sum(len(s.rollout.response_ids) for s in read_scored(path))
         return HeldoutResult(num_tokens, self._take_notes())
+
+    def _unload(self) -> None:
+        self._teachers.unload()
+        if self._held is not None:
+            self._held.unload()
 
     def _take_notes(self) -> tuple[str, ...]:
         """What is to be told and was not yet."""
