@@ -46,13 +46,15 @@ def gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[C
 def rank_checks(config: RunConfig) -> Iterator[Check]:
     """Whether there is a GPU for each rank, where several share a model on this machine's GPUs."""
     ranks = {"train.ranks": config.train.ranks, "score.ranks": config.score.ranks}
-    several = [f"{name} {count}" for name, count in ranks.items() if count > 1]
-    if not several or config.runtime.kind == "ray" or not (wanted := _wanted(config)):
+    several = {name: count for name, count in ranks.items() if count > 1}
+    wanted = _wanted(config)
+    if not several or config.runtime.kind == "ray" or not wanted:
         return
     found = len(own_gpus(config))
-    says = f"{' and '.join(several)}: {len(wanted)} ranks take a GPU each, and npd sees {found}"
+    given = " and ".join(f"{name} {count}" for name, count in several.items())
+    says = f"{given}: {len(wanted)} ranks take a GPU each, and npd sees {found}"
     if found < len(wanted):
-        yield fail("gpus", f"{says}: lower {' or '.join(ranks)} (or score.workers), or free more")
+        yield fail("gpus", f"{says}: lower {' or '.join(several)}, or set runtime.device: cpu")
     else:
         yield ok("gpus", says)
 

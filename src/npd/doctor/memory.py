@@ -53,7 +53,7 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
         yield warn("memory", f"{says}: {smaller}")
     else:
         yield ok("memory", says)
-    if _is_apart(config):
+    if _is_apart(config) and _teacher_size(config) and config.runtime.kind != "ray":
         yield part_check(config, total)
 
 
