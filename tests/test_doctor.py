@@ -14,10 +14,10 @@ import pytest
 
 from conftest import make_model, make_tokenizer
 from desk import Desk
-from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
+from npd.config import LaunchConfig, LoraConfig, RunConfig, ScoreConfig, TrainConfig
 from npd.doctor.checks import Check, summary
-from npd.doctor.gpus import gpu_checks
-from npd.doctor.memory import heap_bytes, over_ranks, trainer_bytes
+from npd.doctor.gpus import gpu_checks, rank_checks
+from npd.doctor.memory import heap_bytes, over_ranks, part_check, trainer_bytes
 from npd.servers.sizes import size_of
 from npd.types import FinishReason, Rollout
 
@@ -585,6 +585,58 @@ def test_a_server_on_the_trainers_gpu_is_a_warning(
     found = list(gpu_checks("generate.launch", LaunchConfig(gpus=gpus), config))
     assert [check.status for check in found] == ["ok"] * len(gpus) + ["warn"] * shared
     assert all("is the trainer's too" in c.says for c in found if c.status == "warn")
+
+
+def several(train, score, kind="local", device="cuda", **sections):
+    """A config with as many ranks for the trainer, and for each scorer."""
+    return RunConfig(
+        student="a", teacher="b", schedule={"epochs": 10}, train={"ranks": train},
+        score={"ranks": score, "workers": 2}, runtime={"kind": kind, "device": device}, **sections
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "visible", "status", "says"),
+    [
+        ((1, 1), None, None, ""),
+        ((2, 1), None, "ok", "train.ranks 2: 2 ranks take a GPU each, and npd sees 2"),
+        ((2, 1), "1", "FAIL", "2 ranks take a GPU each, and npd sees 1: lower train.ranks"),
+        ((2, 1), "", "FAIL", "npd sees 0"),
+        ((1, 2), None, "FAIL", "score.ranks 2: 5 ranks take a GPU each, and npd sees 2"),
+        ((1, 2), "0,1,2,3,4", "ok", "npd sees 5"),
+        ((2, 2), "0,1,2,3,4", "FAIL", "train.ranks 2 and score.ranks 2: 6 ranks take"),
+    ],
+)
+def test_each_rank_needs_a_gpu_of_its_own(two_gpus, monkeypatch, ranks, visible, status, says):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = list(rank_checks(several(*ranks)))
+    assert [check.status for check in found] == ([] if status is None else [status])
+    assert all(says in check.says for check in found)
+
+
+def test_ranks_that_take_no_gpu_of_this_machine_are_not_counted(two_gpus):
+    assert not list(rank_checks(several(4, 4, kind="ray")))
+    assert not list(rank_checks(several(4, 4, device="cpu")))
+
+
+def test_a_server_on_a_scorers_gpu_is_a_warning(two_gpus):
+    found = list(gpu_checks("generate.launch", LaunchConfig(gpus=["1"]), several(1, 2)))
+    assert [check.status for check in found] == ["ok", "warn"]
+    assert "GPU 1 is a scorer's too" in found[1].says
+
+
+def test_a_rank_has_room_for_its_part_of_the_teachers(tiny_teacher_dir):
+    def found(total, ranks):
+        score = {"ranks": ranks, "dtype": "float32"}
+        config = several(1, 2).model_copy(update={"teacher": str(tiny_teacher_dir)})
+        return part_check(config.model_copy(update={"score": ScoreConfig(**score)}), total)
+
+    whole = 4 * size_of(str(tiny_teacher_dir)).parameters
+    assert found(whole, 2).status == found(whole // 2 + 1, 2).status == "ok"
+    assert found(whole // 2, 2).status == "FAIL"
+    assert "raise score.ranks" in found(whole // 2, 2).says
+    assert found(whole // 2, 4).status == "ok"
 
 
 # Settings of servers.

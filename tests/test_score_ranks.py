@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import shutil
 import signal
@@ -391,6 +392,22 @@ def test_a_teacher_that_cannot_be_shared_out_is_refused_before_anything_starts(
     said = desk.npd("run", "run.yaml").complaint(2)
     assert "score.ranks 3 does not divide its num_attention_heads (4): set score.ranks to 2" in said
     assert not desk.layout.root.exists()
+
+
+def test_an_adapter_is_no_teacher_to_share_out(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    base = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_teacher_dir)}
+    (adapter / "adapter_config.json").write_text(json.dumps(base))
+    (adapter / "adapter_model.safetensors").touch()
+    desk = Desk(tmp_path, tiny_model_dir, adapter, capsys)
+    desk.write(score={"ranks": 2}, runtime={"kind": "local"})
+    says = "adapter is a LoRA adapter: merge it into its base (npd export"
+    assert says in desk.npd("doctor", "run.yaml").out
+    assert says in desk.npd("run", "run.yaml").complaint(2)
 
 
 def test_a_model_without_a_plan_is_refused(tmp_path):

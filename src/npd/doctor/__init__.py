@@ -30,6 +30,7 @@ def examine(source: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
 
 
 def _examine(config: RunConfig) -> Iterator[Check]:
+    from npd.doctor.gpus import rank_checks
     from npd.doctor.inputs import input_checks, run_directory_checks
     from npd.doctor.launches import launch_checks
     from npd.doctor.memory import memory_checks
@@ -42,6 +43,7 @@ def _examine(config: RunConfig) -> Iterator[Check]:
         if check.status != "FAIL":
             sound.add(check.what)
     yield from run_directory_checks(config)
+    yield from rank_checks(config)
     if "student" in sound:
         yield from memory_checks(config)
     yield from served_checks(config)

@@ -53,6 +53,17 @@ def memory_checks(config: RunConfig) -> Iterator[Check]:
         yield warn("memory", f"{says}: {smaller}")
     else:
         yield ok("memory", says)
+    if _is_apart(config) and _teacher_size(config) and config.runtime.kind != "ray":
+        yield part_check(config, total)
+
+
+def part_check(config: RunConfig, total: int) -> Check:
+    """Whether a rank's part of the teachers fits a GPU of `total` bytes, all held at once."""
+    score, writes = config.score, config.eval.source == "teacher"
+    width = max(_BYTES[score.dtype], _BYTES[config.generate.dtype] if writes else 0)
+    part = width * _teacher_size(config) // score.ranks
+    says = f"teachers about {_gib(part)} GiB on each of {score.ranks} GPUs of {_gib(total)}"
+    return ok("memory", says) if part < total else fail("memory", f"{says}: raise score.ranks")
 
 
 def trainer_bytes(config: RunConfig, size: ModelSize) -> tuple[int, int]:
@@ -105,19 +116,26 @@ def other_bytes(config: RunConfig, size: ModelSize) -> int:
 
     Those of several ranks are not beside the trainer: on GPUs they have others to themselves.
     """
-    generate, score = config.generate, config.score
-    is_apart = score.ranks > 1 and resolve_device(config.runtime.device) != "cpu"
-    sizes = map(size_of, config.teacher_models.values())
-    teacher_size = sum(size.parameters for size in sizes if size is not None)
+    generate, score, teacher_size = config.generate, config.score, _teacher_size(config)
     total = 0
     if generate.engine == "transformers" and generate.source != "dataset":
         writer = size.parameters if generate.source == "student" else teacher_size
         total += generate.workers * _BYTES[generate.dtype] * writer
     if config.needs_scores:
-        each = teacher_size if score.engine == "transformers" and not is_apart else 0
+        each = teacher_size if score.engine == "transformers" and not _is_apart(config) else 0
         each += size.parameters if config.needs_ifd or config.needs_student_pass else 0
         total += score.workers * _BYTES[score.dtype] * each
     return total
+
+
+def _is_apart(config: RunConfig) -> bool:
+    return config.score.ranks > 1 and resolve_device(config.runtime.device) != "cpu"
+
+
+def _teacher_size(config: RunConfig) -> int:
+    """Parameters of all teachers whose directories are here."""
+    sizes = map(size_of, config.teacher_models.values())
+    return sum(size.parameters for size in sizes if size is not None)
 
 
 def device_bytes(device: str) -> tuple[int, int]:
