@@ -355,7 +355,8 @@ def _markdown(args: argparse.Namespace, soak: Soak) -> str:
         *([f"- PROBLEM: {problem}" for problem in soak.problems] or ["Nothing was wrong."]),
         "",
         f"- command: `python benchmarks/soak.py --kills {args.kills} --seed {args.seed} --steps "
-        f"{args.steps}{' --vllm VENV' if args.vllm else ''}`",
+        f"{args.steps} --baselines {args.baselines} --runtime {args.runtime}"
+        f"{' --vllm VENV' if args.vllm else ''}`",
         f"- commit: {about['commit']}",
         f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
         f"{host['load'][0]} at the end",

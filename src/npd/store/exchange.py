@@ -75,9 +75,9 @@ class Exchange:
                     continue
                 if wrong:
                     raise StoreError(
-                        f"{self.remote.url}/{wrong} is damaged or gone, says its checksum: "
-                        f"delete {self._note_name(path)} there, and resume the run to have it made "
-                        "again"
+                        f"{self.remote.url}/{wrong} is damaged or gone, says its checksum: bring "
+                        f"it back, or (unless a server wrote it) delete {self._note_name(path)} "
+                        "there and resume, to have it made again"
                     )
             self._same[path] = _identity(path)
             return True
