@@ -38,14 +38,14 @@ class Shard:
 class Damage:
     """What has to be made again: `shards` with their makers, snapshots with their `steps`.
 
-    `needed` are the samples, by shard, that something goes on with. `checkpoints` are the steps of
-    those that are there and damaged.
+    `needed` are the samples, by shard, that something goes on with; `checkpoints` those that are
+    there and damaged, by step.
     """
 
     shards: tuple[Shard, ...]
     steps: dict[int, int]
     needed: dict[int, set[int]]
-    checkpoints: frozenset[int]
+    checkpoints: dict[int, Path]
 
     @property
     def versions(self) -> list[int]:
@@ -98,7 +98,8 @@ def survey(
         ]
         more = set(filter(is_lost, set(wanted).union(*(shard.versions for shard in broken))))
         if more == lost:
-            return Damage(tuple(broken), steps, needed, frozenset(there) - set(saved))
+            damaged = {step: path for step, path in there.items() if step not in saved}
+            return Damage(tuple(broken), steps, needed, damaged)
         lost = more
 
 

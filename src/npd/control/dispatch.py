@@ -9,7 +9,8 @@ checkpoint and repeats the segments recorded since).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.config import RunConfig
@@ -106,13 +107,11 @@ class Dispatcher:
         self._is_trainer_behind = True
         await self._with_trainer(_nothing)
 
-    def pass_over(self, steps: Collection[int]) -> None:
-        """Never restore these checkpoints: they are damaged."""
-        for step in sorted(set(steps) - self._damaged):
-            self._on_message(
-                f"the checkpoint of step {step} is damaged. Going back further instead"
-            )
-        self._damaged.update(steps)
+    def pass_over(self, checkpoints: Mapping[int, Path]) -> None:
+        """Never restore these, by step: they are damaged."""
+        for step, path in sorted(checkpoints.items()):
+            self._damaged.add(step)
+            self._on_message(f"{path} is damaged. Going back further instead")
 
     async def republish(self, version: int, step: int) -> str:
         """Have the student as it was after `step` published again; returns the checksum.
