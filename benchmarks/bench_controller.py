@@ -37,6 +37,7 @@ from npd.runtime.base import NOTHING, Needs
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
+from npd.store.snapshots import publish as publish_directory
 from npd.types import EncodedPrompt, FinishReason, SampleStats, Segment, Step
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult
@@ -175,8 +176,9 @@ class FakeWorker:
         return f"checksum of {version}"
 
     def checkpoint(self, step: int) -> None:
-        """An empty one, so that a resumed run has a place to start from."""
-        self._layout.checkpoint(step).mkdir(parents=True, exist_ok=True)
+        """A small one, so that a resumed run has a place to start from."""
+        # Whole, as a resumed run looks for.
+        publish_directory(self._layout.checkpoint(step), lambda into: (into / "state").touch())
 
     def restore(self, step: int) -> None:
         """Nothing is read."""
