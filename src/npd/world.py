@@ -15,9 +15,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.errors import ConfigError, InputError
+from npd.store.files import remove
 
 T = TypeVar("T")
 # The address that other machines know this one by; set by a runtime that spans several.
@@ -83,13 +85,44 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
         return None, error
 
 
-def host() -> tuple[str, Any]:
-    """A place where ranks of other machines can come, and the store that the first one brings."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+class Meeting:
+    """How one of `size` ranks comes into its world and leaves it; `setting` names their number."""
 
-    address = os.environ.get(ADDRESS, _LOOPBACK)
-    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    return f"{_TCP}{address}:{store.port}", store
+    def __init__(self, size: int, *, device: str, call_timeout: float, setting: str) -> None:
+        self._size, self._device, self._setting = size, device, setting
+        # Longer than the controller waits, which is the one to say what has become of a rank.
+        self._timeout = 2 * call_timeout
+        self._hosted: Any = None
+        self._place: str | None = None
+        self._world = World()
+
+    def host(self) -> str:
+        """Open a place on this machine where ranks of other machines can come to this one."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        address = os.environ.get(ADDRESS, _LOOPBACK)
+        self._hosted = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return f"{_TCP}{address}:{self._hosted.port}"
+
+    def join(self, rank: int, place: str) -> World:
+        """Meet the others at `place`: a new file, or where the first one hosts. See `connect`."""
+        self._place = place
+        self._world = connect(
+            place,
+            rank=rank,
+            size=self._size,
+            device=self._device,
+            timeout=self._timeout,
+            store=self._hosted if rank == 0 else None,
+            setting=self._setting,
+        )
+        return self._world
+
+    def leave(self) -> None:
+        """Leave the world. A model may keep hold of the file it was met at, so that goes too."""
+        self._world.close()
+        if self._place is not None and not self._place.startswith(_TCP):
+            remove(Path(self._place))
 
 
 def connect(
@@ -102,7 +135,7 @@ def connect(
     store: Any = None,
     setting: str = "train.ranks",
 ) -> World:
-    """Meet the other ranks at `place`: a new file, or what `host` gave, for one life of a group.
+    """Meet the other ranks at `place`: a new file, or where one hosts; for one life of a group.
 
     `setting` is where their number comes from, for messages.
 

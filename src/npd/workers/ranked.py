@@ -7,7 +7,6 @@ student's snapshot (a small model, which more ranks would not make faster), and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from npd.chat import Chat
@@ -19,13 +18,12 @@ from npd.modeling import decoding, load_model, resolve_device
 from npd.score.base import Document, Key, Reading
 from npd.score.prefill import PrefillReader
 from npd.score.together import Follower, Leaders, Order
-from npd.store.files import remove
 from npd.store.layout import RunLayout
 from npd.types import Ask, EncodedPrompt, Rollout
 from npd.workers.scorer import ScorerWorker
 from npd.workers.tasks import HeldoutResult, ScoreTask, ShardResult
 from npd.workers.writers import stop_ids
-from npd.world import World, connect, host
+from npd.world import Meeting, World
 
 
 class ScorerRank:
@@ -34,33 +32,26 @@ class ScorerRank:
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
         self._config = config
         self._world = World()
-        self._meeting: str | None = None
-        self._hosted: Any = None
+        self._meeting = Meeting(
+            config.score.ranks,
+            device=resolve_device(config.runtime.device),
+            call_timeout=config.runtime.call_timeout,
+            setting="score.ranks",
+        )
         self._scorer = ScorerWorker(config, layout, held=Leaders(self._load, self._tell))
         self._follower = Follower(self._load, self._tell)
 
     def host(self) -> str:
         """Open a place where ranks of other machines can join this one, the first."""
-        place, self._hosted = host()
-        return place
+        return self._meeting.host()
 
-    def join(self, rank: int, meeting: str) -> None:
+    def join(self, rank: int, place: str) -> None:
         """Become rank `rank`; they meet at a new file, or where the first one hosts.
 
         Raises:
             ConfigError: a rank has no GPU of its own.
         """
-        self._meeting = meeting
-        self._world = connect(
-            meeting,
-            rank=rank,
-            size=self._config.score.ranks,
-            device=resolve_device(self._config.runtime.device),
-            # Longer than the controller waits, which is the one to say what has become of a rank.
-            timeout=2 * self._config.runtime.call_timeout,
-            store=self._hosted if rank == 0 else None,
-            setting="score.ranks",
-        )
+        self._world = self._meeting.join(rank, place)
 
     def score(self, task: ScoreTask) -> ShardResult | None:
         """Score the shard's chosen samples; what the first rank finds."""
@@ -78,10 +69,7 @@ class ScorerRank:
     def close(self) -> None:
         """Let go of the models and leave the other ranks."""
         self._scorer.close()
-        self._world.close()
-        if self._meeting is not None:
-            # A loaded model keeps hold of the place where ranks met, and so of the file.
-            remove(Path(self._meeting))
+        self._meeting.leave()
 
     def _together(self, method: str, *args: Any) -> Any:
         if not self._world.is_first:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from npd.chat import Chat
 from npd.config import RunConfig
@@ -18,9 +18,7 @@ from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import is_whole, publish
 from npd.types import Ask, EncodedPrompt, Segment
-
-if TYPE_CHECKING:
-    from npd.world import World
+from npd.world import Meeting, World
 
 
 class TrainerWorker:
@@ -35,34 +33,26 @@ class TrainerWorker:
         self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
         self._device = resolve_device(config.runtime.device)
         self._world: World | None = None
-        self._hosted: Any = None
+        self._meeting = Meeting(
+            config.train.ranks,
+            device=self._device,
+            call_timeout=config.runtime.call_timeout,
+            setting="train.ranks",
+        )
         if config.train.ranks == 1:
             self._load()
 
     def host(self) -> str:
         """Open a place where ranks of other machines can join this one, the first."""
-        from npd.world import host
+        return self._meeting.host()
 
-        place, self._hosted = host()
-        return place
-
-    def join(self, rank: int, meeting: str) -> None:
+    def join(self, rank: int, place: str) -> None:
         """Become rank `rank` of the trainer; they meet at a new file, or where the first one hosts.
 
         Raises:
             ConfigError: a rank has no GPU of its own.
         """
-        from npd.world import connect
-
-        self._world = connect(
-            meeting,
-            rank=rank,
-            size=self._config.train.ranks,
-            device=self._device,
-            # Longer than the controller waits, which is the one to say what has become of a rank.
-            timeout=2 * self._config.runtime.call_timeout,
-            store=self._hosted if rank == 0 else None,
-        )
+        self._world = self._meeting.join(rank, place)
         self._load()
 
     def _load(self) -> None:
@@ -196,5 +186,4 @@ class TrainerWorker:
     def close(self) -> None:
         """Close the shard files and leave the other ranks."""
         self._reader.close()
-        if self._world is not None:
-            self._world.close()
+        self._meeting.leave()
