@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,11 @@ from tiny_run import tiny_settings, write_prompts
 
 # A run of seconds may take minutes on a machine that others use too.
 LIMIT = 600.0
+# Stages overlap, samples come and go, snapshots are refreshed: what there is to be lost.
+WINDOWED = {
+    "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
+    "refresh": {"every_steps": 6},
+}  # fmt: skip
 
 
 class Run:
@@ -70,6 +76,19 @@ class Run:
         process = process or self.start()
         assert process.wait(LIMIT) == 0, self.log.read_text()[-3000:]
 
+    def finish_killing(self, victim: str, process: subprocess.Popen) -> int:
+        """Let it end, its worker `victim` killed at three moments; how often that was there."""
+        killed = 0
+        for events in (1, 12, 30):
+            if not self.wait_for(events, process):
+                break
+            pid = child_named(process.pid, victim)
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        self.finish(process)
+        return killed
+
     def num_events(self) -> int:
         if not self.layout.ledger_db.exists():
             return 0
@@ -117,6 +136,14 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def check_all_steps(run: Run) -> None:
+    """A run of `WINDOWED` that has ended lost no sample, and each step counts once."""
+    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
+    assert steps == list(range(1, WINDOWED["steps"] + 1))
 
 
 def check_books(layout: RunLayout, *, reuse: int) -> Counter:

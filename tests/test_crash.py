@@ -13,8 +13,16 @@ import time
 import pytest
 
 from npd.store.ledger import Ledger
-from npd.types import Outcome
-from run_process import LIMIT, Run, check_books, child_named, is_alive, wait_for_child
+from run_process import (
+    LIMIT,
+    WINDOWED,
+    Run,
+    check_all_steps,
+    check_books,
+    child_named,
+    is_alive,
+    wait_for_child,
+)
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -52,25 +60,11 @@ def test_a_killed_controller_resumes_to_the_same_student_bit_for_bit(share, whol
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(victim, make_run):
     run = make_run(
         runtime={"kind": "local"},
-        schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
-                  "refresh": {"every_steps": 6}},
-    )  # fmt: skip
+        schedule=WINDOWED,
+    )
     process = run.start()
-    killed = 0
-    for events in (1, 12, 30):
-        if not run.wait_for(events, process):
-            break
-        pid = child_named(process.pid, victim)
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            killed += 1
-    run.finish(process)
-    assert killed >= 2
-    outcomes = check_books(run.layout, reuse=2)
-    assert outcomes[Outcome.FAILED] == 0
-    with Ledger.reader(run.layout.ledger_db) as ledger:
-        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
-    assert steps == list(range(1, 25)), "each step counts once"
+    assert run.finish_killing(victim, process) >= 2
+    check_all_steps(run)
 
 
 def test_a_killed_local_controller_takes_its_workers_along_and_resumes(make_run):

@@ -20,14 +20,10 @@ from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
 from own_disk import DyingDisk, SmallDisk
-from run_process import LIMIT, Run, check_books, child_named
+from run_process import LIMIT, WINDOWED, Run, check_all_steps, check_books, child_named
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FAULTY = Path(__file__).parent / "faulty"
-OVERLAPPED = {
-    "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
-    "refresh": {"every_steps": 6},
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -155,7 +151,7 @@ def test_a_slow_disk_only_takes_longer(make, expected):
 
 
 def test_a_clock_that_jumps_changes_nothing(make):
-    run = make(runtime={"kind": "local"}, schedule=OVERLAPPED)
+    run = make(runtime={"kind": "local"}, schedule=WINDOWED)
     run.environment = {"PYTHONPATH": _with_faults(), "NPD_TEST_CLOCK": "100000"}
     run.finish()
     assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
@@ -171,7 +167,7 @@ def _with_faults() -> str:
 
 def test_workers_that_hang_are_replaced(make):
     run = make(runtime={"kind": "local", "call_timeout": 20.0},
-               schedule={**OVERLAPPED, "max_tries": 9})  # fmt: skip
+               schedule={**WINDOWED, "max_tries": 9})  # fmt: skip
     process = run.start()
     assert run.wait_for(8, process)
     pids = {name: child_named(process.pid, name) for name in ("generator-0", "scorer-0", "trainer")}
@@ -183,7 +179,7 @@ def test_workers_that_hang_are_replaced(make):
 
 
 def test_a_ledger_that_takes_no_more_stops_the_run_in_one_line(make):
-    run = make(runtime={"kind": "local"}, schedule=OVERLAPPED)
+    run = make(runtime={"kind": "local"}, schedule=WINDOWED)
     process = run.start()
     assert run.wait_for(8, process)
     size = run.layout.ledger_db.with_name("ledger.db-wal").stat().st_size
@@ -192,10 +188,7 @@ def test_a_ledger_that_takes_no_more_stops_the_run_in_one_line(make):
     assert f"cannot write {run.layout.ledger_db} (" in line
     assert "then resume" in line
     run.finish()
-    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
-    with Ledger.reader(run.layout.ledger_db) as ledger:
-        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
-    assert steps == list(range(1, 25)), "each step counts once"
+    check_all_steps(run)
 
 
 def test_a_disk_that_dies_costs_only_what_it_had_not_taken_in(make, tmp_path, expected):

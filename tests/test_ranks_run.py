@@ -12,8 +12,7 @@ import npd
 from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.types import Outcome
-from run_process import check_books, is_alive, wait_for_child
+from run_process import WINDOWED, check_all_steps, check_books, is_alive, wait_for_child
 from test_run import QuietView, weights
 from tiny_run import tiny_config, write_prompts
 
@@ -67,9 +66,8 @@ def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(victims, make_r
     run = make_run(
         runtime={"kind": "local"},
         train={**TRAIN, "ranks": 2},
-        schedule={"epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
-                  "refresh": {"every_steps": 6}},
-    )  # fmt: skip
+        schedule=WINDOWED,
+    )
     process = run.start()
     seen = set()
     for victim, events in zip(victims, (6, 20), strict=True):
@@ -79,10 +77,7 @@ def test_a_killed_rank_brings_the_group_back_and_nothing_is_lost(victims, make_r
         seen |= set(pids.values())
         os.kill(pids[victim], signal.SIGKILL)
     run.finish(process)
-    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
-    with Ledger.reader(run.layout.ledger_db) as ledger:
-        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
-    assert steps == list(range(1, 25)), "each step counts once"
+    check_all_steps(run)
     assert len(seen) == 4, "the whole group was replaced"
     assert not [pid for pid in seen if is_alive(pid)]
     assert not list(run.layout.root.glob(".meeting*"))

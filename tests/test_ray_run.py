@@ -17,19 +17,13 @@ import npd
 from leftovers import Surroundings
 from npd.errors import ConfigError
 from npd.store.layout import RunLayout
-from npd.store.ledger import Ledger
-from npd.types import Outcome
-from run_process import LIMIT, is_alive
+from run_process import LIMIT, WINDOWED, check_all_steps, is_alive
 from test_run import QuietView, check_books, weights
 from tiny_run import tiny_config, write_prompts
 
 pytestmark = pytest.mark.timeout(1200)
 TRAIN = {
     "batch_size": 6, "row_tokens": 112, "lr": 2e-3, "min_lr": 2e-4, "dtype": "float32",
-}  # fmt: skip
-WINDOWED = {
-    "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
-    "refresh": {"every_steps": 6},
 }  # fmt: skip
 
 
@@ -95,10 +89,7 @@ def test_killed_actors_are_replaced_and_nothing_is_lost(make_run, on_ray):
             killed.append(victim)
     run.finish(process)
     assert len(killed) >= 3
-    assert check_books(run.layout, reuse=2)[Outcome.FAILED] == 0
-    with Ledger.reader(run.layout.ledger_db) as ledger:
-        steps = [step.index for segment in ledger.segments_after(-1) for step in segment.steps]
-    assert steps == list(range(1, 25)), "each step counts once"
+    check_all_steps(run)
     text = run.log.read_text()
     assert "Traceback" not in text
     assert "(raylet)" not in text, "Ray's own words in between the run's"
