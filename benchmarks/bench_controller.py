@@ -32,7 +32,7 @@ from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.observe.live import PlainView
 from npd.reports import EvalReport, SegmentReport, StepReport
-from npd.runtime import Factory, Reply
+from npd.runtime import Factory, Reply, Worker
 from npd.runtime.base import NOTHING, Needs
 from npd.settings import load_config
 from npd.store.layout import RunLayout
@@ -193,10 +193,10 @@ class FakeWorker:
 
 
 class FakeRuntime:
-    """Spawns fakes; nothing to close."""
+    """Spawns fakes, made by `make(name, layout)`; nothing to close."""
 
-    def __init__(self, watch: Stopwatch) -> None:
-        self._watch = watch
+    def __init__(self, make: Callable[[str, RunLayout], Worker]) -> None:
+        self._make = make
 
     def spawn(
         self,
@@ -206,9 +206,9 @@ class FakeRuntime:
         threads: int,
         environment: dict[str, str] | None = None,
         needs: Needs = NOTHING,
-    ) -> FakeWorker:
+    ) -> Worker:
         """A fake worker; of its factory only the run directory is used."""
-        return FakeWorker(name, self._watch, RunLayout(factory.root))
+        return self._make(name, RunLayout(factory.root))
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -269,13 +269,14 @@ def drive(config: RunConfig, prompts: list[EncodedPrompt], watch: Stopwatch) -> 
     layout = RunLayout(config.directory)
     layout.create()
     plan = Plan(config)
+    runtime = FakeRuntime(lambda name, layout: FakeWorker(name, watch, layout))
     monitor = Monitor(config, layout, PlainView())
     clocked = Clocked(monitor, watch, "monitor", "note", "started", "span", "message")
     with Ledger(layout.ledger_db) as ledger:
         books = ClockedLedger(ledger, watch)
         dispatcher = Dispatcher(
             config,
-            spawn_crew(config, FakeRuntime(watch), layout.root),
+            spawn_crew(config, runtime, layout.root),
             books,
             prompts=prompts,
             heldout=(),

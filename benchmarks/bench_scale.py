@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from bench_controller import FakeWorker, fake_stats
+from bench_controller import FakeRuntime, FakeWorker, fake_stats
 from common import Bar, Figure, Spread, make_parser, parse, peak_mib, publish
 from npd.config import RunConfig
 from npd.control.controller import Controller
@@ -41,8 +41,7 @@ from npd.control.monitor import Monitor
 from npd.control.plan import Plan
 from npd.observe.live import PlainView
 from npd.reports import SegmentReport
-from npd.runtime import Factory, Reply
-from npd.runtime.base import NOTHING, Needs
+from npd.runtime import Reply
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -146,26 +145,6 @@ class Fake(FakeWorker):
         return found
 
 
-@dataclass(frozen=True)
-class FakeRuntime:
-    """Spawns fakes; nothing to close."""
-
-    course: Course
-    case: Case
-
-    def spawn(
-        self,
-        name: str,
-        factory: Factory,
-        *,
-        threads: int,
-        environment: dict[str, str] | None = None,
-        needs: Needs = NOTHING,
-    ) -> Fake:
-        """A fake worker; of its factory only the run directory is used."""
-        return Fake(name, self.course, RunLayout(factory.root), self.case)
-
-
 def fake_text(ask: Ask, task: GenerateTask) -> Rollout:
     """A response of 8 to 31 tokens."""
     length = 8 + ask.sample_id % 24
@@ -234,11 +213,12 @@ def run_case(case: Case) -> dict[str, Any]:
     prompts = [EncodedPrompt(i, ids, ids[:5]) for i in range(case.prompts)]
     plan, monitor = Plan(config), Monitor(config, layout, PlainView())
     course, before = Course(case.samples), resident_mib()
+    runtime = FakeRuntime(lambda name, layout: Fake(name, course, layout, case))
     began, wall = time.process_time(), time.perf_counter()
     with Ledger(layout.ledger_db) as ledger:
         dispatcher = Dispatcher(
             config,
-            spawn_crew(config, FakeRuntime(course, case), layout.root),
+            spawn_crew(config, runtime, layout.root),
             ledger,
             prompts=prompts,
             heldout=(),
