@@ -25,7 +25,7 @@ from test_ranks import (
     samples,  # noqa: F401
     segment_on,
 )
-from test_run import QuietView, check_books, weights
+from test_run import QuietView, check_same_run
 from test_trainer import make_trainer, teacher  # noqa: F401
 from tiny_run import tiny_config, write_prompts
 
@@ -130,13 +130,6 @@ def test_a_run_of_adapters_on_two_ranks(tmp_path, tiny_model_dir, tiny_teacher_d
     one = npd.run(config("one", 1, "inline"), view=QuietView())
     two = npd.run(config("two", 2, "local"), view=QuietView())
     layout = RunLayout(two.directory)
-    assert check_books(layout, reuse=2) == check_books(RunLayout(one.directory), reuse=2)
-    for a, b in zip(one.data.steps, two.data.steps, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    check_same_run(one, two, rtol=1e-2)
     assert max(step["num_rows"] for step in two.data.steps) > 1
-    for a, b in zip(one.data.evals, two.data.evals, strict=True):
-        assert b["kl"] == pytest.approx(a["kl"], rel=1e-4)
-    expected, found = weights(one.student), weights(two.student)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=4e-3, rtol=1e-2)
     assert (layout.student / "adapter" / "adapter_model.safetensors").is_file()

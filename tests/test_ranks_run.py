@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
-import numpy as np
 import pytest
 
 import npd
 from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from run_process import WINDOWED, check_all_steps, check_books, is_alive, wait_for_child
-from test_run import QuietView, weights
+from run_process import WINDOWED, check_all_steps, is_alive, wait_for_child
+from test_run import QuietView, check_same_run
 from tiny_run import tiny_config, write_prompts
 
 pytestmark = pytest.mark.timeout(1200)
@@ -38,17 +37,12 @@ def test_a_run_on_two_ranks_makes_the_student_of_one(tmp_path, tiny_model_dir, t
     one = npd.run(config("one", 1, "inline"), view=QuietView())
     two = npd.run(config("two", 2, "local"), view=QuietView())
     layout = RunLayout(two.directory)
-    assert check_books(layout, reuse=2) == check_books(RunLayout(one.directory), reuse=2)
+    check_same_run(one, two)
     for a, b in zip(one.data.steps, two.data.steps, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     assert max(step["num_rows"] for step in two.data.steps) > 1
     for a, b in zip(one.data.evals, two.data.evals, strict=True):
-        assert b["kl"] == pytest.approx(a["kl"], rel=1e-4)
         assert b["exact_match"] == a["exact_match"]
-    expected, found = weights(one.student), weights(two.student)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=4e-3, err_msg=name)
     with Ledger.reader(layout.ledger_db) as ledger:
         assert [row.version for row in ledger.snapshots()] == [0, 1]
     assert not list(layout.root.glob(".meeting*")), "the place to meet is gone"

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -18,7 +17,7 @@ from leftovers import Surroundings
 from npd.errors import ConfigError
 from npd.store.layout import RunLayout
 from run_process import LIMIT, WINDOWED, check_all_steps, is_alive
-from test_run import QuietView, check_books, weights
+from test_run import QuietView, check_books, check_same_run
 from tiny_run import tiny_config, write_prompts
 
 pytestmark = pytest.mark.timeout(1200)
@@ -64,12 +63,7 @@ def test_a_run_on_ray_makes_the_student_of_one_process(
     one = npd.run(config("one", 1, inline), view=QuietView())
     two = npd.run(config("two", 2, on_ray), view=QuietView())
     layout = RunLayout(two.directory)
-    assert check_books(layout, reuse=2) == check_books(RunLayout(one.directory), reuse=2)
-    for a, b in zip(one.data.steps, two.data.steps, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-    expected, found = weights(one.student), weights(two.student)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=4e-3, err_msg=name)
+    check_same_run(one, two)
     logs = {path.name for path in layout.logs.glob("*.log")}
     assert {"generator-0.log", "scorer-0.log", "trainer-0.log", "trainer-1.log"} <= logs
     assert not seats(layout.root), "an actor outlived its run"

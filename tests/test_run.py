@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -65,6 +66,20 @@ def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
 
 def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def check_same_run(one, two, *, rel=1e-4, atol=4e-3, rtol=1e-7):
+    """Two runs asked, kept and trained on the same, and made one student to float noise."""
+    a, b = RunLayout(one.directory), RunLayout(two.directory)
+    assert check_books(b, reuse=2) == check_books(a, reuse=2)
+    for first, second in zip(one.data.steps, two.data.steps, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=rel)
+    for first, second in zip(one.data.evals, two.data.evals, strict=True):
+        assert second["kl"] == pytest.approx(first["kl"], rel=rel)
+    expected, found = weights(one.student), weights(two.student)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
 def test_a_run_ends_with_a_student_a_report_and_balanced_books(make, tiny_model_dir):

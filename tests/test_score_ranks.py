@@ -33,7 +33,7 @@ from npd.workers.ranked import PartOfTeacher, ScorerRank
 from npd.workers.scorer import ScorerWorker
 from run_process import is_alive, wait_for_child
 from test_modeling import PACKABLE, family_dir
-from test_run import QuietView, check_books, weights
+from test_run import QuietView, check_books, check_same_run
 from tiny_run import tiny_config, write_prompts
 
 pytestmark = pytest.mark.timeout(1200)
@@ -175,12 +175,7 @@ def test_a_run_with_a_spread_teacher_makes_the_student_of_one(
     one = npd.run(config("one", 1, "inline"), view=QuietView())
     two = npd.run(config("two", 2, "local"), view=QuietView())
     layout = RunLayout(two.directory)
-    assert check_books(layout, reuse=2) == check_books(RunLayout(one.directory), reuse=2)
-    for a, b in zip(one.data.steps, two.data.steps, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
-    expected, found = weights(one.student), weights(two.student)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=5e-3, err_msg=name)
+    check_same_run(one, two, rel=1e-3, atol=5e-3)
     logs = {path.name for path in layout.logs.glob("scorer*")}
     assert logs == {"scorer-0-0.log", "scorer-0-1.log"}
     assert not list(layout.root.glob(".meeting*")), "the place to meet is gone"
