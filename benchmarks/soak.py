@@ -172,7 +172,9 @@ def _undisturbed(args: argparse.Namespace, folder: Path) -> list[float]:
 def _disturbed(args: argparse.Namespace, folder: Path, undisturbed: Sequence[float]) -> Soak:
     run = _make(args, folder, kind=args.runtime)
     around = Surroundings(folder)
-    run.environment = around.environment
+    # What torch compiled it keeps for good.
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torch")}
+    run.environment = around.environment | kept
     soak = Soak()
     try:
         Killer(args, run, around, soak).drive()
@@ -247,7 +249,7 @@ class Killer:
         processes = self._around.processes()
         victims = find_victims(controller, processes, self._kinds)
         if self._args.vllm:  # few kills, and the server is what they are for
-            victims = [v for v in victims if v.kind in ("server", CONTROLLER)] or victims
+            victims = [v for v in victims if v.kind == self._next_kind()]
         if not victims:
             return
         victim: Victim = self._random.choice(victims)
@@ -258,6 +260,11 @@ class Killer:
         at = time.monotonic() - started
         self._soak.kills.append(Kill(victim.kind, round(at, 2), self._step))
         print(f"{at:7.1f} s  step {self._step:4d}  killed {victim.kind}", flush=True)
+
+    def _next_kind(self) -> str:
+        """With servers: those and the controller in turns."""
+        last = self._soak.kills[-1].kind if self._soak.kills else CONTROLLER
+        return "server" if last == CONTROLLER else CONTROLLER
 
     def _progress(self) -> int:
         """Steps recorded as trained."""

@@ -240,6 +240,11 @@ def test_a_server_that_ends_at_once_says_why(started):
         started("--do", "exit")
 
 
+def test_a_server_that_is_killed_before_it_is_ready_is_a_lost_worker(started):
+    with pytest.raises(WorkerLostError, match=r"ended by signal 9: see"):
+        started("--do", "die")
+
+
 def test_a_server_that_is_not_ready_in_time_is_ended(started, tmp_path):
     with pytest.raises(RunError, match=r"not ready within 1\.5 s: see .*launch\.start_timeout"):
         started("--do", "wait", timeout=1.5)
@@ -545,12 +550,14 @@ def test_the_guard_does_not_work_without_a_key(monkeypatch):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_an_engine_leaves_behind_goes_with_it(started, killed):
-    """vLLM's sockets lie in a folder of its own, which is gone once it has ended, however."""
+    """Its sockets and temporary files lie in a folder of its own, gone once it has ended."""
     process, pids = started()
     entries = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
     environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
     place = Path(environment[b"VLLM_RPC_BASE_PATH"].decode())
     (place / "left-behind").touch()
+    assert environment[b"TMPDIR"].decode() == str(place)
+    assert place not in Path(environment[b"TORCHINDUCTOR_CACHE_DIR"].decode()).parents
     if killed:
         os.kill(pids[0], signal.SIGKILL)
     process.stop()

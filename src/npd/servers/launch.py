@@ -105,14 +105,16 @@ class ServerProcess:
         """Whether it answers by now; within a second.
 
         Raises:
+            WorkerLostError: somebody ended it by a signal: another start may go well.
             RunError: it ended, or was not ready in time; its log says why, the message what.
         """
         # In this order: had ours lost the port to another server, that one would answer.
         answers = self._answers()
         if not self.is_running:
-            ending = self._ending()
+            ending, is_killed = self._ending(), bool(self._signal())
             self.stop()
-            raise RunError(f"the {self._engine} server for {self._spec.model} {ending}")
+            kind = WorkerLostError if is_killed else RunError
+            raise kind(f"the {self._engine} server for {self._spec.model} {ending}")
         if not answers and time.monotonic() > self._deadline:
             self.stop()
             raise RunError(
@@ -170,12 +172,17 @@ class ServerProcess:
         except (urllib.error.URLError, OSError):
             return False
 
+    def _signal(self) -> int:
+        """The number of the signal that ended it, as the nanny's exit code says; or 0."""
+        status = None if self._popen is None else self._popen.poll()
+        return max(0, (status or 0) - 128)
+
     def _ending(self) -> str:
         """How it ended and what its log says of that."""
         status = None if self._popen is None else self._popen.poll()
         how = "has ended"
         if status is not None:
-            killed = f"was ended by signal {status - 128}" if status > 128 else ""
+            killed = f"was ended by signal {self._signal()}" if self._signal() else ""
             how = killed or f"exited with code {status}"
         cause = last_complaint(self.log)
         return f"{how}{f' ({cause})' if cause else ''}: see {self.log}"

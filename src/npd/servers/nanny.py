@@ -4,10 +4,9 @@
 server's own children included, when the pipe FD closes (npd ended, even by kill -9), when it is
 asked to (SIGTERM; SIGQUIT: at once, without the grace to end by itself), or when the server itself
 ends; its exit code is the server's. When it has ended, so has all of the group, and what the group
-held (memory, ports) is free; shared memory too, which the system keeps of processes that are
-killed: segments made since the start that the group had mapped and nobody else has. Standard
-library only: it is run as a file, in whatever Python started
-npd.
+held (memory, ports, temporary files) is free; shared memory too, which the system keeps of
+processes that are killed: segments made since the start that the group had mapped and nobody else
+has. Standard library only: it is run as a file, in whatever Python started npd.
 """
 
 from __future__ import annotations
@@ -51,12 +50,14 @@ def main(fd: int, command: list[str]) -> NoReturn:
         signal.signal(number, stop)
     _adopt_orphans()
     foreign, mapped, looked = set(_segments()), set[int](), time.monotonic()
-    # vLLM keeps its sockets there; killed, it leaves them.
+    # Its sockets and temporary files: killed, it leaves them. Not torch's cache, which is for all.
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     place = tempfile.mkdtemp(prefix="npd-server-")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ, "TMPDIR": place}
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "VLLM_RPC_BASE_PATH": place},
+        env={**environment, "VLLM_RPC_BASE_PATH": place},
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )

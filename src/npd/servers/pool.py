@@ -64,7 +64,7 @@ class ServerPool:
 
         Raises:
             ConfigError: there is nothing to start.
-            RunError: our server did not become ready.
+            WorkerLostError, RunError: our server was killed, or did not become ready.
         """
         if self.is_ours:
             self.servers = self.admins = [self._build(await self._start(spec, connections))]
