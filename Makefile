@@ -4,6 +4,8 @@ BIN := .venv/bin
 # An older torch than the newest has a CPU build at hand; the constraints pin what tests run with.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install vllm demo test lint types check bench soak docs clean
 
@@ -30,7 +32,7 @@ demo: install  ## distil a real 135M model on this machine, in minutes
 	@$(BIN)/python examples/demo/demo.py
 
 test: install vllm  ## every test, those against a real vLLM server included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

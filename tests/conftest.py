@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +16,12 @@ __all__ = ["CHAT_TEMPLATE", "make_model", "make_tokenizer", "save_model"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: workers of pytest-xdist take whole files, in order."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 # Processes that several tests share; the fixture that starts one ends it.
