@@ -16,7 +16,8 @@ from fakes import END, FakeLM, FakeScorer, make_rollouts
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
 from npd.head import Head, head_of, top_k, topk_of_hidden
-from npd.modeling import load_model, response_hidden
+from npd.modeling import load_model
+from npd.reading import response_hidden
 from npd.score import build_scorer
 from npd.score.base import Document
 from npd.score.prefill import PrefillReader, _draw
@@ -132,6 +133,19 @@ def test_packed_scores_are_each_samples_own(make_scorer, full_logprobs, row_toke
     scored = make_scorer(row_tokens=row_tokens, head_chunk=head_chunk).score(rollouts)
     assert [s.rollout for s in scored] == rollouts
     for s in scored:
+        assert_is_reference(s, full_logprobs, k=6, atol=1e-4)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 50, 1000])
+def test_samples_of_one_prompt_are_scored_as_if_alone(make_scorer, full_logprobs, row_tokens):
+    first, second = random_rollouts([(24, 17, 9), (20, 1, 4)], seed=3)
+    more = random_rollouts([(1, 1, n) for n in (1, 6, 15, 1)], seed=4)
+    prompts = (first, second, first, first)
+    rollouts = [first, second] + [
+        replace(r, sample_id=i, prompt_ids=of.prompt_ids, header_ids=of.header_ids)
+        for i, (r, of) in enumerate(zip(more, prompts, strict=True))
+    ]
+    for s in make_scorer(row_tokens=row_tokens).score(rollouts):
         assert_is_reference(s, full_logprobs, k=6, atol=1e-4)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
 from npd.head import Head, head_of, read_hidden, top_k
-from npd.modeling import load_model, resolve_device, response_hidden
+from npd.modeling import load_model, resolve_device
+from npd.reading import response_hidden
 from npd.score.base import Document, Key, Reading
 
 
@@ -44,7 +45,7 @@ class PrefillReader:
         keys = list(documents)
         pairs = [(document.context, document.response) for document in documents.values()]
         readings: dict[Key, Reading] = {}
-        for row, hidden in response_hidden(self._model, pairs, self._row_tokens):
+        for row, hidden in response_hidden(self._model, pairs, self._row_tokens, share=True):
             states = torch.split(hidden, [len(pairs[i][1]) for i in row])
             by_wish: dict[tuple[int, bool], list[tuple[Key, Tensor]]] = {}
             for i, state in zip(row, states, strict=True):
