@@ -13,6 +13,9 @@ alone, in the same rows, and alone by the student too, a model of the same shape
 turns; the ratio is of paired times, so a value above 1 says that the scorer is faster than the
 forward pass. On a CPU, time is CPU time. Nothing is downloaded.
 
+Prompts that samples share are fed once: `--per-prompt` samples of one prompt, with responses of 256
+tokens, against samples of as many different prompts of that length.
+
 Storage is the size of whole scored shards, uncompressed: per token of prompts and responses, where
 the bar is 6 bytes x k + 16, and per response token, which pays for the prompts too.
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,6 +59,17 @@ from npd.types import FinishReason, IntArray, Rollout, Scored
 
 Pair: TypeAlias = tuple[IntArray, IntArray]
 Rows: TypeAlias = list[tuple[PackedBatch, torch.Tensor]]
+
+
+def grouped(rollouts: Sequence[Rollout], size: int) -> tuple[list[Rollout], list[Rollout]]:
+    """The samples with one prompt for each `size` of them, and with different ones as long."""
+    rng, apart, shared = np.random.default_rng(1), [], []
+    for place, rollout in enumerate(rollouts):
+        prompt = rollouts[place - place % size].prompt_ids
+        other = rng.integers(0, VOCAB, len(prompt)).astype(np.int32)
+        shared.append(replace(rollout, prompt_ids=prompt))
+        apart.append(replace(rollout, prompt_ids=other))
+    return shared, apart
 
 
 def make_rollouts(count: int, prompt: int, response: int) -> list[Rollout]:
@@ -135,6 +150,9 @@ def measure(
         "score": lambda: plain.score(rollouts),
         "score_ifd": lambda: with_ifd.score(rollouts),
     }
+    longer = make_rollouts(2 * args.per_prompt, args.prompt, 256)
+    for name, samples in zip(("shared", "apart"), grouped(longer, args.per_prompt), strict=True):
+        runs[name] = partial(plain.score, samples)
     for name, fed in (("", rows), ("_ifd", ifd_rows)):
         runs |= {
             f"bare{name}": partial(bare_pass, model, fed, everywhere=True),
@@ -145,6 +163,7 @@ def measure(
         name: sum(batch.cu_seqlens[-1] for batch, _ in fed)
         for name, fed in (("score", rows), ("score_ifd", ifd_rows))
     }
+    tokens["shared"] = sum(rollout.num_tokens for rollout in longer)
     clock = "cpu" if device == "cpu" else "wall"
     return take_turns(runs, args.rounds, clock), tokens
 
@@ -155,7 +174,7 @@ def figures_of(seconds: dict[str, list[float]], tokens: dict[str, int]) -> list[
     passes = (
         ("bare", "forward, logits everywhere", bar),
         ("lean", "forward, logits at responses", bar),
-        ("chunked", "the same in chunks", None),
+        ("chunked", "the same in chunks", bar),
     )
     kinds = (
         ("", "teacher scoring, top-10"),
@@ -183,6 +202,14 @@ def figures_of(seconds: dict[str, list[float]], tokens: dict[str, int]) -> list[
             "without it",
             speeds(tokens["score"], seconds["score"]),
             faster(seconds["score_ifd"], seconds["score"]),
+        ),
+        Figure(
+            "teacher scoring, samples that share prompts",
+            "tokens/s",
+            speeds(tokens["shared"], seconds["shared"]),
+            "each with a prompt of its own",
+            speeds(tokens["shared"], seconds["apart"]),
+            faster(seconds["shared"], seconds["apart"]),
         ),
     ]
 
@@ -229,8 +256,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("rounds", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("top-k", 10), ("row-tokens", 4096), ("head-chunk", 512)):
+    for name, default in (("top-k", 10), ("row-tokens", 4096), ("per-prompt", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--head-chunk", type=int, default=512)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="auto")
     args = parse(parser, {"layers": 2, "samples": 4, "rounds": 1})

@@ -25,6 +25,7 @@ from npd.head import Head, head_of, read_hidden, top_k
 from npd.modeling import load_model, resolve_device
 from npd.reading import response_hidden
 from npd.score.base import Document, Key, Reading
+from npd.types import FloatArray, IntArray
 
 
 class PrefillReader:
@@ -40,11 +41,15 @@ class PrefillReader:
 
     @torch.inference_mode()
     def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
-        """A reading of each document, under its key."""
+        """A reading of each document, under its key.
+
+        Nothing is waited for until all rows are under way: on a GPU what one row gave is copied to
+        the host while the next is computed.
+        """
         self._check_ids(documents.values())
         keys = list(documents)
         pairs = [(document.context, document.response) for document in documents.values()]
-        readings: dict[Key, Reading] = {}
+        found: list[tuple[list[Key], Tensor, Tensor]] = []
         for row, hidden in response_hidden(self._model, pairs, self._row_tokens, share=True):
             states = torch.split(hidden, [len(pairs[i][1]) for i in row])
             by_wish: dict[tuple[int, bool], list[tuple[Key, Tensor]]] = {}
@@ -52,12 +57,21 @@ class PrefillReader:
                 by_wish.setdefault(documents[keys[i]].wants, []).append((keys[i], state))
             for group in by_wish.values():
                 members = [documents[key] for key, _ in group]
-                found = self._read_head(members, torch.cat([state for _, state in group]))
-                readings.update(zip((key for key, _ in group), found, strict=True))
+                given = self._read_head(members, torch.cat([state for _, state in group]))
+                ids, logprobs = (x.to("cpu", non_blocking=True) for x in given)
+                found.append(([key for key, _ in group], ids, logprobs))
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        readings: dict[Key, Reading] = {}
+        for group_keys, ids, logprobs in found:
+            lengths = [len(documents[key].response) for key in group_keys]
+            parts = self._cut(ids.numpy(), logprobs.numpy(), lengths)
+            readings.update(zip(group_keys, parts, strict=True))
         return readings
 
-    def _read_head(self, documents: Sequence[Document], hidden: Tensor) -> list[Reading]:
-        """Readings of documents that want the same, from their response states [N, d]."""
+    def _read_head(self, documents: Sequence[Document], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [N, 1 + k + draws] (int32) and their log-probabilities, of documents that want the
+        same, from their response states [N, d]."""
         targets = self._tensor([document.response.astype(np.int64) for document in documents])
         drawn = [document.uniforms for document in documents if document.uniforms is not None]
         uniforms = self._tensor(drawn) if drawn else None
@@ -72,18 +86,20 @@ class PrefillReader:
                 columns.append(_draw(logits[:, :shared], uniforms[part]))
             return torch.cat(columns, dim=1)
 
-        found = read_hidden(hidden, self._head, choose, self._chunk)
-        ids, logprobs = found[0].int().cpu().numpy(), found[1].cpu().numpy()
+        ids, logprobs = read_hidden(hidden, self._head, choose, self._chunk)
+        return ids.int(), logprobs
+
+    def _cut(self, ids: IntArray, logprobs: FloatArray, lengths: Sequence[int]) -> list[Reading]:
+        """The readings of documents of these lengths, which lie one behind the other."""
         if not np.isfinite(logprobs[:, 0]).all():
             raise RunError(
                 f"{self._name} gives log-probabilities that are not finite: its weights are "
                 "damaged, or score.dtype is too narrow for it (try score.dtype: float32)"
             )
-        bounds = list(accumulate(len(document.response) for document in documents))[:-1]
+        bounds = list(accumulate(lengths))[:-1]
         parts = zip(np.split(ids, bounds), np.split(logprobs, bounds), strict=True)
-        return [
-            Reading(*map(np.ascontiguousarray, (lp[:, 0], i[:, 1:], lp[:, 1:]))) for i, lp in parts
-        ]
+        whole = np.ascontiguousarray
+        return [Reading(whole(lp[:, 0]), whole(i[:, 1:]), whole(lp[:, 1:])) for i, lp in parts]
 
     def _tensor(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._model.device)
