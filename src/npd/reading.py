@@ -1,4 +1,4 @@
-"""The hidden states that predict responses, of many (context, response) pairs to a packed row.
+"""The hidden states that predict responses, of many contexts and responses to a packed row.
 
 Promises: a response's states are its own, whatever lies beside it in a row and whether or not it
 shares its context with others (to float noise). Does not apply the LM head.
