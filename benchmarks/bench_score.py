@@ -1,12 +1,23 @@
 """Teacher scoring against the bare forward pass of the same rows, in tokens per second.
 
 A randomly initialised Llama of SmolLM2-135M's shape scores synthetic samples: packed prefill, LM
-head on the responses, top-k, log-sum-exp. The bare pass is `model(**row)` with logits at every
-position and nothing done with them; the lean one has logits at response positions only, the least
-that any scorer must compute. All see the same tokens (a response's last one predicts nothing and is
-not fed), except `score_ifd`, which reads every response twice more: alone by the teacher and by the
-student. They take turns; the ratio is of paired times, so a value above 1 says that the scorer is
-faster than the bare pass. On a CPU, time is CPU time. Nothing is downloaded.
+head on the responses, top-k, log-sum-exp. It is held against forward passes of the same model over
+exactly the tokens that the scorer feeds it (a response's last one predicts nothing and is not fed):
+
+- logits everywhere: `model(**row)`, and nothing done with them;
+- logits at responses: `model(**row, logits_to_keep=positions)`;
+- the same in chunks that stay in the processor's caches, the least that any scorer must compute.
+
+`score` reads each response after its prompt; `score_ifd`, as Δ-IFD needs it, after its prompt and
+alone, in the same rows, and alone by the student too, a model of the same shape here. All take
+turns; the ratio is of paired times, so a value above 1 says that the scorer is faster than the
+forward pass. On a CPU, time is CPU time. Nothing is downloaded.
+
+Prompts that samples share are fed once: `--per-prompt` samples of one prompt, with responses of 256
+tokens, against samples of as many different prompts of that length.
+
+Storage is the size of whole scored shards, uncompressed: per token of prompts and responses, where
+the bar is 6 bytes x k + 16, and per response token, which pays for the prompts too.
 
     python benchmarks/bench_score.py --threads 1 --rounds 4
 """
@@ -15,9 +26,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +39,7 @@ from common import (
     VOCAB,
     Bar,
     Figure,
+    Spread,
     faster,
     make_parser,
     parse,
@@ -40,7 +54,22 @@ from npd.head import head_of
 from npd.modeling import PackedBatch, hidden_states, load_model, pack_documents, resolve_device
 from npd.pack import pack
 from npd.score import build_scorer
-from npd.types import FinishReason, Rollout
+from npd.store.shards import write_scored
+from npd.types import FinishReason, IntArray, Rollout, Scored
+
+Pair: TypeAlias = tuple[IntArray, IntArray]
+Rows: TypeAlias = list[tuple[PackedBatch, torch.Tensor]]
+
+
+def grouped(rollouts: Sequence[Rollout], size: int) -> tuple[list[Rollout], list[Rollout]]:
+    """The samples with one prompt for each `size` of them, and with different ones as long."""
+    rng, apart, shared = np.random.default_rng(1), [], []
+    for place, rollout in enumerate(rollouts):
+        prompt = rollouts[place - place % size].prompt_ids
+        other = rng.integers(0, VOCAB, len(prompt)).astype(np.int32)
+        shared.append(replace(rollout, prompt_ids=prompt))
+        apart.append(replace(rollout, prompt_ids=other))
+    return shared, apart
 
 
 def make_rollouts(count: int, prompt: int, response: int) -> list[Rollout]:
@@ -58,38 +87,33 @@ def make_rollouts(count: int, prompt: int, response: int) -> list[Rollout]:
     ]  # fmt: skip
 
 
-def packed_rows(
-    rollouts: Sequence[Rollout], row_tokens: int, device: str
-) -> list[tuple[PackedBatch, torch.Tensor]]:
-    """Rows of the tokens that the scorer reads too, and the positions that predict responses."""
+def packed_rows(pairs: Sequence[Pair], row_tokens: int, device: str) -> Rows:
+    """Rows of the tokens that the scorer feeds, and the positions that predict responses."""
     rows = []
-    lengths = [rollout.num_tokens - 1 for rollout in rollouts]
+    lengths = [len(context) + len(response) - 1 for context, response in pairs]
     for row in pack(lengths, row_tokens):
-        members = [rollouts[i] for i in row]
-        batch = pack_documents(
-            [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in members], device
-        )
+        members = [pairs[i] for i in row]
+        batch = pack_documents([np.concatenate([c, y[:-1]]) for c, y in members], device)
         ends = zip(batch.cu_seqlens[1:], members, strict=True)
-        positions = [torch.arange(end - len(r.response_ids), end) for end, r in ends]
+        positions = [torch.arange(end - len(response), end) for end, (_, response) in ends]
         rows.append((batch, torch.cat(positions).to(device)))
     return rows
 
 
-def bare_pass(model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]]) -> None:
-    """The forward pass with the model's own head at every position."""
+def bare_pass(model: Any, rows: Rows, *, everywhere: bool) -> None:
+    """The model's own forward pass, with logits at every position or at responses."""
     with torch.inference_mode():
-        for batch, _ in rows:
+        for batch, positions in rows:
             model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 cu_seqlens=Boundaries(batch.cu_seqlens),
+                logits_to_keep=0 if everywhere else positions,
             )
 
 
-def lean_pass(
-    model: Any, rows: Sequence[tuple[PackedBatch, torch.Tensor]], head_chunk: int
-) -> None:
+def chunked_pass(model: Any, rows: Rows, head_chunk: int) -> None:
     """The forward pass with the head at response positions, in npd's chunks."""
     head = head_of(model)
     with torch.inference_mode():
@@ -99,8 +123,10 @@ def lean_pass(
                 head.logits(hidden[part])
 
 
-def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each pass in turn, and the tokens of the samples."""
+def measure(
+    args: argparse.Namespace, directory: Path
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each pass in turn, and the tokens that each scorer feeds to its models."""
     device = resolve_device(args.device)
     config = ScoreConfig(
         top_k=args.top_k, row_tokens=args.row_tokens, head_chunk=args.head_chunk, dtype=args.dtype
@@ -114,51 +140,125 @@ def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, list[f
     with_ifd.load_student(directory, 0)
     model = load_model(directory, dtype=args.dtype, device=device)
     rollouts = make_rollouts(args.samples, args.prompt, args.response)
-    rows = packed_rows(rollouts, args.row_tokens, device)
-    runs = {
+    whole = [(r.prompt_ids, r.response_ids) for r in rollouts]
+    alone = [(r.header_ids, r.response_ids) for r in rollouts]
+    rows = packed_rows(whole, args.row_tokens, device)
+    # The teacher's rows and the student's: one model serves for both.
+    ifd_rows = packed_rows(whole + alone, args.row_tokens, device)
+    ifd_rows += packed_rows(alone, args.row_tokens, device)
+    runs: dict[str, Callable[[], object]] = {
         "score": lambda: plain.score(rollouts),
-        "bare": lambda: bare_pass(model, rows),
-        "lean": lambda: lean_pass(model, rows, args.head_chunk),
         "score_ifd": lambda: with_ifd.score(rollouts),
     }
-    clock = "cpu" if device == "cpu" else "wall"
-    return take_turns(runs, args.rounds, clock), sum(r.num_tokens for r in rollouts)
-
-
-def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
-    """The scorer against the two passes."""
-    pairs = (
-        ("teacher scoring, top-10", "score", "bare", Bar("ratio", ">=", 0.85)),
-        ("teacher scoring, top-10", "score", "lean", None),
-        ("teacher scoring with Δ-IFD's answer-alone passes", "score_ifd", "bare", None),
-    )
-    names = {
-        "bare": "teacher forward, logits everywhere",
-        "lean": "teacher forward, logits at responses",
+    longer = make_rollouts(2 * args.per_prompt, args.prompt, 256)
+    for name, samples in zip(("shared", "apart"), grouped(longer, args.per_prompt), strict=True):
+        runs[name] = partial(plain.score, samples)
+    for name, fed in (("", rows), ("_ifd", ifd_rows)):
+        runs |= {
+            f"bare{name}": partial(bare_pass, model, fed, everywhere=True),
+            f"lean{name}": partial(bare_pass, model, fed, everywhere=False),
+            f"chunked{name}": partial(chunked_pass, model, fed, args.head_chunk),
+        }
+    tokens = {
+        name: sum(batch.cu_seqlens[-1] for batch, _ in fed)
+        for name, fed in (("score", rows), ("score_ifd", ifd_rows))
     }
-    return [
+    tokens["shared"] = sum(rollout.num_tokens for rollout in longer)
+    clock = "cpu" if device == "cpu" else "wall"
+    return take_turns(runs, args.rounds, clock), tokens
+
+
+def figures_of(seconds: dict[str, list[float]], tokens: dict[str, int]) -> list[Figure]:
+    """The scorer against the forward passes over its tokens, and Δ-IFD against scoring alone."""
+    bar = Bar("ratio", ">=", 0.90)
+    passes = (
+        ("bare", "forward, logits everywhere", bar),
+        ("lean", "forward, logits at responses", bar),
+        ("chunked", "the same in chunks", bar),
+    )
+    kinds = (
+        ("", "teacher scoring, top-10"),
+        ("_ifd", "scoring for Δ-IFD, prompts and alone"),
+    )
+    figures = [
         Figure(
             what,
             "tokens/s",
-            speeds(tokens, seconds[ours]),
-            names[theirs],
-            speeds(tokens, seconds[theirs]),
-            faster(seconds[ours], seconds[theirs]),
-            bar,
+            speeds(tokens[f"score{kind}"], seconds[f"score{kind}"]),
+            against,
+            speeds(tokens[f"score{kind}"], seconds[f"{theirs}{kind}"]),
+            faster(seconds[f"score{kind}"], seconds[f"{theirs}{kind}"]),
+            limit,
         )
-        for what, ours, theirs, bar in pairs
+        for kind, what in kinds
+        for theirs, against, limit in passes
+    ]
+    return [
+        *figures,
+        Figure(
+            "what Δ-IFD costs: samples scored for it",
+            "tokens/s",
+            speeds(tokens["score"], seconds["score_ifd"]),
+            "without it",
+            speeds(tokens["score"], seconds["score"]),
+            faster(seconds["score_ifd"], seconds["score"]),
+        ),
+        Figure(
+            "teacher scoring, samples that share prompts",
+            "tokens/s",
+            speeds(tokens["shared"], seconds["shared"]),
+            "each with a prompt of its own",
+            speeds(tokens["shared"], seconds["apart"]),
+            faster(seconds["shared"], seconds["apart"]),
+        ),
+    ]
+
+
+def storage(rollouts: Sequence[Rollout], directory: Path) -> dict[int, dict[str, float]]:
+    """Bytes of a scored shard by k: per token of prompts and responses, and per response token."""
+    found = {}
+    for k in (10, 32, 64):
+        path = directory / f"{k}.arrow"
+        write_scored(path, [scored_of(rollout, k) for rollout in rollouts])
+        found[k] = {
+            "token": path.stat().st_size / sum(r.num_tokens for r in rollouts),
+            "response_token": path.stat().st_size / sum(len(r.response_ids) for r in rollouts),
+        }
+    return found
+
+
+def scored_of(rollout: Rollout, k: int) -> Scored:
+    """A record of that width; what it says does not change its size."""
+    size = len(rollout.response_ids)
+    ids = np.tile(np.arange(k, dtype=np.int32), (size, 1))
+    nll = (1.0, 2.0, 1.0, 2.0)
+    return Scored(rollout, ids, np.full((size, k), -5, np.float32), rollout.logprobs, *nll)
+
+
+def storage_figures(found: dict[int, dict[str, float]]) -> list[Figure]:
+    """Bytes a token for each k, and the bar."""
+    return [
+        Figure(
+            f"scored shard, top-{k}, a token of {what}",
+            "bytes",
+            Spread.of([sizes[name]]),
+            bar=Bar("ours", "<", 6 * k + 16) if name == "token" else None,
+        )
+        for k, sizes in found.items()
+        for name, what in (("token", "prompt or response"), ("response_token", "response"))
     ]
 
 
 def main() -> None:
-    """Score in turn with the bare passes."""
+    """Score in turn with the forward passes."""
     parser = make_parser(__doc__)
     for name, default in (("layers", 30), ("samples", 16), ("prompt", 64), ("response", 96)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("rounds", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("top-k", 10), ("row-tokens", 4096), ("head-chunk", 512)):
+    for name, default in (("top-k", 10), ("row-tokens", 4096), ("per-prompt", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--head-chunk", type=int, default=512)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="auto")
     args = parse(parser, {"layers": 2, "samples": 4, "rounds": 1})
@@ -166,7 +266,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         random_model(args.layers, "bfloat16").save_pretrained(directory)
         seconds, tokens = measure(args, Path(directory))
-    publish(args, figures_of(seconds, tokens), {"tokens": tokens, "seconds": seconds})
+        sizes = storage(make_rollouts(64, args.prompt, args.response), Path(directory))
+    figures = figures_of(seconds, tokens) + storage_figures(sizes)
+    publish(args, figures, {"tokens": tokens, "seconds": seconds, "bytes": sizes})
 
 
 if __name__ == "__main__":

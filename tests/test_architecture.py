@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "npd"
 
 NOUNS = {"types", "reports", "errors", "names", "sections", "fields", "served", "rules"}
 SHARED = {"store", "observe", "data", "sources", "chat", "attention", "modeling", "settings"}
-SHARED |= {"head", "layers", "lora", "probe", "resuming", "servers", "wording", "world"}
+SHARED |= {"head", "layers", "lora", "probe", "reading", "resuming", "servers", "wording", "world"}
 ROOMS = {"generate", "score", "train", "filters", "pack", "evaluate"}
 GROUND = NOUNS | {"config"} | SHARED
 # What each unit (a file or a folder of npd) may import of the others; a new unit needs a line.
@@ -67,7 +67,7 @@ IMPURE |= {"tempfile", "threading", "torch", "transformers", "pyarrow", "logging
 HEAVY = dict.fromkeys(("datasets", "tensorboard", "gguf", "accelerate", "rich", "matplotlib"), 1)
 HEAVY |= {"httpx": 1, "fsspec": 1, "peft": 1, "ray": 3, "transformers": 7}
 # The only units that import torch as they are imported; everywhere else it waits for a call.
-TORCH_AT_IMPORT = {"attention", "head", "lora", "modeling"}
+TORCH_AT_IMPORT = {"attention", "head", "lora", "modeling", "reading"}
 TORCH_AT_IMPORT |= {"generate", "score", "train", "evaluate"}
 
 MAX_FILE, MAX_FUNCTION, LONG_FUNCTION = 300, 60, 50

@@ -15,12 +15,11 @@ from npd.errors import ModelError
 from npd.head import Head, head_of
 from npd.modeling import (
     PackedBatch,
-    _first_fit,
     hidden_states,
     load_model,
     pack_documents,
-    response_hidden,
 )
+from npd.reading import _first_fit, response_hidden
 
 
 def at(*bounds):

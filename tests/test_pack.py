@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.errors import InputError
-from npd.pack import _FewOpenRows, _OpenRows, balance, efficiency, pack
+from npd.pack import _FewOpenRows, _OpenRows, balance, efficiency, pack, pack_stream
 
 CAPACITIES = st.integers(1, 5000)
 
@@ -131,6 +131,69 @@ def test_log_normal_lengths_fill_long_rows():
     )
     rows = pack(lengths, 32_768)
     assert efficiency(rows, lengths, 32_768) >= 0.99
+
+
+# Documents that come one by one.
+
+
+def naive_stream(lengths, capacity, window):
+    """The rule of the stream, the slow and obvious way: rows, and what came before each went."""
+    waiting, rows = [], []
+    for index in range(len(lengths)):
+        waiting.append(index)
+        if len(waiting) == window:
+            row, room = [], capacity
+            while fitting := [i for i in waiting if lengths[i] <= room]:
+                taken = max(fitting, key=lambda i: (lengths[i], -i)) if row else fitting[0]
+                waiting.remove(taken)
+                row.append(taken)
+                room -= lengths[taken]
+            rows.append(row)
+    left = pack([lengths[i] for i in waiting], capacity)
+    return rows, [[waiting[i] for i in row] for row in left]
+
+
+@given(problems(), st.integers(1, 12))
+def test_a_stream_gives_the_oldest_and_then_the_longest_that_fit(problem, window):
+    lengths, capacity = problem
+    early, late = naive_stream(lengths, capacity, window)
+    assert list(pack_stream(lengths, capacity, window=window)) == early + late
+
+
+@given(problems(), st.integers(1, 12))
+def test_no_document_of_a_stream_waits_for_more_rows_than_the_window(problem, window):
+    lengths, capacity = problem
+    came = 0
+
+    def arriving():
+        nonlocal came
+        for length in lengths:
+            came += 1
+            yield length
+
+    gone, entered = set(), {}
+    for place, row in enumerate(pack_stream(arriving(), capacity, window=window)):
+        entered |= dict.fromkeys(set(range(came)) - set(entered), place)
+        assert len(entered) - len(gone) <= window
+        gone |= set(row)
+        if came < len(lengths):
+            assert all(place - entered[index] < window for index in row)
+    assert gone == set(range(len(lengths)))
+
+
+def test_a_stream_refuses_what_fits_no_row_when_it_comes():
+    rows = pack_stream(iter([8, 7, 9]), capacity=8, window=1)
+    assert [next(rows), next(rows)] == [[0], [1]]
+    with pytest.raises(InputError, match=r"document 2 has 9 tokens, a row holds 8"):
+        next(rows)
+    with pytest.raises(AssertionError):
+        next(pack_stream([0], capacity=8))
+
+
+def test_a_stream_fills_long_rows_nearly_as_well():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(math.log(454) - 0.32, 0.8, 5_000), 1, 4096).astype(int).tolist()
+    assert efficiency(list(pack_stream(lengths, 32_768)), lengths, 32_768) >= 0.985
 
 
 @given(st.lists(st.integers(0, 100), max_size=40), st.integers(1, 9))

@@ -15,10 +15,13 @@ from conftest import make_model, make_tokenizer
 from fakes import END, FakeLM, FakeScorer, make_rollouts
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
+from npd.head import Head, head_of, top_k, topk_of_hidden
 from npd.modeling import load_model
+from npd.reading import response_hidden
 from npd.score import build_scorer
 from npd.score.base import Document
-from npd.score.prefill import PrefillReader, _draw, top_k
+from npd.score.prefill import PrefillReader, _draw
+from npd.train.loss import near_policy_loss
 from npd.types import FinishReason, Rollout
 
 VOCAB = 300  # of the tiny tokenizer; the tiny models have 304 ids
@@ -55,6 +58,7 @@ def random_rollouts(shapes, seed=0, with_logprobs=True):
     ]
 
 
+SUPPORT = ("topk_ids", "topk_logprobs")
 SHAPES = [(5, 1, 7), (1, 1, 1), (12, 3, 2), (3, 2, 19), (8, 1, 1), (2, 4, 30), (6, 1, 5)]
 
 
@@ -129,6 +133,19 @@ def test_packed_scores_are_each_samples_own(make_scorer, full_logprobs, row_toke
     scored = make_scorer(row_tokens=row_tokens, head_chunk=head_chunk).score(rollouts)
     assert [s.rollout for s in scored] == rollouts
     for s in scored:
+        assert_is_reference(s, full_logprobs, k=6, atol=1e-4)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 50, 1000])
+def test_samples_of_one_prompt_are_scored_as_if_alone(make_scorer, full_logprobs, row_tokens):
+    first, second = random_rollouts([(24, 17, 9), (20, 1, 4)], seed=3)
+    more = random_rollouts([(1, 1, n) for n in (1, 6, 15, 1)], seed=4)
+    prompts = (first, second, first, first)
+    rollouts = [first, second] + [
+        replace(r, sample_id=i, prompt_ids=of.prompt_ids, header_ids=of.header_ids)
+        for i, (r, of) in enumerate(zip(more, prompts, strict=True))
+    ]
+    for s in make_scorer(row_tokens=row_tokens).score(rollouts):
         assert_is_reference(s, full_logprobs, k=6, atol=1e-4)
 
 
@@ -379,6 +396,58 @@ def test_top_k_equals_torch(vocab, k, rows, has_ties, seed):
     assert all(len(set(row)) == k for row in ids.tolist())
     if not has_ties:
         assert torch.equal(ids, expected)
+
+
+# Hidden states instead of the top-k.
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_blocks_of_logits_are_the_logits(chunk):
+    head = Head(torch.randn(200_000, 4), torch.randn(200_000), 0.5, 30.0)
+    hidden = torch.randn(23, 4)
+    parts, blocks = zip(*head.blocks(hidden, chunk), strict=True)
+    assert [i for part in parts for i in range(23)[part]] == list(range(23))
+    assert max(map(len, blocks)) <= min(chunk, 2**21 // 200_000)
+    torch.testing.assert_close(torch.cat(blocks), head.logits(hidden), rtol=1e-5, atol=1e-5)
+
+
+class HiddenScorer:
+    """Ships the teacher's hidden states of a response, as a scorer of another kind could."""
+
+    def __init__(self, teacher):
+        self.model = load_model(teacher)
+        self.head = head_of(self.model)
+
+    @torch.no_grad()
+    def score(self, rollouts):
+        pairs = [(r.prompt_ids, r.response_ids) for r in rollouts]
+        ((row, hidden),) = response_hidden(self.model, pairs, 10_000)
+        states = hidden.split([len(pairs[i][1]) for i in row])
+        return [states[row.index(i)] for i in range(len(rollouts))]
+
+
+def test_the_loss_can_be_fed_from_hidden_states(make_scorer, tiny_teacher_dir):
+    """The top-k made where the student trains is the top-k that a scorer stores."""
+    rollouts = random_rollouts(SHAPES)
+    stored = make_scorer(needs_ifd=False).score(rollouts)
+    shipping = HiddenScorer(tiny_teacher_dir)
+    hidden = torch.cat(shipping.score(rollouts))
+    ids, logprobs = topk_of_hidden(hidden, shipping.head, 6, vocab_size=VOCAB, chunk=7)
+    assert ids.tolist() == np.concatenate([s.topk_ids for s in stored]).tolist()
+
+    student = torch.randn(len(hidden), 8, requires_grad=True)
+    weight = torch.randn(304, 8)
+    labels = torch.from_numpy(np.concatenate([r.response_ids for r in rollouts]).astype(np.int64))
+
+    def loss_of(ids, logprobs):
+        loss = near_policy_loss(student, weight, labels, ids.long(), logprobs, target="tail").loss
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    kept = (np.concatenate([getattr(s, name) for s in stored]) for name in SUPPORT)
+    for got, expected in zip(
+        loss_of(ids, logprobs), loss_of(*map(torch.from_numpy, kept)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 # The contract, for every scorer.

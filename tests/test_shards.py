@@ -47,6 +47,22 @@ def test_mixed_shard_keeps_which_samples_have_logprobs(tmp_path):
     assert [r.logprobs is None for r in read] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("k", [10, 32, 64])
+def test_a_scored_shard_takes_six_bytes_an_entry_and_sixteen_a_token(tmp_path, k):
+    """8 of them are the rollout's own; prompts and a sample's numbers come on top."""
+    rollouts = [make_rollout(i, 100 + i) for i in range(16)]
+    whole = {"nll_teacher_alone": 1.0, "nll_student": 1.0, "nll_student_alone": 1.0}
+    scored = [make_scored(i, 100 + i, k, **whole) for i in range(16)]
+    write_rollouts(tmp_path / "r.arrow", rollouts)
+    write_scored(tmp_path / "s.arrow", scored)
+    size = (tmp_path / "s.arrow").stat().st_size
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    per_sample = sum(4 * (len(r.prompt_ids) + len(r.header_ids)) + 256 for r in rollouts)
+    assert size <= (6 * k + 16) * tokens + per_sample + 4096
+    added = size - (tmp_path / "r.arrow").stat().st_size
+    assert added < (6 * k + 16) * tokens
+
+
 @pytest.mark.parametrize("k", [1, 4, 50])
 def test_scored_come_back(tmp_path, k):
     written = [

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,28 @@ ATTENTION = "npd_packed"
 _VARLEN = "torch.nn.attention.varlen"
 
 
+class Shared(NamedTuple):
+    """How documents that begin alike lie in a row: their beginning once, then what is their own.
+
+    `take` [E] are the row's positions with each document laid out whole; `keep` [T] where in those
+    E places the row's own tokens are found.
+    """
+
+    take: Tensor
+    keep: Tensor
+
+
 class Boundaries:
     """Where documents of a row begin and end, `cu_seqlens` (0, ..., T), as one thing.
 
     A tuple's length would be compiled in: with each number of documents torch.compile began anew.
+    With `shared` they are the boundaries of documents laid out whole.
     """
 
-    __slots__ = ("cu_seqlens",)
+    __slots__ = ("cu_seqlens", "shared")
 
-    def __init__(self, cu_seqlens: tuple[int, ...]) -> None:
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens: tuple[int, ...], shared: Shared | None = None) -> None:
+        self.cu_seqlens, self.shared = cu_seqlens, shared
 
 
 @lru_cache(maxsize=1)
@@ -78,9 +90,26 @@ def packed_attention(
             "which packed attention does not apply: lower data.max_prompt_tokens or "
             "generate.max_new_tokens"
         )
+    if bounds.shared is not None:
+        # Attention alone sees documents whole, and its rows of a shared beginning come out alike:
+        # what is saved is everything else, by far the most of the work at such lengths.
+        query, key, value = (x.index_select(2, bounds.shared.take) for x in (query, key, value))
+    out = _within_documents(query, key, value, cu_seqlens, longest, scaling, dropout)
+    return out if bounds.shared is None else out.index_select(1, bounds.shared.keep), None
+
+
+def _within_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[int, ...],
+    longest: int,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
     kernel = varlen_kernel() if query.device.type == "cuda" else None
     if kernel is not None and query.dtype != torch.float32:
-        return _varlen(kernel, query, key, value, cu_seqlens, longest, scaling), None
+        return _varlen(kernel, query, key, value, cu_seqlens, longest, scaling)
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -93,7 +122,7 @@ def packed_attention(
         )
         for start, end in pairwise(cu_seqlens)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from npd.head import Head, head_of
-from npd.modeling import response_hidden
+from npd.reading import response_hidden
 from npd.types import Scored
 
 # The least mass a tail bucket counts as having: below it float32 cannot tell 1 - mass from 0.

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from npd import lora
-from npd.attention import ATTENTION, Boundaries, registered_attention
+from npd.attention import ATTENTION, Boundaries, Shared, registered_attention
 from npd.errors import ModelError
 from npd.head import head_of
 from npd.types import IntArray
@@ -43,12 +43,14 @@ class PackedBatch:
     """One packed row: `input_ids`, `position_ids` [1, T]; `cu_seqlens` (0, ..., T) its documents.
 
     Example: documents [5, 6] and [7] give input_ids [[5, 6, 7]], position_ids [[0, 1, 0]] and
-    cu_seqlens (0, 2, 3).
+    cu_seqlens (0, 2, 3). Where documents share tokens, `shared` says which, and `cu_seqlens` are
+    the documents' with each token as often as it is shared.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: tuple[int, ...]
+    shared: Shared | None = None
 
 
 def pack_documents(documents: Sequence[IntArray], device: str | torch.device) -> PackedBatch:
@@ -132,43 +134,11 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
-        cu_seqlens=Boundaries(batch.cu_seqlens),
+        cu_seqlens=Boundaries(batch.cu_seqlens, batch.shared),
     )
     hidden = out.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden[0]
-
-
-def response_hidden(
-    model: Any, pairs: Sequence[tuple[IntArray, IntArray]], row_tokens: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The hidden states that predict each response, many (context, response) pairs to a row.
-
-    Yields, row by row, the pairs' indices and their states [sum of L, d] in that order: state t of
-    a response is the one at the position before its token t, so the first is the context's last.
-    No state is asked for after a response's last token, hence that token is not fed. A pair longer
-    than `row_tokens` gets a row of its own.
-    """
-    assert all(len(context) and len(response) for context, response in pairs)
-    documents = [np.concatenate([context, response[:-1]]) for context, response in pairs]
-    for row in _first_fit([len(document) for document in documents], row_tokens):
-        batch = pack_documents([documents[i] for i in row], model.device)
-        ends = batch.cu_seqlens[1:]
-        positions = [
-            torch.arange(end - len(pairs[i][1]), end) for i, end in zip(row, ends, strict=True)
-        ]
-        yield row, hidden_states(model, batch)[torch.cat(positions).to(model.device)]
-
-
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths`, longest first, each in the first row with room for it."""
-    rows: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (r for r, (used, _) in enumerate(rows) if used + lengths[index] <= capacity)
-        place = next(fits, len(rows))
-        used, row = rows[place] if place < len(rows) else (0, [])
-        rows[place : place + 1] = [(used + lengths[index], [*row, index])]
-    return [row for _, row in rows]
 
 
 @contextmanager

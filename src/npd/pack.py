@@ -2,15 +2,16 @@
 
 Promises: every index comes back exactly once, no row is over capacity, the same lengths always give
 the same rows. It knows nothing of tokens, attention or models. Capacity matters more than the
-algorithm: rows of four times the longest document or more fill above 0.99.
+algorithm: rows of four times the longest document or more fill above 0.99. `pack` sees all lengths
+before the first row, `pack_stream` only a window of them.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -127,6 +128,51 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def pack_stream(
+    lengths: Iterable[int], capacity: int, *, window: int = 1024
+) -> Iterator[list[int]]:
+    """Pack documents into rows as they come, holding at most `window` of them, in O(log window).
+
+    A row goes out each time the window is full: its oldest document, then again and again the
+    longest that still fits (of equal ones the oldest). So no document waits for more than `window`
+    rows, whatever its length. What is left when `lengths` ends is packed as by `pack`. Errors as in
+    `pack`, when the document comes.
+
+    >>> list(pack_stream([3, 9, 5, 1], capacity=10, window=2))
+    [[0], [1], [2, 3]]
+    """
+    assert window >= 1, "a window holds at least one document"
+    arrived: deque[int] = deque()  # the oldest first, those gone still among them
+    waiting: list[tuple[int, int]] = []  # (length, -index): the last that fits is the one to take
+    known: dict[int, int] = {}
+    for index, length in enumerate(map(int, lengths)):
+        _check_one(index, length, capacity)
+        insort(waiting, (length, -index))
+        arrived.append(index)
+        known[index] = length
+        if len(waiting) == window:
+            while arrived[0] not in known:
+                arrived.popleft()
+            yield _oldest_and_longest(arrived.popleft(), known, waiting, capacity)
+    left = list(known)
+    yield from ([left[i] for i in row] for row in pack(list(known.values()), capacity))
+
+
+def _oldest_and_longest(
+    oldest: int, known: dict[int, int], waiting: list[tuple[int, int]], capacity: int
+) -> list[int]:
+    """Take a row out of `known` and `waiting`: `oldest`, then the longest that fits, and again."""
+    place = bisect_left(waiting, (known[oldest], -oldest))
+    row, room = [], capacity
+    while place >= 0:
+        length, negated = waiting.pop(place)
+        row.append(-negated)
+        del known[-negated]
+        room -= length
+        place = bisect_left(waiting, (room + 1,)) - 1
+    return row
+
+
 def _longest_first(lengths: list[int]) -> list[int]:
     """Indices by falling length, equal ones in their order."""
     if len(lengths) <= _FEW:
@@ -138,10 +184,16 @@ def _longest_first(lengths: list[int]) -> list[int]:
 def _check(lengths: list[int], capacity: int) -> None:
     assert capacity >= 1, "a row holds at least one token"
     assert min(lengths, default=1) >= 1, "a document has at least one token"
-    if max(lengths, default=0) > capacity:
-        index = lengths.index(max(lengths))
+    longest = max(lengths, default=0)
+    if longest > capacity:
+        _check_one(lengths.index(longest), longest, capacity)
+
+
+def _check_one(index: int, length: int, capacity: int) -> None:
+    assert length >= 1, "a document has at least one token"
+    if length > capacity:
         raise InputError(
-            f"document {index} has {lengths[index]} tokens, a row holds {capacity}: raise "
+            f"document {index} has {length} tokens, a row holds {capacity}: raise "
             "train.row_tokens (score.row_tokens when scoring), or limit prompts and responses"
         )
 

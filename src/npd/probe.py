@@ -74,7 +74,7 @@ def measure(model: Any, sequences: Sequence[IntArray]) -> Probe:
     import torch
 
     from npd.head import head_of
-    from npd.modeling import response_hidden
+    from npd.reading import response_hidden
 
     head, found = head_of(model), {}
     with torch.no_grad():

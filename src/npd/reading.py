@@ -1,0 +1,123 @@
+"""The hidden states that predict responses, of many contexts and responses to a packed row.
+
+Promises: a response's states are its own, whatever lies beside it in a row and whether or not it
+shares its context with others (to float noise). Does not apply the LM head.
+
+Dimensions: L tokens of a response, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npd.attention import Shared
+from npd.modeling import PackedBatch, hidden_states, pack_documents
+from npd.types import IntArray
+
+Pair: TypeAlias = tuple[IntArray, IntArray]
+
+# Shorter contexts are not worth the second layout that attention then works on.
+_MIN_SHARED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Pairs (by index) with one context, which is in the row once."""
+
+    context: IntArray
+    members: list[int] = field(default_factory=list)
+
+
+def response_hidden(
+    model: Any, pairs: Sequence[Pair], row_tokens: int, *, share: bool = False
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The hidden states that predict each response, many (context, response) pairs to a row.
+
+    Yields, row by row, the pairs' indices and their states [sum of L, d] in that order: state t of
+    a response is the one at the position before its token t, so the first is the context's last.
+    No state is asked for after a response's last token, hence that token is not fed. A pair longer
+    than `row_tokens` gets a row of its own. With `share` equal contexts of a row are fed once.
+    """
+    assert all(len(context) and len(response) for context, response in pairs)
+    groups = _groups(pairs, row_tokens if share else 0)
+    sizes = [_size(group, pairs) for group in groups]
+    for row in _first_fit(sizes, row_tokens):
+        chosen = [groups[i] for i in row]
+        batch, positions = _lay_out(chosen, pairs, model.device)
+        members = [member for group in chosen for member in group.members]
+        yield members, hidden_states(model, batch)[positions]
+
+
+def _groups(pairs: Sequence[Pair], capacity: int) -> list[_Group]:
+    """Pairs of one context together, as many as a row holds; short contexts stay apart."""
+    groups: list[_Group] = []
+    open_groups: dict[bytes, tuple[_Group, int]] = {}
+    for index, (context, response) in enumerate(pairs):
+        key, own = context.tobytes(), len(response) - 1
+        group, used = open_groups.get(key, (None, 0))
+        if group is None or used + own > capacity or len(context) < _MIN_SHARED:
+            group, used = _Group(context), len(context)
+            groups.append(group)
+        group.members.append(index)
+        open_groups[key] = group, used + own
+    return groups
+
+
+def _size(group: _Group, pairs: Sequence[Pair]) -> int:
+    return len(group.context) + sum(len(pairs[i][1]) - 1 for i in group.members)
+
+
+def _lay_out(
+    groups: Sequence[_Group], pairs: Sequence[Pair], device: torch.device
+) -> tuple[PackedBatch, Tensor]:
+    """A row of the groups, and the positions of its states, member by member."""
+    pieces: list[IntArray] = []
+    places, positions, take, lengths = [], [], [], []
+    start = 0
+    for group in groups:
+        size = len(group.context)
+        before = np.arange(start, start + size)
+        pieces.append(group.context)
+        places.append(np.arange(size))
+        start += size
+        for index in group.members:
+            own = pairs[index][1][:-1]
+            inside = np.arange(start, start + len(own))
+            pieces.append(own)
+            places.append(np.arange(size, size + len(own)))
+            positions.append(np.concatenate([before[-1:], inside]))
+            take.append(np.concatenate([before, inside]))
+            lengths.append(size + len(own))
+            start += len(own)
+    where = torch.from_numpy(np.concatenate(positions)).to(device)
+    if sum(lengths) == start:  # nothing is shared
+        return pack_documents([np.concatenate(pair) for pair in _fed(groups, pairs)], device), where
+    ids, at = (torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (pieces, places))
+    laid = np.concatenate(take)
+    # Where each token of the row is first found in the layout of whole documents.
+    keep = np.unique(laid, return_index=True)[1]
+    shared = Shared(torch.from_numpy(laid).to(device), torch.from_numpy(keep).to(device))
+    bounds = (0, *accumulate(lengths))
+    return PackedBatch(ids[None].to(device), at[None].to(device), bounds, shared), where
+
+
+def _fed(groups: Sequence[_Group], pairs: Sequence[Pair]) -> Iterator[Pair]:
+    return ((group.context, pairs[i][1][:-1]) for group in groups for i in group.members)
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths`, longest first, each in the first row with room for it."""
+    rows: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (r for r, (used, _) in enumerate(rows) if used + lengths[index] <= capacity)
+        place = next(fits, len(rows))
+        used, row = rows[place] if place < len(rows) else (0, [])
+        rows[place : place + 1] = [(used + lengths[index], [*row, index])]
+    return [row for _, row in rows]
