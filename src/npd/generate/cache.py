@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from npd.errors import ModelError
+
 # Places that a buffer has left when it is made: each time they are used up it is copied once, about
 # what an eighth of a step costs.
 _ROOM = 64
@@ -136,13 +138,21 @@ def build_cache(config: Any, num_rows: int, width: int) -> tuple[Cache, int]:
     """A cache for a model, and how many rows it has: `num_rows`, or 1 where layers are recurrent.
 
     `width` is the length of the longest prompt.
+
+    Raises:
+        ModelError: no layer of the model has attention.
     """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    layers = DynamicCache(config=config).layers
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return RowCache(num_rows, width), num_rows
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        raise ModelError(
+            f"a model of type {config.model_type} has no attention layer, and cannot write in "
+            "process: let a server write, with generate.engine vllm or sglang"
+        )
     return LoneCache(config), 1
 
 
