@@ -38,6 +38,7 @@ MLA = {
     "moe_intermediate_size": 16,
 }
 GEMMA = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 304}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES = {
     "GPT2": {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
     "Gemma3Text": {**TINY, **SLIDING, "head_dim": 8},
@@ -199,12 +200,25 @@ def test_families_match_a_full_forward_pass_when_rows_change_hands(family):
     if config_class is None:
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = config_class(**FAMILIES[family], **ends)
+    config = config_class(**FAMILIES[family], **ENDS)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     asks, limits = make_asks(9, group=2), make_limits(9, 80)
     for rollout in generate_with(model, asks, make_sampling(80, 3), limits=limits):
         assert np.allclose(rollout.logprobs, full_logprobs(model, rollout), atol=5e-5, rtol=0)
+
+
+def test_a_row_that_is_done_needs_no_more_positions_than_the_model_has():
+    """One row of 16 is done at the end of the context, too few to be given away, while others go on
+    that joined later."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**FAMILIES["GPT2"], n_positions=24, **ENDS)).eval()
+    ids = np.array([3, 4, 5, 6], np.int32)
+    asks = [Ask(i, i, EncodedPrompt(i, ids, ids[:1])) for i in range(31)]
+    limits = [20] + [10] * 15 + [20] * 15
+    found = generate_with(model, asks, make_sampling(20, 16), limits=limits)
+    assert_same(found, alone(model, asks, limits, 20))
 
 
 def test_a_model_without_attention_is_one_clear_error():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class Draft:
     @property
     def is_done(self) -> bool:
         """Whether it has ended."""
-        return self.finish is FinishReason.STOP or len(self.ids) == self.limit
+        return self.finish is FinishReason.STOP or len(self.ids) >= self.limit
 
     def uniform(self) -> float:
         """The random number, in [0, 1), that decides its next token."""
@@ -98,7 +98,7 @@ class _Prompts:
 
     cache: Any
     logits: Tensor
-    drafts: deque[tuple[Draft, int]] = field(default_factory=deque)
+    drafts: deque[tuple[Draft, int]]
 
 
 class _Rows:
@@ -118,7 +118,7 @@ class _Rows:
     def fill(self) -> bool:
         """Give rows that are done to drafts that wait, or drop them; False when all is written."""
         while True:
-            live = [row for row, draft in enumerate(self._drafts) if draft and not draft.is_done]
+            live = self._live()
             num_done = len(self._drafts) - len(live)
             if live and num_done < _DONE_SHARE * len(self._drafts):
                 return True
@@ -130,11 +130,13 @@ class _Rows:
 
     def step(self) -> None:
         """Write one more token of every row."""
-        cache, pads = self._cache, self._pads
-        cache.start = int(pads[self._live()].min())
+        cache, live = self._cache, self._live()
+        cache.start = int(self._pads[live].min())
         if cache.is_full:
             self._move(None)
-            pads = self._pads
+        # Rows that are done see themselves only: they may be past the places that the model has.
+        pads = torch.full_like(self._pads, cache.end)
+        pads[live] = self._pads[live]
         seen = torch.arange(cache.start, cache.end + 1) >= pads[:, None]
         logits = self._forward(self._inputs, seen, (cache.end - pads)[:, None], cache.model_cache)
         cache.advance()

@@ -124,7 +124,7 @@ def generate_with(
 
     Log-probs are recorded unless `with_logprobs` is off: log p(y_t) in nats at temperature 1 over
     the model's whole vocabulary, whatever the sampling. `limits` are the most tokens of each
-    response, at most `sampling.max_new_tokens`, which it is where they are not given.
+    response, from 1 to `sampling.max_new_tokens`, which it is where they are not given.
 
     Raises:
         RunError: the model gives non-finite logits.
