@@ -1,7 +1,8 @@
 """Generation by a vLLM server against the transformers engine, and what the client itself costs.
 
 The real SmolLM2-135M-Instruct in bfloat16 on CPU, the same 128 prompts, sampling at temperature 1,
-responses as long as they come out (at most `--new` tokens). The server computes on one thread, the
+responses as long as they come out (at most `--new` tokens), then of lengths drawn from a log-normal
+(on both sides each ask ends at its own). The server computes on one thread, the
 engine in process too; they take turns, and the ratio is of paired rounds of wall time. The client's
 share is its CPU time from the first request to the stored shard over that wall time, with all
 requests in flight at once. Needs `make vllm`.
@@ -16,23 +17,27 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 
+from bench_generate import log_normal_lengths
 from common import ROOT, Bar, Figure, Spread, make_parser, parse, publish
 from npd.chat import Chat
 from npd.config import GenerateConfig, LaunchConfig
 from npd.generate.base import Generator, build_generator
-from npd.generate.served import Surroundings
+from npd.generate.served import ServedGenerator, Surroundings
+from npd.generate.transformers import TransformersGenerator, generate_with
+from npd.generate.writing import Writing
 from npd.modeling import load_model
 from npd.prepare import import_gguf, smollm2_gguf
+from npd.servers import EngineServer
 from npd.store.shards import write_rollouts
 from npd.train.checkpoint import save_pretrained
-from npd.types import Ask, Prompt, Rollout
-
-# The in-process engine drops finished rows once an eighth of its batch is done.
-COMPACT_SHARE = 0.125
+from npd.types import Ask, Failed, Prompt, Rollout
 
 
 def make_model(folder: Path) -> Path:
@@ -53,20 +58,54 @@ def make_asks(chat: Chat, count: int) -> list[Ask]:
     return [Ask(i, 31 * i + 1, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
 
 
-def padding_waste(lengths: Sequence[int], batch: int, *, compacts: bool) -> float:
+def padding_waste(lengths: Sequence[int], batch: int) -> float:
     """Share of the decoded tokens that nobody keeps, in static batches of `batch`."""
-    decoded = 0
-    for start in range(0, len(lengths), batch):
-        rows = live = sorted(lengths[start : start + batch])
-        for step in range(1, rows[-1] + 1):
-            decoded += len(rows)
-            live = [length for length in live if length > step]
-            if compacts and len(rows) - len(live) >= COMPACT_SHARE * len(rows):
-                rows = live
-    return 1 - sum(lengths) / decoded
+    batches = (lengths[start : start + batch] for start in range(0, len(lengths), batch))
+    return 1 - sum(lengths) / sum(len(rows) * max(rows) for rows in batches)
 
 
-def timed(engine: Generator, asks: list[Ask], path: Path) -> tuple[list[Rollout], float, float]:
+class Writer(Protocol):
+    """What is measured: rollouts for asks."""
+
+    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+        """One rollout per ask, in their order."""
+
+
+@dataclass(frozen=True)
+class LimitedServer:
+    """A generator by a server with a length of its own for each ask, by sample id."""
+
+    engine: ServedGenerator
+    limits: Sequence[int]
+
+    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+        """Responses of exactly those lengths."""
+        engine = self.engine
+
+        async def write(server: EngineServer, ask: Ask) -> Rollout:
+            limit = self.limits[ask.sample_id]
+            sampling = replace(engine._sampling(), max_new_tokens=limit, stop_ids=())
+            return await Writing(engine._holding, sampling, "finish", True).write(server, ask)
+
+        found = engine._pool.ask(asks, write, at_once=len(asks))
+        return engine._run(found)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LimitedModel:
+    """The same in process."""
+
+    engine: TransformersGenerator
+    limits: Sequence[int]
+
+    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+        """Responses of exactly those lengths."""
+        sampling = replace(self.engine._sampling, stop_ids=frozenset())
+        limits = [self.limits[ask.sample_id] for ask in asks]
+        return generate_with(self.engine._model, asks, sampling, limits=limits)
+
+
+def timed(engine: Writer, asks: list[Ask], path: Path) -> tuple[list[Rollout], float, float]:
     """Generate and store a shard: the rollouts, seconds by the clock, seconds of our own CPU."""
     wall, cpu = time.perf_counter(), time.process_time()
     found = engine.generate(asks)
@@ -112,23 +151,32 @@ def main() -> None:
             return engine
 
         more = () if args.compiled else ("--enforce-eager",)
-        engines: dict[str, Generator] = {"transformers": build(args.batch)}
-        engines["vllm"] = build(args.requests, engine="vllm", launch=launch(more))
+        in_process = build(args.batch)
+        server = build(args.requests, engine="vllm", launch=launch(more))
+        limits = log_normal_lengths(args.requests, args.new / 2, args.new)
+        limited: dict[str, Writer] = {
+            "transformers": LimitedModel(cast(TransformersGenerator, in_process), limits),
+            "vllm": LimitedServer(cast(ServedGenerator, server), limits),
+        }
+        engines: dict[str, Writer] = {"transformers": in_process, "vllm": server}
+        run = partial(timed, asks=asks, path=folder / "shard")
         try:
-            measured = measure(engines, args.rounds, lambda e: timed(e, asks, folder / "shard"))
+            measured = measure(engines, args.rounds, run)
+            even = measure(limited, args.rounds, run)
         finally:
-            for engine in engines.values():
-                engine.close()
-    publish(args, figures(measured, args.requests, args.batch), details(measured, args.batch))
+            in_process.close()
+            server.close()
+    found = [*figures(measured, args.requests, args.batch), log_normal_figure(even, args.batch)]
+    publish(args, found, details(measured, args.batch) | {"log_normal": rounds_of(even)})
 
 
 Measured = dict[str, list[tuple[list[Rollout], float, float]]]
 
 
 def measure(
-    engines: dict[str, Generator],
+    engines: dict[str, Writer],
     rounds: int,
-    run: Callable[[Generator], tuple[list[Rollout], float, float]],
+    run: Callable[[Writer], tuple[list[Rollout], float, float]],
 ) -> Measured:
     """Rounds in turn; the first is thrown away."""
     measured: Measured = {name: [] for name in engines}
@@ -146,21 +194,36 @@ def tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(rollout.response_ids) for rollout in rollouts)
 
 
+def rates(found: Sequence[tuple[list[Rollout], float, float]]) -> list[float]:
+    """Tokens per second, by the clock, of each round."""
+    return [tokens(rollouts) / wall for rollouts, wall, _ in found]
+
+
+def log_normal_figure(measured: Measured, batch: int) -> Figure:
+    """The engine in process against the server, where both write as many tokens for each ask."""
+    ours, theirs = rates(measured["transformers"]), rates(measured["vllm"])
+    return Figure(
+        f"generation in process, {batch} rows, log-normal lengths, with log-probs",
+        "tokens/s",
+        Spread.of(ours),
+        "a vLLM server, all requests at once",
+        Spread.of(theirs),
+        Spread.of([a / b for a, b in zip(ours, theirs, strict=True)]),
+    )
+
+
 def figures(measured: Measured, requests: int, batch: int) -> list[Figure]:
     """Speed side by side, and the client's share."""
-    rates = {
-        name: [tokens(rollouts) / wall for rollouts, wall, _ in found]
-        for name, found in measured.items()
-    }
-    pairs = zip(rates["vllm"], rates["transformers"], strict=True)
+    served, in_process = rates(measured["vllm"]), rates(measured["transformers"])
+    pairs = zip(served, in_process, strict=True)
     share = [100 * cpu / wall for _, wall, cpu in measured["vllm"]]
     return [
         Figure(
             f"generation by a vLLM server, {requests} requests at once, with log-probs",
             "tokens/s",
-            Spread.of(rates["vllm"]),
+            Spread.of(served),
             f"the transformers engine, batches of {batch}",
-            Spread.of(rates["transformers"]),
+            Spread.of(in_process),
             Spread.of([ours / theirs for ours, theirs in pairs]),
         ),
         Figure(
@@ -180,20 +243,19 @@ def details(measured: Measured, batch: int) -> dict[str, object]:
             "mean": sum(lengths) / len(lengths),
             "longest": max(lengths),
         },
-        "padding_waste": {
-            "static batches": padding_waste(lengths, batch, compacts=False),
-            "transformers engine (drops finished rows)": padding_waste(
-                lengths, batch, compacts=True
-            ),
-            "vLLM (continuous batching)": 0.0,
-        },
-        "rounds": {
-            name: [
-                {"tokens": tokens(rollouts), "wall": wall, "client_cpu": cpu}
-                for rollouts, wall, cpu in found
-            ]
-            for name, found in measured.items()
-        },
+        "padding_waste_of_static_batches": padding_waste(lengths, batch),
+        "rounds": rounds_of(measured),
+    }
+
+
+def rounds_of(measured: Measured) -> dict[str, object]:
+    """Every round."""
+    return {
+        name: [
+            {"tokens": tokens(rollouts), "wall": wall, "client_cpu": cpu}
+            for rollouts, wall, cpu in found
+        ]
+        for name, found in measured.items()
     }
 
 

@@ -126,16 +126,17 @@ def timed(run: Callable[[], object], clock: str) -> float:
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: str
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: str, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the order turns, and a first round is thrown away."""
+    """Seconds of each run in each round; the order turns, and with `warm_up` a first round is
+    thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    for index in range(rounds + 1):
+    for index in range(rounds + warm_up):
         place = index % len(names)
         for name in names[place:] + names[:place]:
             taken = timed(runs[name], clock)
-            if index > 0:
+            if index >= warm_up:
                 seconds[name].append(taken)
     return seconds
 
