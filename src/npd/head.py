@@ -74,14 +74,19 @@ def _adapted_weight(layer: Any) -> Tensor:
     if not hasattr(layer, "get_delta_weight") or layer.merged or layer.disable_adapters:
         return weight
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        drops = layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0.0
-        if drops or name in layer.lora_variant or layer.lora_bias[name]:
+        if not _is_plain_lora(layer, name):
             raise ModelError(
-                "the LoRA adapter on the LM head has dropout, a bias or a variant (DoRA and the "
-                "like), which the loss cannot add to the weight: use plain LoRA with "
-                "lora_dropout 0 there, or leave the head out of target_modules"
+                "the adapter on the LM head is no plain LoRA (dropout, a bias, DoRA and the like), "
+                "which alone can be added to the weight: use LoRA with lora_dropout 0 there, or "
+                "leave the head out of target_modules"
             )
-        weight = weight + layer.get_delta_weight(name)
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name)
     return weight
+
+
+def _is_plain_lora(layer: Any, name: str) -> bool:
+    if not hasattr(layer, "lora_A"):
+        return False
+    drops = layer.training and name in layer.lora_A and layer.lora_dropout[name].__dict__.get("p")
+    return not (drops or name in layer.lora_variant or layer.lora_bias.get(name))
