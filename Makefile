@@ -7,10 +7,10 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench soak docs clean
+.PHONY: help install vllm demo test lint types check bench bench-loss soak docs clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: .venv/.installed  ## create .venv with npd, its extras and the demo's model
 
@@ -45,6 +45,9 @@ check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
+
+bench-loss: install  ## the loss alone, against its reference and its bars
+	$(BIN)/python benchmarks/bench_loss.py
 
 soak: install  ## a run under 100 random kill -9, in about 20 minutes
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/faults

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npd.errors import ConfigError
 from npd.head import Head
-from npd.train.loss import near_policy_loss
+from npd.sections import chunk_for
+from npd.train.loss import NearPolicyLoss, near_policy_loss
 
 IMPLS = ("reference", "chunked")
 KINDS = [
@@ -214,6 +215,38 @@ def test_chunked_equals_reference(target, kind, vocab, num):
         want = run(*case, impl="reference", **options)
         got = run(*case, impl="chunked", chunk=100, **options)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-4)
+
+
+# Of bfloat16 and float16 each side rounds logits and their gradients once, in its own order.
+TOLERANCES = {
+    torch.float64: {"atol": 1e-11, "rtol": 1e-9},
+    torch.float32: {"atol": 2e-5, "rtol": 2e-4},
+    torch.float16: {"atol": 2e-3, "rtol": 5e-3},
+    torch.bfloat16: {"atol": 1e-2, "rtol": 2e-2},
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(("num", "vocab", "k"), [(1, 1003, 1), (257, 1003, 5), (31, 47, 47)])
+@pytest.mark.parametrize(("target", "kind"), KINDS)
+def test_every_type_keeps_its_tolerance(target, kind, num, vocab, k, dtype):
+    case = make_case(num, vocab, k, dtype=dtype)
+    options = {"target": target, "divergence": kind, "weights_N": torch.arange(num) % 3}
+    got, want = (run(*case, impl=impl, chunk=100, **options) for impl in ("chunked", "reference"))
+    torch.testing.assert_close(got[:3], want[:3], **TOLERANCES[dtype])
+    means = ({name: value / num for name, value in found[3].items()} for found in (got, want))
+    torch.testing.assert_close(*means, **TOLERANCES[dtype])
+
+
+def test_rows_that_do_not_fit_one_block():
+    case = make_case(90, 20_000, 3, dim=4, dtype=torch.float32)
+    want = run(*case, impl="reference", target="tail")
+    torch.testing.assert_close(run(*case, target="tail"), want, **TOLERANCES[torch.float32])
+
+
+def test_chunks_are_chosen_by_vocabulary_and_device():
+    assert [chunk_for(v, is_cpu=True) for v in (304, 49_152, 151_936)] == [55_168, 320, 256]
+    assert [chunk_for(v, is_cpu=False) for v in (49_152, 151_936, 10**6)] == [2688, 832, 256]
 
 
 @pytest.mark.parametrize("head", ["scale", "softcap", "bias", "all"])
@@ -426,6 +459,59 @@ def test_drift_of_the_policy_from_the_writer(impl):
         "n_behavior": torch.tensor(4.0, dtype=torch.float64),
     }
     torch.testing.assert_close({name: metrics[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_overlap_is_how_far_the_students_ranking_stays_within_the_support(impl):
+    hidden, weight, labels, ids, logprobs = make_case(200, 7, 3, sharp=0.7)
+    logprobs[:40, 2] = -math.inf
+    expected = []
+    for token, z in enumerate(hidden @ weight.T):
+        support = set(ids[token, : 2 if token < 40 else 3].tolist())
+        ranking = z.argsort(descending=True).tolist()
+        first = [word in support for word in ranking].index(False)
+        shared = len(support & set(ranking[: len(support)])) / len(support)
+        assert first / len(support) <= shared
+        assert (first == len(support)) == (shared == 1.0)
+        expected.append(first / len(support))
+    assert len(set(expected)) > 4
+    weights = torch.arange(200) % 3
+    *_, metrics = run(hidden, weight, labels, ids, logprobs, impl=impl, weights_N=weights, chunk=64)
+    found = metrics["overlap"].item()
+    assert found == pytest.approx((torch.tensor(expected) * weights).sum().item())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_effective_sample_size_from_the_sums(impl):
+    hidden, weight, labels, *_ = make_case(6, 9, 3)
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    rho = torch.tensor([1.0, 0.5, 2.0, 1.0, 4.0, 1.0], dtype=torch.float64)
+    *_, sums = run(hidden, weight, labels, behavior_N=logp - rho.log(), impl=impl)
+    share = sums["rho"] ** 2 / (sums["n_behavior"] * sums["rho_sq"])
+    torch.testing.assert_close(share, rho.sum() ** 2 / (6 * rho.square().sum()))
+
+
+def test_the_module_is_the_function():
+    hidden, weight, labels, ids, logprobs = make_case(7, 9, 2)
+    options = {"kd_weight": 0.5, "target": "tail", "divergence": "jsd", "beta": 0.3, "chunk": 3}
+    more = {"weights_N": torch.arange(7), "normalizer": 5.0, "behavior_N": -torch.ones(7)}
+    loss = NearPolicyLoss(**options)
+    got = loss(hidden, Head(weight), labels, ids, logprobs, **more)
+    want = near_policy_loss(hidden, weight, labels, ids, logprobs, **options, **more)
+    torch.testing.assert_close((got.loss, got.metrics), (want.loss, want.metrics))
+    assert not list(loss.parameters())
+    assert "target='tail'" in repr(loss)
+    with pytest.raises(ConfigError, match="sampled"):
+        NearPolicyLoss(target="sampled", temperature=2.0)
+
+
+def test_a_kept_graph_gives_the_same_gradient_again():
+    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2)
+    free = hidden.clone().requires_grad_()
+    loss = near_policy_loss(free, weight, labels, ids, logprobs).loss
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(free.grad, times * run(hidden, weight, labels, ids, logprobs)[1])
 
 
 def test_only_what_is_asked_for_gets_a_gradient():

@@ -109,7 +109,8 @@ BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": 
     ids=["2-tied-bf16-recomputed", "4-untied"],
 )
 def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
-    directory = save_model(tmp_path / "student", seed=0, tied=tied)
+    # Of seed 0 one weight of 20,000 has a gradient near 0, which Adam makes a step of noise of.
+    directory = save_model(tmp_path / "student", seed=1, tied=tied)
     alone = make_trainer(directory, samples, config, LOSS)
     kept = {}
     alone.optimizer.register_step_pre_hook(lambda *_: kept.update(gradients_of(alone)))

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from npd.control.run import RunResult, run
     from npd.errors import NpdError
     from npd.settings import load_config
-    from npd.train.loss import near_policy_loss
+    from npd.train.loss import NearPolicyLoss, near_policy_loss
 
 __all__ = [
+    "NearPolicyLoss",
     "NpdError",
     "RunConfig",
     "RunResult",
@@ -29,6 +30,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "NearPolicyLoss": "npd.train.loss",
     "NpdError": "npd.errors",
     "RunConfig": "npd.config",
     "RunResult": "npd.control.run",

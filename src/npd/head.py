@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from npd.errors import ModelError
+
 # 32 MiB of float32 logits: the C library maps larger blocks afresh at every allocation, and the
 # page faults then cost more than the matrix product (V = 49,152: 236 us/token against 430).
 _CPU_LOGITS = 2**23
@@ -76,14 +78,44 @@ class Head:
 
 
 def head_of(model: Any) -> Head:
-    """The model's LM head; its weight stays the model's own parameter."""
+    """The model's LM head; its weight stays the model's own parameter.
+
+    A LoRA adapter (peft) on the head is added to the weight, with gradients for the adapter: that
+    is a [V, d] tensor, and its gradient another one, until the backward pass is over.
+
+    Raises:
+        ModelError: the adapter is of a kind that is not a sum of weights.
+    """
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     scale = 1.0 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    is_spread = hasattr(layer.weight, "full_tensor")
-    bias = getattr(layer, "bias", None)
-    return Head(layer.weight, bias, scale, softcap, layer if is_spread else None)
+    weight, bias = _adapted_weight(layer), getattr(layer, "bias", None)
+    is_spread = hasattr(weight, "full_tensor")
+    return Head(weight, bias, scale, softcap, layer if is_spread else None)
+
+
+def _adapted_weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    if not hasattr(layer, "get_delta_weight") or layer.merged or layer.disable_adapters:
+        return weight
+    for name in layer.active_adapters:
+        if not _is_plain_lora(layer, name):
+            raise ModelError(
+                "the adapter on the LM head is no plain LoRA (dropout, a bias, DoRA and the like), "
+                "which alone can be added to the weight: use LoRA with lora_dropout 0 there, or "
+                "leave the head out of target_modules"
+            )
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name)
+    return weight
+
+
+def _is_plain_lora(layer: Any, name: str) -> bool:
+    if not hasattr(layer, "lora_A"):
+        return False
+    drops = layer.training and name in layer.lora_A and layer.lora_dropout[name].__dict__.get("p")
+    return not (drops or name in layer.lora_variant or layer.lora_bias.get(name))
 
 
 def read_hidden(

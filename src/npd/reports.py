@@ -11,7 +11,8 @@ class StepReport:
 
     `drift` estimates KL(theta || gen) and `drift_k3` KL(gen || theta) in nats per token on samples
     of the newest snapshot, None when the step held none or no behaviour log-probs exist. `ess` is
-    the effective sample size of the importance ratios as a share of tokens, in (0, 1].
+    the effective sample size of the importance ratios as a share of tokens, in (0, 1]. `overlap`
+    is the share of the support whose ids the student puts before every other id.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepReport:
     ess: float | None = None
     lag_mean: float = 0.0
     lag_max: int = 0
+    overlap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

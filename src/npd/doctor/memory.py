@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from npd.config import RunConfig, TrainConfig
 from npd.doctor.checks import Check, fail, ok, warn
 from npd.modeling import resolve_device
+from npd.sections import chunk_for
 from npd.servers.sizes import GIB, ModelSize, size_of
 
 # Weights, gradients and AdamW's two moments, all float32.
@@ -74,9 +75,11 @@ def trainer_bytes(config: RunConfig, size: ModelSize) -> tuple[int, int]:
     if train.activation_checkpointing:
         # Each layer's input, in float32, and all of the one that is recomputed.
         kept = 4 * size.layers * size.hidden + width * layer
-    # A chunk's logits and their exponentials (later the gradient), in float32; and the LM head's
-    # gradient, which is made with the loss and waits for the rest.
-    logits = 2 * 4 * min(config.loss.chunk, train.row_tokens) * size.vocabulary
+    # A chunk's logits (later their gradient) in the compute type; and the LM head's gradient, which
+    # is made with the loss and waits for the rest.
+    is_cpu = resolve_device(config.runtime.device) == "cpu"
+    chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
+    logits = width * min(chunk, train.row_tokens) * size.vocabulary
     head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
     row = train.row_tokens * kept + logits + head
     if train.lora is not None:

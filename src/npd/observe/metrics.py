@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "teacher_mass": Metric("share", "teacher probability inside its support"),
     "student_mass": Metric("share", "student probability inside the teacher's support"),
     "agreement": Metric("share", "positions where student and teacher have the same top token"),
+    "overlap": Metric("share", "support ids the student puts before every id outside the support"),
     "entropy": Metric("nats", "mean entropy of the student's next-token distribution"),
     "drift": Metric("nats/token", "estimate of KL(theta || gen): student against its snapshot"),
     "drift_k3": Metric("nats/token", "k3 estimate of KL(gen || theta)"),

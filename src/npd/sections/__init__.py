@@ -11,7 +11,7 @@ from npd.sections.runtime import CheckpointConfig, ObserveConfig, RayConfig, Run
 from npd.sections.schedule import Refresh, ScheduleConfig
 from npd.sections.score import FilterConfig, ScoreConfig
 from npd.sections.teachers import Model, NamedTeacher, TeacherConfig
-from npd.sections.train import LoraConfig, LossConfig, TrainConfig
+from npd.sections.train import LoraConfig, LossConfig, TrainConfig, chunk_for
 
 __all__ = [
     "CheckpointConfig",
@@ -31,4 +31,5 @@ __all__ = [
     "ScoreConfig",
     "TeacherConfig",
     "TrainConfig",
+    "chunk_for",
 ]

@@ -1,10 +1,13 @@
 """The near-policy loss without a [N, V] tensor: value, metrics and gradients, chunk by chunk.
 
 The forward pass makes the gradients at once (three head matmuls, nothing recomputed), so that a
-chunk's logits are dropped before the next chunk's exist. A chunk's row of V logits is reduced to
-the teacher's k ids plus one log-sum-exp of the rest; the loss and its gradient live on those k + 1
-numbers, and the same exponentials spread the gradient back over the rest. Sums over tokens and the
-head's gradient are accumulated in float32 whatever the compute type.
+chunk's logits are dropped before the next chunk's exist. A chunk's logits lie in one buffer of the
+compute type, and two sweeps go over it: the first reduces each row to the teacher's k ids plus one
+log-sum-exp of the rest; the loss and its gradient live on those k + 1 numbers; the second writes
+the gradient over the logits. Who sweeps is a parameter (`Sweeper`): plain torch in small blocks of
+rows (`npd.train.sweeps`) or fused kernels (`npd.train.fused`); targets, divergences, metrics and
+matmuls are the same. Sums over tokens and the head's gradient are accumulated in float32 whatever
+the compute type.
 Does not check its arguments; `npd.train.loss` does.
 
 Dimensions: N tokens, C tokens of a chunk, d hidden size, V vocabulary, K support, B = K + 1.
@@ -12,7 +15,6 @@ Dimensions: N tokens, C tokens of a chunk, d hidden size, V vocabulary, K suppor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +25,13 @@ from torch.nn import functional as F
 
 from npd.head import Head
 from npd.train.divergence import NOTHING, Rule, Support, kd_of_buckets
-from npd.train.tokens import Targets, TokenValues, agreement, metric_sums
+from npd.train.sweeps import Rest, Slopes, Sweeper, finish
+from npd.train.tokens import Targets, TokenValues, agreement, metric_sums, overlap
 
-# Rows of the head whose gradient exists in the compute type at once: large enough for any device's
-# matmul, small enough for an allocator to reuse.
-_HEAD_BLOCK = 8192
+# Rows of the head whose gradient exists in the compute type at once: large enough for the device's
+# matmul, small enough for an allocator (CPU: a cache) to reuse.
+_HEAD_BLOCK = {"cpu": 2048}
+_HEAD_BLOCK_ELSEWHERE = 8192
 
 
 @dataclass(slots=True, eq=False)
@@ -44,37 +48,14 @@ class Gradients:
         return not (self.hidden_Nd is None and self.weight_Vd is None and self.bias_V is None)
 
 
-class _Scratch:
-    """Room for two chunks of float logits, used over and over.
-
-    Fresh memory for every chunk costs more on CPU than the arithmetic done in it. Each half is
-    also lent out in the compute type, at a time when its float content is not needed.
-    """
-
-    def __init__(self, chunk: int, head: Head, dtype: torch.dtype) -> None:
-        self._width = head.weight.shape[0]
-        self._halves = [head.weight.new_empty(chunk * self._width, dtype=dtype) for _ in range(2)]
-
-    def half(self, index: int, rows: int, dtype: torch.dtype) -> Tensor:
-        """Half 0 or 1 as a tensor [rows, V] of `dtype`, content undefined."""
-        flat, numel = self._halves[index], rows * self._width
-        used = math.ceil(numel * dtype.itemsize / flat.dtype.itemsize)
-        return flat[:used].view(dtype)[:numel].view(rows, self._width)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rest:
-    """A chunk's logits outside the support: exp(logit - shift) in `exps_CV`, 0 inside it."""
-
-    exps_CV: Tensor
-    total_C: Tensor
-    top_C: Tensor
-    log_sum_C: Tensor
-    entropy_C: Tensor
-
-
 def chunked_loss(
-    hidden_Nd: Tensor, head: Head, targets: Targets, rule: Rule, scale: Tensor, chunk: int
+    hidden_Nd: Tensor,
+    head: Head,
+    targets: Targets,
+    rule: Rule,
+    scale: Tensor,
+    chunk: int,
+    sweeper: Sweeper,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`scale` times the weighted sum of token losses, gradient attached, and the metric sums."""
     grads = _empty_gradients(hidden_Nd, head, targets.weights_N.dtype)
@@ -83,11 +64,12 @@ def chunked_loss(
     with torch.no_grad(), torch.autocast(hidden_Nd.device.type, enabled=False):
         # A tied or master weight is cast once, not once a chunk.
         cast = Head(head.weight.to(hidden_Nd.dtype), head.bias, head.scale, head.softcap)
-        scratch = _Scratch(min(chunk, len(hidden_Nd)), cast, loss.dtype)
+        # Fresh memory for every chunk costs more on CPU than the arithmetic done in it.
+        buffer = cast.weight.new_empty(min(chunk, len(hidden_Nd)), len(cast.weight))
         for start in range(0, max(len(hidden_Nd), 1), chunk):
             part = slice(start, start + chunk)
             value, found = _chunk(
-                hidden_Nd, cast, part, targets.rows(part), rule, scale, grads, scratch
+                hidden_Nd, cast, part, targets.rows(part), rule, scale, grads, buffer, sweeper
             )
             loss += value
             sums = {name: sums.get(name, 0.0) + item for name, item in found.items()}
@@ -106,74 +88,29 @@ def _chunk(
     rule: Rule,
     scale: Tensor,
     grads: Gradients,
-    scratch: _Scratch,
+    buffer: Tensor,
+    sweeper: Sweeper,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     hidden_Cd, support = hidden_Nd[part], targets.support
-    logits_CV, slope_CV = _logits(hidden_Cd, head, scratch, keep_slope=grads.is_asked)
-    label_C = logits_CV.gather(-1, targets.labels_N[:, None])[:, 0]
-    inside_CK = _take_inside(logits_CV, support)
-    rest = _reduce(logits_CV, scratch)
-    buckets_CB = torch.cat([inside_CK, rest.log_sum_C[:, None]], dim=-1)
+    logits_CV = torch.mm(hidden_Cd, head.weight.t(), out=buffer[: len(hidden_Cd)])
+    dtype = targets.weights_N.dtype
+    label_C = finish(logits_CV, targets.labels_N[:, None], head, dtype)[:, 0]
+    inside_CK = label_C.new_empty((len(label_C), 0))
+    if support is not None:
+        inside_CK = finish(logits_CV, support.ids_NK, head, dtype)
+    rest = sweeper.reduce(logits_CV, head, support, inside_CK)
+    valid_CK = inside_CK if support is None else torch.where(support.valid_NK, inside_CK, NOTHING)
+    buckets_CB = torch.cat([valid_CK, rest.log_sum_C[:, None]], dim=-1)
     value, slopes_CB, found = _token_losses(buckets_CB, label_C, rest, targets, rule, scale)
     if grads.is_asked:
-        label_slope_C = (rule.kd_weight - 1.0) * scale * targets.weights_N
-        d_logits_CV = _spread(rest, slopes_CB, label_slope_C, targets, rule)
-        if slope_CV is not None:
-            d_logits_CV.mul_(slope_CV)
-        if head.scale != 1.0:
-            d_logits_CV.mul_(head.scale)
-        _accumulate(grads, d_logits_CV, hidden_Cd, head, part, scratch)
+        slopes = _slopes(slopes_CB, inside_CK, label_C, rest, targets, rule, scale, head)
+        sweeper.spread(logits_CV, head, support, inside_CK, rest, slopes, grads.bias_V)
+        _accumulate(grads, logits_CV, hidden_Cd, head, part)
     return value, metric_sums(targets, found)
 
 
-def _logits(
-    hidden_Cd: Tensor, head: Head, scratch: _Scratch, *, keep_slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    dtype = torch.promote_types(hidden_Cd.dtype, torch.float32)
-    logits = scratch.half(0, len(hidden_Cd), dtype)
-    if dtype == hidden_Cd.dtype:
-        torch.mm(hidden_Cd, head.weight.t(), out=logits)
-    else:
-        narrow = scratch.half(1, len(hidden_Cd), hidden_Cd.dtype)
-        logits.copy_(torch.mm(hidden_Cd, head.weight.t(), out=narrow))
-    if head.bias is not None:
-        logits.add_(head.bias)
-    if head.scale != 1.0:
-        logits.mul_(head.scale)
-    if head.softcap is None:
-        return logits, None
-    logits.div_(head.softcap).tanh_()
-    slope = 1.0 - logits.square() if keep_slope else None
-    return logits.mul_(head.softcap), slope
-
-
-def _take_inside(logits_CV: Tensor, support: Support | None) -> Tensor:
-    """The logits of the support [C, K], which are blanked out of `logits_CV` in place."""
-    if support is None:
-        return logits_CV.new_empty((len(logits_CV), 0))
-    taken = logits_CV.gather(-1, support.ids_NK)
-    # Stand-ins of entries that do not exist repeat an id of their row, so every write to a place
-    # writes the same number: blank, or what was there where the row has no support at all.
-    logits_CV.scatter_(-1, support.ids_NK, torch.where(support.some_N1, NOTHING, taken))
-    return torch.where(support.valid_NK, taken, NOTHING)
-
-
-def _reduce(logits_CV: Tensor, scratch: _Scratch) -> _Rest:
-    """One pass of exponentials over what is left; `logits_CV` is used up."""
-    top = logits_CV.amax(dim=-1)
-    is_some = ~(top <= NOTHING / 2)  # NaN counts as something, so that it is seen
-    shift = torch.where(is_some, top, 0.0)
-    exps = scratch.half(1, len(logits_CV), logits_CV.dtype)
-    torch.exp(logits_CV.sub_(shift[:, None]), out=exps)
-    total = exps.sum(dim=-1)
-    safe = torch.where(is_some, total, 1.0)
-    spread = torch.einsum("cv,cv->c", exps, logits_CV) / safe
-    log_sum = torch.where(is_some, shift + safe.log(), NOTHING)
-    return _Rest(exps, safe, top, log_sum, safe.log() - spread)
-
-
 def _token_losses(
-    buckets_CB: Tensor, label_C: Tensor, rest: _Rest, targets: Targets, rule: Rule, scale: Tensor
+    buckets_CB: Tensor, label_C: Tensor, rest: Rest, targets: Targets, rule: Rule, scale: Tensor
 ) -> tuple[Tensor, Tensor, TokenValues]:
     """The chunk's loss, its gradient in the k + 1 buckets, and the values for the metrics."""
     support, kd = targets.support, None
@@ -191,7 +128,7 @@ def _token_losses(
 
 
 def _values(
-    buckets_CB: Tensor, ce_C: Tensor, kd_C: Tensor | None, rest: _Rest, support: Support | None
+    buckets_CB: Tensor, ce_C: Tensor, kd_C: Tensor | None, rest: Rest, support: Support | None
 ) -> TokenValues:
     logprobs = F.log_softmax(buckets_CB, dim=-1)
     probs = logprobs.exp()
@@ -199,41 +136,46 @@ def _values(
     if support is None or kd_C is None:
         return TokenValues(ce_C, entropy)
     inside = buckets_CB[:, :-1]
-    best = torch.maximum(rest.top_C, inside.amax(dim=-1))
     mass = probs[:, :-1].sum(dim=-1)
-    return TokenValues(ce_C, entropy, kd_C.detach(), mass, agreement(best, inside, support))
+    agrees = agreement(torch.maximum(rest.top_C, inside.amax(dim=-1)), inside, support)
+    return TokenValues(
+        ce_C, entropy, kd_C.detach(), mass, agrees, overlap(rest.top_C, inside, support)
+    )
 
 
-def _spread(
-    rest: _Rest, slopes_CB: Tensor, label_slope_C: Tensor, targets: Targets, rule: Rule
-) -> Tensor:
-    """d loss / d logits [C, V] from the gradient in the buckets, in place of the exponentials."""
-    out_CV = rest.exps_CV.mul_((slopes_CB[:, -1] / rest.total_C)[:, None])
+def _slopes(
+    slopes_CB: Tensor,
+    inside_CK: Tensor,
+    label_C: Tensor,
+    rest: Rest,
+    targets: Targets,
+    rule: Rule,
+    scale: Tensor,
+    head: Head,
+) -> Slopes:
+    """The gradient in the buckets and in the label's logit, as gradients of the matmul's result."""
+    label = (rule.kd_weight - 1.0) * scale * targets.weights_N * _steepness(label_C, head)
+    inside = slopes_CB[:, :-1]
     if targets.support is not None:
-        inside = torch.where(targets.support.valid_NK, slopes_CB[:, :-1], 0.0)
-        out_CV.scatter_add_(-1, targets.support.ids_NK, inside)
-    if rule.kd_weight < 1.0:
-        out_CV.scatter_add_(-1, targets.labels_N[:, None], label_slope_C[:, None])
-    return out_CV
+        inside = torch.where(targets.support.valid_NK, inside, 0.0) * _steepness(inside_CK, head)
+    outside = torch.where(rest.is_some_C, slopes_CB[:, -1], 0.0)
+    return Slopes(inside, outside, targets.labels_N, label)
+
+
+def _steepness(logits: Tensor, head: Head) -> Tensor:
+    """d logits / d (hidden @ weight.T), from the logits."""
+    if head.softcap is None:
+        return torch.full_like(logits, head.scale)
+    return (1.0 - (logits / head.softcap).square()) * head.scale
 
 
 def _accumulate(
-    grads: Gradients,
-    d_logits_CV: Tensor,
-    hidden_Cd: Tensor,
-    head: Head,
-    part: slice,
-    scratch: _Scratch,
+    grads: Gradients, d_logits_CV: Tensor, hidden_Cd: Tensor, head: Head, part: slice
 ) -> None:
-    d_cast_CV = d_logits_CV
-    if d_logits_CV.dtype != hidden_Cd.dtype:
-        d_cast_CV = scratch.half(0, len(hidden_Cd), hidden_Cd.dtype).copy_(d_logits_CV)
-    if grads.bias_V is not None:
-        grads.bias_V += d_logits_CV.sum(dim=0)
     if grads.hidden_Nd is not None:
-        grads.hidden_Nd[part] = d_cast_CV @ head.weight
+        torch.mm(d_logits_CV, head.weight, out=grads.hidden_Nd[part])
     if grads.weight_Vd is not None:
-        _add_product(grads.weight_Vd, d_cast_CV, hidden_Cd)
+        _add_product(grads.weight_Vd, d_logits_CV, hidden_Cd)
 
 
 def _add_product(total_Vd: Tensor, d_logits_CV: Tensor, hidden_Cd: Tensor) -> None:
@@ -241,8 +183,9 @@ def _add_product(total_Vd: Tensor, d_logits_CV: Tensor, hidden_Cd: Tensor) -> No
         total_Vd.addmm_(d_logits_CV.t(), hidden_Cd)
         return
     # Adding a narrow type to a wide one makes a wide copy on CPU: keep that copy small.
-    for start in range(0, len(total_Vd), _HEAD_BLOCK):
-        block = slice(start, start + _HEAD_BLOCK)
+    length = _HEAD_BLOCK.get(total_Vd.device.type, _HEAD_BLOCK_ELSEWHERE)
+    for start in range(0, len(total_Vd), length):
+        block = slice(start, start + length)
         total_Vd[block] += d_logits_CV[:, block].t() @ hidden_Cd
 
 
@@ -275,8 +218,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # The common factor is 1, and a product with it would be a second gradient of the head.
+        is_one = bool(upstream == 1.0)
         out = (
-            None if grad is None else (grad * upstream).to(dtype)
+            None if grad is None else (grad if is_one else grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*out, None, None)

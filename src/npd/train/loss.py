@@ -1,7 +1,8 @@
 """The near-policy loss: cross-entropy and distillation on a teacher's sparse targets.
 
-One public function, two implementations that agree to float noise: `reference` is plain autograd
-over full logits (for reading and testing), `chunked` never holds an [N, V] tensor. Promises that
+One public function (and as a module, `NearPolicyLoss`), three implementations that agree to float
+noise: `reference` is plain autograd over full logits (for reading and testing), `chunked` never
+holds an [N, V] tensor, `triton` is `chunked` with fused kernels between its matmuls. Promises that
 the value and its gradient do not depend on the order of tokens, on how they are split into
 micro-batches (given one `normalizer`) or on the chunk size; that a token of weight 0 changes
 nothing; and finite results where the teacher's support has holes (-inf).
@@ -12,18 +13,27 @@ Dimensions: N response tokens, d hidden size, V vocabulary, K teacher support si
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from npd.head import Head
+from npd.sections import chunk_for
 from npd.train.chunked import chunked_loss
-from npd.train.divergence import NOTHING, Divergence, Rule, Target, kd_of_buckets, make_support
-from npd.train.tokens import Targets, TokenValues, agreement, metric_sums
+from npd.train.divergence import Divergence, Rule, Target, make_support
+from npd.train.parallel import whole_head
+from npd.train.reference import reference_loss
+from npd.train.sweeps import Sweeper, TorchSweeper
+from npd.train.tokens import Targets
+
+Impl: TypeAlias = Literal["chunked", "triton", "reference"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +42,12 @@ class LossOutput:
 
     Always: `tokens` (sum of weights), `ce`, `entropy` of the student (nats). With a teacher: `kd`
     (nats), `teacher_mass` and `student_mass` on the support, `agreement` (the teacher's likeliest
-    id has the student's highest logit; a tie agrees). With `behavior_N`, over the tokens that have
-    one and with rho = p_S(y) / p_behavior(y): `drift` (rho log rho - rho + 1, of KL(theta || gen)),
-    `drift_k3` (rho - 1 - log rho, of KL(gen || theta)), `rho`, `rho_sq`, and their count
-    `n_behavior`. log rho is limited to +-20.
+    id has the student's highest logit; a tie agrees), `overlap` (share of the support's ids that no
+    logit outside the support is above: a lower bound of the overlap of both top-k sets, 1 where
+    they are the same). With `behavior_N`, over the tokens that have one and with
+    rho = p_S(y) / p_behavior(y): `drift` (rho log rho - rho + 1, of KL(theta || gen)), `drift_k3`
+    (rho - 1 - log rho, of KL(gen || theta)), `rho`, `rho_sq`, and their count `n_behavior`; the
+    effective sample size as a share is rho^2 / (n_behavior rho_sq). log rho is limited to +-20.
     """
 
     loss: Tensor
@@ -57,8 +69,8 @@ def near_policy_loss(
     weights_N: Tensor | None = None,
     behavior_N: Tensor | None = None,
     normalizer: float | None = None,
-    impl: Literal["chunked", "reference"] = "chunked",
-    chunk: int = 1024,
+    impl: Impl = "chunked",
+    chunk: int | None = None,
 ) -> LossOutput:
     """sum_t w_t [(1 - kd_weight) CE_t + kd_weight KD_t] / normalizer (default: sum w; nats).
 
@@ -79,63 +91,107 @@ def near_policy_loss(
     [N, K] ids and untempered log p (-inf: no entry); weights_N [N], 0 masks; behavior_N [N] log p
     of the label by its writer, NaN for none. Without a teacher or with kd_weight 0, L = CE. Matmuls
     run in hidden's type (autocast's if on), the rest in float32 (float64 if hidden is); `chunk`
-    tokens have logits at once.
-
-    Raises ConfigError for `sampled` with another divergence or temperature.
+    tokens have logits at once (`chunk_for`). A weight sharded by FSDP2 is gathered (all ranks call)
+    and its gradient averaged over ranks. ConfigError: `sampled` with a divergence or temperature.
     """
     rule = Rule(kd_weight, target, divergence, beta, temperature)
     rule.check()
-    head = head if isinstance(head, Head) else Head(head)
+    head = whole_head(head if isinstance(head, Head) else Head(head))
     hidden_ND = hidden_ND.to(_compute_dtype(hidden_ND))
     has_teacher = topk_ids_NK is not None and kd_weight > 0.0
     rule = rule if has_teacher else Rule(0.0, target, divergence, beta, temperature)
     teacher = (topk_ids_NK, topk_logprobs_NK) if has_teacher else (None, None)
     targets = _targets(hidden_ND, head, labels_N, *teacher, target, weights_N, behavior_N)
     scale = _scale(normalizer, targets.weights_N)
+    if impl == "reference":
+        return LossOutput(*reference_loss(hidden_ND, head, targets, rule, scale))
+    if chunk is None:
+        chunk = chunk_for(len(head.weight), is_cpu=hidden_ND.device.type == "cpu")
     assert chunk > 0, f"chunk {chunk} is not positive"
-    assert impl in ("chunked", "reference"), impl
-    if impl == "chunked":
-        loss, sums = chunked_loss(hidden_ND, head, targets, rule, scale, chunk)
-    else:
-        loss, sums = _reference_loss(hidden_ND, head, targets, rule, scale)
-    return LossOutput(loss, sums)
+    sweeper = _sweeper(impl, hidden_ND.device)
+    return LossOutput(*chunked_loss(hidden_ND, head, targets, rule, scale, chunk, sweeper))
 
 
-def _reference_loss(
-    hidden_ND: Tensor, head: Head, targets: Targets, rule: Rule, scale: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        logits_NV = _full_logits(hidden_ND, head)
-    logprobs_NV = F.log_softmax(logits_NV, dim=-1)
-    ce = -logprobs_NV.gather(-1, targets.labels_N[:, None])[:, 0]
-    entropy = torch.special.entr(logprobs_NV.detach().exp()).sum(dim=-1)
-    found = TokenValues(ce.detach(), entropy)
-    if targets.support is None:
-        return scale * (targets.weights_N * ce).sum(), metric_sums(targets, found)
-    support = targets.support
-    inside = torch.where(support.valid_NK, logprobs_NV.gather(-1, support.ids_NK), NOTHING)
-    is_inside = torch.zeros_like(logprobs_NV, dtype=torch.bool).scatter_(
-        -1, support.ids_NK, support.some_N1.expand_as(support.ids_NK)
-    )
-    outside = logprobs_NV.masked_fill(is_inside, NOTHING).logsumexp(dim=-1, keepdim=True)
-    kd = kd_of_buckets(torch.cat([inside, outside], dim=-1), support, rule)
-    with torch.no_grad():
-        agrees = agreement(logprobs_NV.amax(dim=-1), inside, support)
-        found = TokenValues(ce, entropy, kd, inside.exp().sum(dim=-1), agrees)
-        sums = metric_sums(targets, found)
-    token = rule.kd_weight * kd
-    if rule.kd_weight < 1.0:
-        token = token + (1.0 - rule.kd_weight) * ce
-    return scale * (targets.weights_N * token).sum(), sums
+class NearPolicyLoss(nn.Module):
+    """`near_policy_loss` with its options fixed, for a trainer that keeps its loss as a module.
+
+    Has no parameters. Options, arguments, shapes and units are those of the function.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        kd_weight: float = 0.9,
+        target: Target = "topk",
+        divergence: Divergence = "forward",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        impl: Impl = "chunked",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        Rule(kd_weight, target, divergence, beta, temperature).check()
+        self._options: dict[str, Any] = {
+            "kd_weight": kd_weight,
+            "target": target,
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": temperature,
+            "impl": impl,
+            "chunk": chunk,
+        }
+
+    def forward(
+        self,
+        hidden_ND: Tensor,
+        head: Head | Tensor,
+        labels_N: Tensor,
+        topk_ids_NK: Tensor | None = None,
+        topk_logprobs_NK: Tensor | None = None,
+        *,
+        weights_N: Tensor | None = None,
+        behavior_N: Tensor | None = None,
+        normalizer: float | None = None,
+    ) -> LossOutput:
+        """The loss of N tokens and its metric sums."""
+        return near_policy_loss(
+            hidden_ND,
+            head,
+            labels_N,
+            topk_ids_NK,
+            topk_logprobs_NK,
+            weights_N=weights_N,
+            behavior_N=behavior_N,
+            normalizer=normalizer,
+            **self._options,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
 
-def _full_logits(hidden_ND: Tensor, head: Head) -> Tensor:
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    logits = (hidden_ND @ head.weight.to(hidden_ND.dtype).t()).to(dtype)
-    if head.bias is not None:
-        logits = logits + head.bias.to(dtype)
-    logits = logits * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+def _sweeper(impl: str, device: torch.device) -> Sweeper:
+    assert impl in ("chunked", "triton"), impl
+    if impl == "triton":
+        try:
+            from npd.train import fused
+        except ImportError as error:
+            _fall_back(f"triton cannot be imported ({error})")
+        else:
+            if fused.can_run(device):
+                return fused.TritonSweeper()
+            _fall_back(f"triton has no kernels for {device.type}")
+    return TorchSweeper()
+
+
+@cache
+def _fall_back(why: str) -> None:
+    """Say once why."""
+    _log.warning("loss.impl triton: %s, so the loss is computed as by chunked", why)
 
 
 def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:

@@ -105,4 +105,5 @@ def report(
         ess=sums["rho"] ** 2 / (ratios * sums["rho_sq"]) if ratios else None,
         lag_mean=sum(lags) / len(lags),
         lag_max=max(lags),
+        overlap=mean("overlap", response),
     )

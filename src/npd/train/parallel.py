@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from npd.head import Head
 from npd.train.compiled import layers_of
 from npd.world import World
 
@@ -33,6 +35,36 @@ def full(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded."""
     whole: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
+
+
+def whole_head(head: Head) -> Head:
+    """`head` with all of its weight on every rank, if it is sharded; all ranks must call.
+
+    Each rank has tokens of its own, so that gradients are averaged over the ranks as FSDP2 averages
+    those of everything else. (Ranks with the same tokens have the same gradient, and so its mean.)
+    """
+    if not hasattr(head.weight, "full_tensor"):
+        return head
+    bias = None if head.bias is None else _Whole.apply(head.bias)  # type: ignore[no-untyped-call]
+    weight = _Whole.apply(head.weight)  # type: ignore[no-untyped-call]
+    return Head(weight, bias, head.scale, head.softcap)
+
+
+class _Whole(torch.autograd.Function):
+    """All of a sharded parameter; backwards, each rank's part of the mean of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: Any) -> Tensor:
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return full(sharded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        own = DTensor.from_local(grad, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return own.redistribute(placements=ctx.placements) / ctx.mesh.size()
 
 
 def gathered(tensors: Mapping[str, Tensor], world: World, device: str) -> dict[str, Tensor]:

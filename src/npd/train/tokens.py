@@ -51,6 +51,7 @@ class TokenValues:
     kd_N: Tensor | None = None
     student_mass_N: Tensor | None = None
     agreement_N: Tensor | None = None
+    overlap_N: Tensor | None = None
 
 
 def metric_sums(targets: Targets, found: TokenValues) -> dict[str, Tensor]:
@@ -64,10 +65,12 @@ def metric_sums(targets: Targets, found: TokenValues) -> dict[str, Tensor]:
         assert found.kd_N is not None
         assert found.student_mass_N is not None
         assert found.agreement_N is not None
+        assert found.overlap_N is not None
         values["kd"] = found.kd_N
         values["teacher_mass"] = targets.support.mass_N
         values["student_mass"] = found.student_mass_N
         values["agreement"] = found.agreement_N
+        values["overlap"] = found.overlap_N
     if targets.behavior_N is not None:
         values |= _drift(-found.ce_N, targets.behavior_N)
     weights = targets.weights_N
@@ -79,6 +82,18 @@ def agreement(best_C: Tensor, inside_CK: Tensor, support: Support) -> Tensor:
     top1 = support.logprobs_NK.argmax(dim=-1, keepdim=True)
     agrees = inside_CK.gather(-1, top1)[:, 0] >= best_C
     return (agrees & support.some_N1[:, 0]).to(inside_CK.dtype)
+
+
+def overlap(top_C: Tensor, inside_CK: Tensor, support: Support) -> Tensor:
+    """Share of a row's support ids that no logit outside the support is above (a tie is not above).
+
+    That many of the student's likeliest ids are, without a gap, ids of the teacher: a lower bound
+    of the overlap of both top-k sets, 1 exactly where they are the same set. The overlap itself
+    would need the student's top k, another pass over the vocabulary.
+    """
+    above = (inside_CK >= top_C[:, None]) & support.valid_NK
+    count = support.valid_NK.sum(dim=-1).clamp(min=1)
+    return above.sum(dim=-1).to(inside_CK.dtype) / count
 
 
 def _drift(logprobs_N: Tensor, behavior_N: Tensor) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ def _mass(data: ReportData) -> Html | None:
         ("teacher_mass", "teacher mass on its top-k", "c1"),
         ("student_mass", "student mass there", "c2"),
         ("agreement", "same top token", "c3"),
+        ("overlap", "support put first", "c4"),
     )
     axes = Axes("step", "%", as_percent=True)
     caption = "On the rollouts trained on."

@@ -1,0 +1,191 @@
+"""The two sweeps over a chunk's logits as Triton kernels: each reads the chunk once.
+
+The same contract as `npd.train.sweeps.TorchSweeper`, and nothing of the loss itself: the matmuls,
+the arithmetic on k + 1 buckets, targets, divergences and metrics are the chunked loss's own. A
+support id is marked by -inf among the logits, which the kernels take for "not there".
+Checked against the others with Triton's interpreter, on CPU (`TRITON_INTERPRET=1`); it has not run
+on a GPU yet, and no speed is claimed.
+The one module that imports triton, and as it is imported itself, since kernels are made by a
+decorator: import it inside a function, and be ready for an ImportError.
+
+Dimensions: C tokens of a chunk, V vocabulary, K support size.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npd.head import Head
+from npd.train.divergence import NOTHING, Support
+from npd.train.sweeps import Rest, Slopes
+
+# Logits that a program holds at once, and the warps that share them.
+_BLOCK, _WARPS = 4096, 8
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of `device`: on CUDA, or anywhere when interpreted."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+class TritonSweeper:
+    """Both sweeps as kernels; see `Sweeper` for what they promise."""
+
+    def reduce(
+        self, logits_CV: Tensor, head: Head, support: Support | None, inside_CK: Tensor
+    ) -> Rest:
+        """One pass with a running maximum; marks the support in `logits_CV`."""
+        if support is not None:
+            # Stand-ins repeat an id of their row, so every write to a place writes the same.
+            taken = logits_CV.gather(-1, support.ids_NK)
+            logits_CV.scatter_(-1, support.ids_NK, torch.where(support.some_N1, -math.inf, taken))
+        top, total, spread = (inside_CK.new_empty(len(logits_CV)) for _ in range(3))
+        with _on(logits_CV.device):
+            _reduce[(len(logits_CV),)](
+                logits_CV, top, total, spread, **_shared(logits_CV, head, top.dtype)
+            )
+        is_some = ~(top <= NOTHING / 2) | total.isnan()
+        safe = torch.where(is_some, total, 1.0)
+        log_sum = torch.where(is_some, top + safe.log(), NOTHING)
+        entropy = torch.where(is_some, safe.log() - spread / safe, 0.0)
+        return Rest(is_some, top, log_sum, entropy)
+
+    def spread(
+        self,
+        logits_CV: Tensor,
+        head: Head,
+        support: Support | None,
+        inside_CK: Tensor,
+        rest: Rest,
+        slopes: Slopes,
+        bias_V: Tensor | None,
+    ) -> None:
+        """One pass writes the rest and labels outside the support; the support is added to it."""
+        shared = _shared(logits_CV, head, rest.top_C.dtype)
+        grid = (len(logits_CV), triton.cdiv(logits_CV.shape[1], shared["BLOCK"]))
+        rows = (rest.log_sum_C, slopes.outside_C, slopes.labels_C, slopes.label_C)
+        with _on(logits_CV.device):
+            _spread[grid](logits_CV, *(row.contiguous() for row in rows), **shared)
+        if support is not None:
+            is_label = (support.ids_NK == slopes.labels_C[:, None]) & support.valid_NK
+            inside = slopes.inside_CK + torch.where(is_label, slopes.label_C[:, None], 0.0)
+            logits_CV.scatter_add_(-1, support.ids_NK, inside.to(logits_CV.dtype))
+        if bias_V is not None:
+            bias_V += logits_CV.sum(dim=0, dtype=bias_V.dtype)
+
+
+def _on(device: torch.device) -> Any:
+    """Kernels start on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _shared(logits_CV: Tensor, head: Head, dtype: torch.dtype) -> dict[str, Any]:
+    assert logits_CV.is_contiguous()
+    width = logits_CV.shape[1]
+    return {
+        "bias": logits_CV if head.bias is None else head.bias.contiguous(),
+        "WIDTH": width,
+        "SCALE": head.scale,
+        "SOFTCAP": head.softcap or 1.0,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "NOTHING": NOTHING,
+        "TYPE": _TYPES[dtype],
+        "BLOCK": min(_BLOCK, triton.next_power_of_2(width)),
+        "num_warps": _WARPS,
+    }
+
+
+@triton.jit
+def _finished(
+    logits, bias, row, columns, WIDTH, SCALE, SOFTCAP, HAS_BIAS, HAS_SOFTCAP, NOTHING, TYPE
+):
+    """A block's finished logits, and which of them are outside the support."""
+    there = columns < WIDTH
+    value = tl.load(logits + row * WIDTH + columns, mask=there, other=float("-inf")).to(TYPE)
+    is_outside = value != float("-inf")
+    if HAS_BIAS:
+        value += tl.load(bias + columns, mask=there, other=0.0).to(TYPE)
+    value *= SCALE
+    if HAS_SOFTCAP:
+        decay = tl.exp(-2.0 * tl.abs(value / SOFTCAP))  # tanh without overflow
+        value = tl.where(value < 0.0, -SOFTCAP, SOFTCAP) * (1.0 - decay) / (1.0 + decay)
+    return tl.where(is_outside, value, NOTHING), is_outside
+
+
+@triton.jit
+def _reduce(
+    logits,
+    top_out,
+    total_out,
+    spread_out,
+    bias,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NOTHING: tl.constexpr,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row's maximum, sum of e^(z - max) and sum of e^(z - max) (z - max), outside the support."""
+    row = tl.program_id(0).to(tl.int64)
+    zero = tl.zeros((), dtype=TYPE)
+    top, total, spread = zero + NOTHING, zero, zero
+    for start in range(0, WIDTH, BLOCK):
+        value, is_outside = _finished(
+            logits, bias, row, start + tl.arange(0, BLOCK), WIDTH, SCALE, SOFTCAP,
+            HAS_BIAS, HAS_SOFTCAP, NOTHING, TYPE,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(value, axis=0))
+        shrunk = tl.exp(top - new_top)
+        spread = shrunk * (spread + total * (top - new_top))
+        exps = tl.where(is_outside, tl.exp(value - new_top), 0.0)
+        total = shrunk * total + tl.sum(exps, axis=0)
+        spread += tl.sum(tl.where(is_outside, exps * (value - new_top), 0.0), axis=0)
+        top = new_top
+    tl.store(top_out + row, top)
+    tl.store(total_out + row, total)
+    tl.store(spread_out + row, spread)
+
+
+@triton.jit
+def _spread(
+    logits,
+    log_sums,
+    outside,
+    labels,
+    label_slopes,
+    bias,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NOTHING: tl.constexpr,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient in place of a block's logits: 0 in the support, else a share of `outside`."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value, is_outside = _finished(
+        logits, bias, row, columns, WIDTH, SCALE, SOFTCAP, HAS_BIAS, HAS_SOFTCAP, NOTHING, TYPE
+    )
+    log_sum = tl.load(log_sums + row)
+    slope = tl.exp(value - log_sum) * tl.load(outside + row) * SCALE
+    if HAS_SOFTCAP:
+        level = tl.maximum(value / SOFTCAP, -1.0)  # what is not there is far below
+        slope *= 1.0 - level * level
+    slope += tl.where(columns == tl.load(labels + row), tl.load(label_slopes + row), 0.0)
+    slope = tl.where(is_outside, slope, 0.0)
+    tl.store(logits + row * WIDTH + columns, slope, mask=columns < WIDTH)
