@@ -42,6 +42,7 @@ types: install  ## mypy --strict
 check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
 
 soak: install  ## a run under 100 random kill -9, in about 20 minutes

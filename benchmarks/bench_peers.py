@@ -229,7 +229,7 @@ def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
         figure("· of it: generation out of the step", "trl, no text", "trl", trl),
         figure("· TRL's dense loss to npd's top-10", "padded+teacher", "trl, no text",
                "TRL, responses handed to it"),
-        figure("· teacher out of the step", "padded", "padded+teacher", "padded, teacher in the step"),
+        figure("· teacher out of the step", "padded", "padded+teacher", "padded, teacher in it"),
         figure("· padding out", "small rows", "padded", "padded, teacher out"),
         figure("· larger rows", "npd", "small rows", "packed, a row per batch"),
     ]  # fmt: skip
