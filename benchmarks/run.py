@@ -116,8 +116,8 @@ def as_page(results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "there is one. A ratio is of paired repeats, above 1 where npd is the better one. The "
         "bound is what this machine could do at most. Bars are held against medians. What limits "
         "each figure is said in `docs/performance.md`. Figures of models: a random model of "
-        "SmolLM2-135M's shape in bfloat16, CPU time, one thread. What each benchmark does, and how its baseline is kept "
-        "fair, is said at the top of `benchmarks/bench_*.py`.",
+        "SmolLM2-135M's shape in bfloat16, CPU time, one thread. What each benchmark does, and how "
+        "its baseline is kept fair, is said at the top of `benchmarks/bench_*.py`.",
         markdown(figures_of(results)) + "".join(f"\n**{line}**\n" for line in failed),
         *(note for result in results for note in result.get("notes", ())),
         f"- command: `{about['command']}`, {about['date']}\n"
