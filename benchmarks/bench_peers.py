@@ -17,9 +17,10 @@ time as well. The rows between the two take one thing out at a time:
     small rows     packed, a row as large as one batch of samples
     npd            npd's Trainer, packed, large rows
 
-TRL's settings are the fastest found here of those that train alike: bfloat16 weights for the
-teacher, forward KL, no recomputed activations, fused AdamW, `--accumulate` micro-batches of
-`--batch` generated together. Steps of one trainer follow each other; the first is thrown away.
+TRL's settings are the fastest found on a CPU: bfloat16 weights for the student too (its updates
+round away, but float32 ones make its `generate` slower by half and more), no recomputed
+activations, forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together.
+Its steps follow each other, after a short one to warm up, as do npd's in turn after them.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_peers.py
 """
@@ -30,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def ending_model(base: Any, lengths: Sequence[int]) -> Any:
         calls = 0
 
         def generate(self, input_ids: torch.Tensor, **options: Any) -> Any:
-            start = self.calls * len(input_ids) % len(lengths)
+            start = self.calls * len(input_ids)
             type(self).calls += 1
             ending = Ending(input_ids.shape[1], lengths[start : start + len(input_ids)])
             processors = LogitsProcessorList([ending])
@@ -125,11 +127,16 @@ def make_clock() -> Any:
 def trl_steps(
     args: Any, samples: Sequence[Scored], directory: Path, *, generates: bool
 ) -> tuple[list[float], float]:
-    """CPU seconds of TRL's steps but the first, and its mean response length as a check."""
+    """CPU seconds of TRL's steps on all samples, each round; its mean response as a check."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    responses = [sample.rollout.response_ids.tolist() for sample in samples]
+    at_once = args.batch * args.accumulate
+    # A short step first, which is thrown away: it makes the optimiser's moments and fills caches.
+    rollouts = [sample.rollout for sample in samples]
+    short = [replace(r, response_ids=r.response_ids[:4]) for r in rollouts[:at_once]]
+    fed = short + rollouts * args.rounds
+    responses = [rollout.response_ids.tolist() for rollout in fed]
 
     class Handed(DistillationTrainer):  # type: ignore[misc]
         """TRL's trainer with its generation replaced by responses that exist already."""
@@ -137,11 +144,11 @@ def trl_steps(
         calls = 0
 
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
-            start = self.calls * len(prompt_ids) % len(responses)
+            start = self.calls * len(prompt_ids)
             self.calls += 1
             return [[*ids[:-1], END] for ids in responses[start : start + len(prompt_ids)]]
 
-    prompts = [" ".join(map(str, sample.rollout.prompt_ids)) for sample in samples]
+    prompts = [" ".join(map(str, rollout.prompt_ids)) for rollout in fed]
     clock = make_clock()
     student = load_plain(directory / "student", args.student_dtype).train()
     trainer = (DistillationTrainer if generates else Handed)(
@@ -151,7 +158,7 @@ def trl_steps(
             output_dir=str(directory / "trl"),
             per_device_train_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulate,
-            max_steps=(args.rounds + 1) * len(samples) // (args.batch * args.accumulate),
+            max_steps=len(fed) // at_once,
             max_completion_length=args.response,
             beta=0.0,
             bf16=args.student_dtype == "float32",
@@ -161,17 +168,18 @@ def trl_steps(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            logging_steps=1,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=words(),
         callbacks=[clock],
     )
     trainer.train()
-    lengths = [log for log in trainer.state.log_history if "completions/mean_length" in log]
-    each = len(samples) // (args.batch * args.accumulate)
-    steps = clock.seconds
+    key = "completions/mean_length"
+    lengths = [log[key] for log in trainer.state.log_history if key in log][1:]
+    each, steps = len(samples) // at_once, clock.seconds[1:]
     rounds = [sum(steps[i : i + each]) for i in range(0, len(steps), each)]
-    return rounds[1:], lengths[-1]["completions/mean_length"] if lengths else float("nan")
+    return rounds, sum(lengths[:each]) / each
 
 
 def load_plain(path: Path, dtype: str) -> Any:
@@ -244,7 +252,7 @@ def parse_args() -> Any:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("row-tokens", 4096), ("rounds", 2), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--student-dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--student-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     small = {"layers": 2, "teacher_layers": 2, "samples": 4, "response": 32, "batch": 4}
     return parse(parser, {**small, "accumulate": 1, "rounds": 1})
 
