@@ -17,9 +17,8 @@ time as well. The rows between the two take one thing out at a time:
     small rows     packed, a row as large as one batch of samples
     npd            npd's Trainer, packed, large rows
 
-TRL's settings are the fastest found on a CPU: bfloat16 weights for the student too (its updates
-round away, but float32 ones make its `generate` slower by half and more), no recomputed
-activations, forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together.
+TRL is given what favours it: bfloat16 weights for the student too (its updates round away, but
+float32 ones are cast anew for every token that its `generate` writes), no recomputed activations, forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together.
 Its steps follow each other, after a short one to warm up, as do npd's in turn after them.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_peers.py
