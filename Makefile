@@ -44,6 +44,7 @@ types: install  ## mypy --strict
 check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
 
 bench-loss: install  ## the loss alone, against its reference and its bars

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,7 +57,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the table. `ratio` is of paired repeats, above 1 where npd is the better one."""
+    """One line of the table. `ratio` is of paired repeats, above 1 where npd is the better one.
+
+    `bound` is the best that the machine could do, in the unit of `ours`.
+    """
 
     what: str
     unit: str
@@ -65,6 +69,7 @@ class Figure:
     baseline: Spread | None = None
     ratio: Spread | None = None
     bar: Bar | None = None
+    bound: float | None = None
 
     @property
     def judged(self) -> Spread:
@@ -87,13 +92,22 @@ class Figure:
             "" if self.baseline is None else f"{number(self.baseline.median)} {self.unit}",
             self.against,
             "" if self.ratio is None else f"{number(self.ratio.median)}",
+            self._bound(),
             f"{number(self.judged.low)} to {number(self.judged.high)}",
             "" if bar is None else f"{'ratio ' * (bar.of == 'ratio')}{bar.sign} {bar.limit:g}",
             verdict,
         )
 
+    def _bound(self) -> str:
+        if self.bound is None:
+            return ""
+        share = min(self.ours.median, self.bound) / max(self.ours.median, self.bound)
+        return f"{number(self.bound)} {self.unit} ({share:.0%} reached)"
 
-COLUMNS = ("what", "npd", "baseline", "baseline is", "ratio", "spread", "bar", "result")
+
+COLUMNS = (
+    "what", "npd", "baseline", "baseline is", "ratio", "bound", "spread", "bar", "result"
+)  # fmt: skip
 
 
 def number(value: float) -> str:
@@ -265,7 +279,10 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the packages that the figures depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    with suppress(PackageNotFoundError):  # only where the `bench` extra is installed
+        found["trl"] = version("trl")
+    return found
 
 
 def commit() -> str:

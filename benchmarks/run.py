@@ -26,7 +26,18 @@ from typing import Any
 from common import COLUMNS, ROOT, Figure, commit, machine, markdown, read_figure, versions
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("startup", "pack", "controller", "train", "score", "loss", "generate", "scale", "vllm")
+NAMES = (
+    "startup",
+    "pack",
+    "controller",
+    "train",
+    "peers",
+    "score",
+    "loss",
+    "generate",
+    "scale",
+    "vllm",
+)
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -102,10 +113,11 @@ def as_page(results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Benchmarks",
         "Made by `make bench`; do not edit. Values are medians. The spread is from the least to "
         "the largest of the repeats: of what the bar is on; without a bar, of the ratio where "
-        "there is one. A ratio is of paired repeats, above 1 where npd is the better one. Bars are "
-        "held against medians. Figures of models: a random model of SmolLM2-135M's shape in "
-        "bfloat16, CPU time, one thread. What each benchmark does, and how its baseline is kept "
-        "fair, is said at the top of `benchmarks/bench_*.py`.",
+        "there is one. A ratio is of paired repeats, above 1 where npd is the better one. The "
+        "bound is what this machine could do at most. Bars are held against medians. What limits "
+        "each figure is said in `docs/performance.md`. Figures of models: a random model of "
+        "SmolLM2-135M's shape in bfloat16, CPU time, one thread. What each benchmark does, and how "
+        "its baseline is kept fair, is said at the top of `benchmarks/bench_*.py`.",
         markdown(figures_of(results)) + "".join(f"\n**{line}**\n" for line in failed),
         *(note for result in results for note in result.get("notes", ())),
         f"- command: `{about['command']}`, {about['date']}\n"

@@ -161,4 +161,6 @@ def _varlen(
 @lru_cache(maxsize=4)
 def _on_device(cu_seqlens: tuple[int, ...], device: str) -> Tensor:
     # Every layer of a forward pass asks for the same boundaries; one copy to the device serves all.
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    # From pageable memory the copy would wait until the device has done all it was asked before.
+    bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=device.startswith("cuda"))
+    return bounds.to(device, non_blocking=True)

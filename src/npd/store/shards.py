@@ -101,7 +101,8 @@ class ShardReader:
     """Single samples out of many shards, by reference; at most `capacity` shards stay mapped.
 
     `path_of` gives a shard's file, e.g. `RunLayout(root).scored`. A file's checksum is verified the
-    first time it is opened, not each time it comes back. For one thread. Raises StoreError.
+    first time it is opened, not each time it comes back. For one thread at a time. Raises
+    StoreError.
     """
 
     def __init__(self, path_of: Callable[[int], Path], kind: Kind, *, capacity: int = 64) -> None:

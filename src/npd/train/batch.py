@@ -9,7 +9,7 @@ Dimensions: T tokens of a row, N response tokens of a row, K teacher support siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -42,6 +42,28 @@ class TrainRow:
     topk_logprobs_NK: Tensor | None
     behavior_N: Tensor | None
 
+    def to(self, device: str | torch.device) -> TrainRow:
+        """The same on `device`; what is pinned is on its way there when this returns."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> TrainRow:
+        """The same in page-locked memory, which a GPU copies from without the host waiting."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainRow:
+        def maybe(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        ids, positions = change(self.packed.input_ids), change(self.packed.position_ids)
+        return TrainRow(
+            replace(self.packed, input_ids=ids, position_ids=positions),
+            change(self.positions_N),
+            change(self.labels_N),
+            maybe(self.topk_ids_NK),
+            maybe(self.topk_logprobs_NK),
+            maybe(self.behavior_N),
+        )
+
 
 def rollout_of(sample: Sample) -> Rollout:
     """The rollout inside `sample`, scored or not."""
@@ -53,21 +75,22 @@ def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.de
     rollouts = [rollout_of(sample) for sample in samples]
     assert all(len(r.prompt_ids) for r in rollouts), "a response needs a token before it"
     documents = [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in rollouts]
-    packed = pack_documents(documents, device)
+    packed = pack_documents(documents, "cpu")
     ends = zip(packed.cu_seqlens[1:], rollouts, strict=True)
     positions = np.concatenate([np.arange(end - len(r.response_ids), end) for end, r in ends])
     scored = [sample for sample in samples if isinstance(sample, Scored)]
     assert len(scored) in (0, len(samples)), "a row mixes scored and unscored samples"
     behavior = [_behavior(r, version) for r in rollouts]
     measured = not all(np.isnan(part).all() for part in behavior)
-    return TrainRow(
+    row = TrainRow(
         packed,
-        torch.from_numpy(positions).to(device),
-        _ids([r.response_ids for r in rollouts]).to(device),
-        _ids([s.topk_ids for s in scored]).to(device) if scored else None,
-        _floats([s.topk_logprobs for s in scored]).to(device) if scored else None,
-        _floats(behavior).to(device) if measured else None,
+        torch.from_numpy(positions),
+        _ids([r.response_ids for r in rollouts]),
+        _ids([s.topk_ids for s in scored]) if scored else None,
+        _floats([s.topk_logprobs for s in scored]) if scored else None,
+        _floats(behavior) if measured else None,
     )
+    return row.to(device)
 
 
 def _behavior(rollout: Rollout, version: int) -> FloatArray:

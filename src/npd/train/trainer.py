@@ -12,8 +12,8 @@ Does not choose samples, order or learning rate: those arrive in `Step`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from npd.errors import RunError
 from npd.modeling import load_model, resolve_device
 from npd.reports import SegmentReport, StepReport
 from npd.train import checkpoint
-from npd.train.batch import Read, Sample, build_row, rollout_of
+from npd.train.batch import Read, TrainRow
 from npd.train.compiled import as_written, compile_layers
 from npd.train.device import peak_memory_mib, step_randomness
+from npd.train.feed import StepRows, feed
 from npd.train.measure import Measured, check_finite, report
 from npd.train.objective import Objective
 from npd.train.optimizer import build_optimizer, clip
 from npd.train.parallel import filled, gathered, hollow, shard
-from npd.types import Segment, Step
+from npd.types import Segment
 from npd.world import World
 
 __all__ = ["Trainer", "build_optimizer"]
@@ -100,10 +101,14 @@ class Trainer:
                 The weights and the optimiser are as the step before left them.
         """
         reports = []
-        for step in segment.steps:
-            reports.append(self._step(step, segment.version))
-            if on_step is not None:
-                on_step(reports[-1])
+        is_pinned = self.device.startswith("cuda")
+        with closing(feed(segment, self._read, rank=self.world.rank, is_pinned=is_pinned)) as steps:
+            started = time.perf_counter()
+            for step in steps:
+                reports.append(self._step(step, segment.version, started))
+                started = time.perf_counter()
+                if on_step is not None:
+                    on_step(reports[-1])
         peak = max(self.world.gather(peak_memory_mib(self.device)))
         return SegmentReport(segment.index, tuple(reports), peak)
 
@@ -197,17 +202,13 @@ class Trainer:
         self.last_step = checkpoint.load(Path(directory), self.model, self.optimizer)
         return self.last_step
 
-    def _step(self, step: Step, version: int) -> StepReport:
-        started = time.perf_counter()
-        mine = step.ranks[self.world.rank]
-        samples = [[self._read(ref) for ref in row.samples] for row in mine]
-        own_tokens = sum(len(rollout_of(s).response_ids) for row in samples for s in row)
-        tokens = sum(self.world.gather(own_tokens))
+    def _step(self, given: StepRows, version: int, started: float) -> StepReport:
+        step, tokens = given.step, sum(self.world.gather(given.num_tokens))
         try:
             with step_randomness(self.device, self._seed, step.index, self.world.rank):
-                rows = [self._backward(row, version, tokens) for row in samples]
-                for _ in range(max(map(len, step.ranks)) - len(rows)):
-                    self._take_part(step, version)
+                rows = [self._backward(row, tokens) for row in given.rows]
+                for row in given.idle:  # another rank has one more, and needs this one to take part
+                    self._backward(row, 1, weight=0.0)
             norm = clip(self._parameters, self.config.clip)
             measured = Measured.together(self.world.gather(Measured.of(rows, norm)))
             check_finite(step, measured)
@@ -226,18 +227,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         return report(step, measured, tokens, version, self.config.row_tokens, seconds)
 
-    def _backward(
-        self, samples: Sequence[Sample], version: int, tokens: int, weight: float = 1.0
-    ) -> dict[str, Tensor]:
+    def _backward(self, row: TrainRow, tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add one row's gradient; gives its share of the step's loss and its metric sums."""
-        row = build_row(samples, version=version, device=self.device)
-        loss, metrics = self._objective(row, tokens)
+        loss, metrics = self._objective(row.to(self.device), tokens)
         # Sharded gradients are averaged over the ranks, and a step's is a sum.
         loss.backward(torch.full_like(loss, weight * self.world.size))
         return {"loss": loss.detach(), **metrics}
-
-    def _take_part(self, step: Step, version: int) -> None:
-        """A row that adds nothing: for a rank that has fewer rows than another, which needs it."""
-        refs = [ref for rank in step.ranks for row in rank for ref in row.samples]
-        shortest = min(refs, key=lambda ref: (ref.num_tokens, ref.sample_id))
-        self._backward([self._read(shortest)], version, 1, weight=0.0)
