@@ -18,8 +18,9 @@ time as well. The rows between the two take one thing out at a time:
     npd            npd's Trainer, packed, large rows
 
 TRL is given what favours it: bfloat16 weights for the student too (its updates round away, but
-float32 ones are cast anew for every token that its `generate` writes), no recomputed activations, forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together.
-Its steps follow each other, after a short one to warm up, as do npd's in turn after them.
+float32 ones are cast anew for every token that its `generate` writes), no recomputed activations,
+forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together. Its steps
+follow each other, after a short one to warm up; npd's own loops take turns after them.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_peers.py
 """
