@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npd.head import Head
+from npd.train.device import autocast
 from npd.train.divergence import NOTHING, Rule, Support, kd_of_buckets
 from npd.train.sweeps import Rest, Slopes, Sweeper, finish
 from npd.train.tokens import Targets, TokenValues, agreement, metric_sums, overlap
@@ -61,7 +62,7 @@ def chunked_loss(
     grads = _empty_gradients(hidden_Nd, head, targets.weights_N.dtype)
     loss = targets.weights_N.new_zeros(())
     sums: dict[str, Tensor] = {}
-    with torch.no_grad(), torch.autocast(hidden_Nd.device.type, enabled=False):
+    with torch.no_grad(), autocast(hidden_Nd.device, is_on=False):
         # A tied or master weight is cast once, not once a chunk.
         cast = Head(head.weight.to(hidden_Nd.dtype), head.bias, head.scale, head.softcap)
         # Fresh memory for every chunk costs more on CPU than the arithmetic done in it.
@@ -218,10 +219,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # The common factor is 1, and a product with it would be a second gradient of the head.
-        is_one = bool(upstream == 1.0)
+        grads = ctx.saved_tensors
+        if upstream.device.type != "cpu":
+            # In place: to ask for the factor is to wait, and a product a second gradient of the
+            # head. So there the pass is made once; autograd itself refuses another.
+            grads = [None if grad is None else grad.mul_(upstream) for grad in grads]
+        elif not bool(upstream == 1.0):
+            grads = [None if grad is None else grad * upstream for grad in grads]
         out = (
-            None if grad is None else (grad if is_one else grad * upstream).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return (*out, None, None)

@@ -1,9 +1,9 @@
-"""A trainer's device: its random numbers for a step, and how much memory it took."""
+"""A trainer's device: its random numbers for a step, its autocast, and how much memory it took."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +17,15 @@ def step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[No
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(state[0]) % 2**63)
         yield
+
+
+def autocast(
+    device: torch.device, *, is_on: bool, keeps_casts: bool = True
+) -> AbstractContextManager[object]:
+    """Autocast to bfloat16, or none; nothing at all on a device that has no autocast."""
+    if not (is_on or torch.amp.is_autocast_available(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_on, cache_enabled=keeps_casts)
 
 
 def peak_memory_mib(device: str) -> float:

@@ -92,6 +92,14 @@ class Support:
         return self.logprobs_NK.exp().sum(dim=-1)
 
 
+def demand(is_met: Tensor, message: str) -> None:
+    """Assert that all of `is_met` holds; a GPU does it when it gets there, and nobody waits."""
+    if is_met.device.type == "cpu":
+        assert bool(is_met.all()), message
+    else:
+        torch._assert_async(is_met.all(), message)
+
+
 def make_support(
     ids_NK: Tensor, logprobs_NK: Tensor, target: Target, vocab_size: int, dtype: torch.dtype
 ) -> Support:
@@ -107,11 +115,11 @@ def make_support(
     if target == "sampled":
         ids, logprobs, valid, share = _merge_draws(ids, logprobs, valid)
     else:
-        assert _are_distinct(ids, valid), "an id occurs twice in a teacher's support"
+        demand(_is_first(ids, valid), "an id occurs twice in a teacher's support")
     logprobs = torch.where(valid, logprobs, NOTHING)
     best = ids.gather(-1, logprobs.argmax(dim=-1, keepdim=True))
     ids = torch.where(valid, ids, torch.where(valid.any(dim=-1, keepdim=True), best, 0))
-    assert bool(((ids >= 0) & (ids < vocab_size)).all()), "a teacher id is outside the vocabulary"
+    demand((ids >= 0) & (ids < vocab_size), "a teacher id is outside the vocabulary")
     return Support(ids, valid, logprobs, share)
 
 
@@ -176,9 +184,10 @@ def _merge_draws(
     return ids, logprobs_NK.gather(-1, order), valid, share
 
 
-def _are_distinct(ids_NK: Tensor, valid_NK: Tensor) -> bool:
+def _is_first(ids_NK: Tensor, valid_NK: Tensor) -> Tensor:
+    """Whether no id before it, in the order of ids, is the same."""
     unlike = -1 - torch.arange(ids_NK.shape[-1], device=ids_NK.device)
-    return bool(_starts(torch.where(valid_NK, ids_NK, unlike).sort(dim=-1).values).all())
+    return _starts(torch.where(valid_NK, ids_NK, unlike).sort(dim=-1).values)
 
 
 def _starts(sorted_NK: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 from npd.head import Head
 from npd.sections import chunk_for
 from npd.train.chunked import chunked_loss
-from npd.train.divergence import Divergence, Rule, Target, make_support
+from npd.train.divergence import Divergence, Rule, Target, demand, make_support
 from npd.train.parallel import whole_head
 from npd.train.reference import reference_loss
 from npd.train.sweeps import Sweeper, TorchSweeper
@@ -196,7 +197,8 @@ def _fall_back(why: str) -> None:
 
 def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     device = hidden_ND.device.type
-    if hidden_ND.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    is_float, has_autocast = hidden_ND.dtype == torch.float32, is_autocast_available(device)
+    if is_float and has_autocast and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden_ND.dtype
 
@@ -216,9 +218,7 @@ def _targets(
     assert hidden_ND.shape[1:] == head.weight.shape[1:], (hidden_ND.shape, head.weight.shape)
     for tensor in (labels_N, weights_N, behavior_N):
         assert tensor is None or tensor.shape == (num_tokens,), tensor.shape
-    assert bool(((labels_N >= 0) & (labels_N < vocab_size)).all()), (
-        "a label is outside the vocabulary"
-    )
+    demand((labels_N >= 0) & (labels_N < vocab_size), "a label is outside the vocabulary")
     support = None
     if topk_ids_NK is not None:
         assert topk_logprobs_NK is not None, "teacher ids come with their log-probabilities"
@@ -232,6 +232,6 @@ def _targets(
 def _scale(normalizer: float | None, weights_N: Tensor) -> Tensor:
     if normalizer is not None:
         assert normalizer > 0.0, f"normalizer {normalizer} is not positive"
-        return weights_N.new_tensor(1.0 / normalizer)
+        return weights_N.new_full((), 1.0 / normalizer)
     total = weights_N.sum()
     return torch.where(total != 0, 1.0 / total, 0.0)

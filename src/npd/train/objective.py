@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from npd.config import LossConfig, TrainConfig
 from npd.head import head_of
 from npd.modeling import hidden_states
 from npd.train.batch import TrainRow
+from npd.train.device import autocast
 from npd.train.loss import near_policy_loss
 
 
@@ -32,12 +32,8 @@ class Objective(nn.Module):
 
     def forward(self, row: TrainRow, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the row, the step having `tokens` response tokens, and the row's metric sums."""
-        with torch.autocast(
-            row.labels_N.device.type,
-            torch.bfloat16,
-            enabled=self._is_bf16,
-            cache_enabled=self._keeps_casts,
-        ):
+        device = row.labels_N.device
+        with autocast(device, is_on=self._is_bf16, keeps_casts=self._keeps_casts):
             out = near_policy_loss(
                 hidden_states(self.model, row.packed)[row.positions_N],
                 head_of(self.model),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from npd.head import Head
+from npd.train.device import autocast
 from npd.train.divergence import NOTHING, Rule, kd_of_buckets
 from npd.train.tokens import Targets, TokenValues, agreement, metric_sums, overlap
 
@@ -22,7 +23,7 @@ def reference_loss(
     hidden_ND: Tensor, head: Head, targets: Targets, rule: Rule, scale: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`scale` times the weighted sum of token losses, gradient attached, and the metric sums."""
-    with torch.autocast(hidden_ND.device.type, enabled=False):
+    with autocast(hidden_ND.device, is_on=False):
         logits_NV = _full_logits(hidden_ND, head)
     logprobs_NV = F.log_softmax(logits_NV, dim=-1)
     ce = -logprobs_NV.gather(-1, targets.labels_N[:, None])[:, 0]
