@@ -235,7 +235,7 @@ def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
     return [
         figure("trainer throughput", "npd", "trl", trl, Bar("ratio", ">=", 8.1)),
         figure("· of it: generation out of the step", "trl, no text", "trl", trl),
-        figure("· TRL's dense loss to npd's top-10", "padded+teacher", "trl, no text",
+        figure("· TRL's dense loss, bfloat16 weights and trainer", "padded+teacher", "trl, no text",
                "TRL, responses handed to it"),
         figure("· teacher out of the step", "padded", "padded+teacher", "padded, teacher in it"),
         figure("· padding out", "small rows", "padded", "padded, teacher out"),

@@ -59,6 +59,8 @@ from npd.types import FinishReason, IntArray, Rollout, Scored
 
 Pair: TypeAlias = tuple[IntArray, IntArray]
 Rows: TypeAlias = list[tuple[PackedBatch, torch.Tensor]]
+# Arrow pads what it writes to 64 bytes: of so many tokens, no more than this a token.
+_PADDING = 0.1
 
 
 def grouped(rollouts: Sequence[Rollout], size: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -214,16 +216,18 @@ def figures_of(seconds: dict[str, list[float]], tokens: dict[str, int]) -> list[
     ]
 
 
-def storage(rollouts: Sequence[Rollout], directory: Path) -> dict[int, dict[str, float]]:
-    """Bytes of a scored shard by k: per token of prompts and responses, and per response token."""
+def storage(directory: Path, prompt: int, response: int) -> dict[int, dict[str, float]]:
+    """Bytes of a scored shard by k: per response token, and what one more of those adds."""
     found = {}
     for k in (10, 32, 64):
-        path = directory / f"{k}.arrow"
-        write_scored(path, [scored_of(rollout, k) for rollout in rollouts])
-        found[k] = {
-            "token": path.stat().st_size / sum(r.num_tokens for r in rollouts),
-            "response_token": path.stat().st_size / sum(len(r.response_ids) for r in rollouts),
-        }
+        sizes, tokens = [], []
+        for length in (response, 2 * response):
+            rollouts, path = make_rollouts(64, prompt, length), directory / f"{k}-{length}.arrow"
+            write_scored(path, [scored_of(rollout, k) for rollout in rollouts])
+            sizes.append(path.stat().st_size)
+            tokens.append(sum(len(rollout.response_ids) for rollout in rollouts))
+        added = (sizes[1] - sizes[0]) / (tokens[1] - tokens[0])
+        found[k] = {"added": added, "whole": sizes[0] / tokens[0]}
     return found
 
 
@@ -239,13 +243,16 @@ def storage_figures(found: dict[int, dict[str, float]]) -> list[Figure]:
     """Bytes a token for each k, and the bar."""
     return [
         Figure(
-            f"scored shard, top-{k}, a token of {what}",
+            f"scored shard, top-{k}, {what}",
             "bytes",
             Spread.of([sizes[name]]),
-            bar=Bar("ours", "<", 6 * k + 16) if name == "token" else None,
+            bar=Bar("ours", "<", 6 * k + 16 + _PADDING) if name == "added" else None,
         )
         for k, sizes in found.items()
-        for name, what in (("token", "prompt or response"), ("response_token", "response"))
+        for name, what in (
+            ("added", "a response token more"),
+            ("whole", "a response token, all in"),
+        )
     ]
 
 
@@ -266,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         random_model(args.layers, "bfloat16").save_pretrained(directory)
         seconds, tokens = measure(args, Path(directory))
-        sizes = storage(make_rollouts(64, args.prompt, args.response), Path(directory))
+        sizes = storage(Path(directory), args.prompt, args.response)
     figures = figures_of(seconds, tokens) + storage_figures(sizes)
     publish(args, figures, {"tokens": tokens, "seconds": seconds, "bytes": sizes})
 

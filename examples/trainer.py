@@ -56,13 +56,16 @@ def near_policy(base: type[Trainer]) -> type[Trainer]:
                 topk = teacher_topk(self.teacher, inputs, keep, self.top_k)
             else:
                 topk = tuple(tensor[:, :-1][keep] for tensor in stored)
-            found = self.near_policy_loss(
-                out.hidden_states[-1][:, :-1][keep],
-                head_of(self.accelerator.unwrap_model(model)),
-                labels[keep],
-                *topk,
-                normalizer=float(num_items_in_batch or keep.sum().clamp(min=1)),
-            )
+            # The model's own autocast ends with its forward pass.
+            device = keep.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16):
+                found = self.near_policy_loss(
+                    out.hidden_states[-1][:, :-1][keep],
+                    head_of(self.accelerator.unwrap_model(model)),
+                    labels[keep],
+                    *topk,
+                    normalizer=float(num_items_in_batch or keep.sum().clamp(min=1)),
+                )
             if model.training:
                 self.sums.update({name: value.item() for name, value in found.metrics.items()})
             # The count is of the whole accumulated batch on all processes, which DDP averages over.
@@ -103,9 +106,9 @@ def main() -> None:
     from datasets import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.student)
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(p) for p in (args.student, args.teacher)
-    )
+    # A small learning rate is lost on weights in bfloat16; the teacher's do not change.
+    student = AutoModelForCausalLM.from_pretrained(args.student, dtype="float32")
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher)
     data = load_dataset("json", data_files=args.texts, split="train")
     has_gpu = torch.cuda.is_available()
     options = {"output_dir": args.out, "max_steps": args.steps, "per_device_train_batch_size": 2,

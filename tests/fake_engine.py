@@ -1,8 +1,8 @@
 """A fake server as a program of its own: `fake_engine.py --model DIR --port P ...`.
 
 Serves like the engine whose flags it is given (`--model` is vLLM's, `--model-path` SGLang's) and
-prints them. `--do exit|die|wait|spawn|stay`: end at once, by a signal, never serve, have a child,
-ignore SIGTERM (with a child that does too); `--faults` is JSON.
+prints them. `--do exit|die|odd|crash|wait|spawn|stay`: end at once, by a signal, with code 255, by
+abort(), never serve, have a child, ignore SIGTERM (with a child that does too); `--faults` is JSON.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def main() -> None:
         print("(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:1] ValueError: no room for it")
         print("and a last line that says nothing", flush=True)
         sys.exit(3)
+    if args.do in ("odd", "crash"):
+        sys.exit(255) if args.do == "odd" else os.abort()
     if args.do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if args.do == "wait":

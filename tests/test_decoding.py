@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,27 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def model():
     return make_model()
+
+
+def test_a_prompt_may_be_of_any_integer_type(model):
+    asks = make_asks(3)
+    prompts = [replace(a.prompt, prompt_ids=a.prompt.prompt_ids.astype(np.int64)) for a in asks]
+    wide = [ask._replace(prompt=prompt) for ask, prompt in zip(asks, prompts, strict=True)]
+    sampling = Sampling(5, frozenset(), 0)
+    found, expected = (list(generate_with(model, given, sampling)) for given in (wide, asks))
+    assert [r.response_ids.tolist() for r in found] == [r.response_ids.tolist() for r in expected]
+
+
+def test_a_text_that_would_rotate_those_beside_it_otherwise_is_refused(model):
+    asks = make_asks(2)
+    longest = max(len(ask.prompt.prompt_ids) for ask in asks)
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": longest + 5}
+    other = copy.copy(model)
+    other.config = copy.copy(model.config)
+    other.config.rope_parameters = scaling
+    list(generate_with(other, asks, Sampling(5, frozenset(), 0)))
+    with pytest.raises(ModelError, match="rotary positions do not depend on the texts beside it"):
+        list(generate_with(other, asks, Sampling(6, frozenset(), 0)))
 
 
 def make_asks(count, group=1, longest=20, vocab=VOCAB):

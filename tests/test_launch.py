@@ -245,6 +245,21 @@ def test_a_server_that_is_killed_before_it_is_ready_is_a_lost_worker(started):
         started("--do", "die")
 
 
+@pytest.mark.parametrize(("do", "how"), [("odd", "exited with code 255"), ("crash", "code 134")])
+def test_a_server_that_crashes_at_once_is_not_tried_again(started, do, how):
+    with pytest.raises(RunError, match=how) as caught:
+        started("--do", do)
+    assert not isinstance(caught.value, WorkerLostError)
+
+
+def test_a_killed_nanny_is_a_lost_worker(started):
+    process, pids = started()
+    process._popen.kill()
+    await_end(pids)
+    with pytest.raises(WorkerLostError, match="ended by signal 9"):
+        process.check()
+
+
 def test_a_server_that_is_not_ready_in_time_is_ended(started, tmp_path):
     with pytest.raises(RunError, match=r"not ready within 1\.5 s: see .*launch\.start_timeout"):
         started("--do", "wait", timeout=1.5)

@@ -394,6 +394,30 @@ def test_a_token_of_weight_zero_changes_nothing(impl):
     torch.testing.assert_close((got[0], got[1][some], *got[2:]), want)
 
 
+def test_it_is_told_without_gradients_in_inference_too():
+    case = make_case(7, 30, 4)
+    expected = near_policy_loss(*case)
+    with torch.inference_mode():
+        found = near_policy_loss(*case)
+    torch.testing.assert_close(found.loss, expected.loss.detach())
+    assert found.metrics.keys() == expected.metrics.keys()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_gradient_in_float16_does_not_vanish(impl):
+    """It is made before a loss scale could lift it: of a quarter of a million tokens, say."""
+    hidden, weight, *rest = make_case(64, 500, 4, dtype=torch.float32)
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        leaf = hidden.to(dtype).detach().requires_grad_()
+        loss = near_policy_loss(leaf, weight, *rest, impl=impl, normalizer=262_144.0).loss
+        (loss * 65_536.0).backward()
+        grads.append(leaf.grad.float() / 65_536.0)
+    torch.testing.assert_close(
+        grads[1], grads[0], rtol=0.01, atol=float(grads[0].abs().max()) / 500
+    )
+
+
 def test_sampled_gradient_is_unbiased():
     num_draws, k, vocab = 4000, 12, 10
     rng = torch.Generator().manual_seed(5)

@@ -1,6 +1,7 @@
 """Packed models: documents never see each other, and head(hidden) is the model's own logits."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import make_model, make_tokenizer
-from npd.attention import Boundaries, packed_attention, varlen_kernel
+from npd.attention import Boundaries, _on_device, packed_attention, varlen_kernel
 from npd.errors import ModelError
 from npd.head import Head, head_of
 from npd.modeling import (
@@ -113,6 +114,29 @@ def test_a_document_longer_than_the_sliding_window_raises():
     packed_attention(nn.Module(), q, q, q, None, cu_seqlens=at(0, 3, 6), sliding_window=4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4}},
+        {"rope_parameters": {"a": {"rope_type": "dynamic"}}, "max_position_embeddings": 4},
+        {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4},
+    ],
+)
+def test_a_text_that_would_rotate_those_beside_it_otherwise_raises(settings):
+    """Two of transformers' kinds choose the frequencies by the longest text of a batch."""
+    module, q = nn.Module(), torch.zeros(1, 2, 9, 4)
+    module.config = SimpleNamespace(**settings)
+    packed_attention(module, q, q, q, None, cu_seqlens=at(0, 4, 8, 9))
+    with pytest.raises(ModelError, match="text of 5 tokens is longer than the 4 up to which"):
+        packed_attention(module, q, q, q, None, cu_seqlens=at(0, 4, 9))
+
+
+def test_boundaries_seen_in_inference_serve_training():
+    with torch.inference_mode():
+        _on_device((0, 5, 11), "cpu")
+    assert not _on_device((0, 5, 11), "cpu").is_inference()
+
+
 @pytest.mark.parametrize("feature", ["softcap", "s_aux"])
 def test_attention_features_it_lacks_raise(feature):
     q = torch.zeros(1, 2, 6, 4)
@@ -194,7 +218,7 @@ def test_response_hidden_is_the_state_before_each_token(packed, plain, row_token
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
 @settings(max_examples=50, deadline=None)
 def test_first_fit_places_each_once_within_capacity(lengths, capacity):
-    rows = _first_fit(lengths, capacity)
+    rows = _first_fit([(length, length) for length in lengths], capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert len(row) == 1 or sum(lengths[i] for i in row) <= capacity

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from npd.errors import ModelError
 from npd.modeling import load_model
-from npd.reading import _MIN_SHARED, _groups, _size, response_hidden
+from npd.reading import _MIN_SHARED, _first_fit, _groups, _laid_out, _size, response_hidden
 from test_modeling import PACKABLE, family_dir
 
 # Of three contexts, one too short to share; responses of one token feed nothing of their own.
@@ -59,6 +59,17 @@ def test_a_context_is_fed_again_where_a_row_is_full(tmp_path):
     _, fed = states_of(model, make_pairs(), 42, share=True)
     assert max(fed) <= 42
     assert 63 + 36 < sum(fed) < sum(len(c) + len(y) - 1 for c, y in make_pairs())
+
+
+def test_whole_documents_are_no_more_than_four_times_a_row():
+    """Attention lays them out: a row of short responses to one long context would be many times."""
+    context = np.arange(400, dtype=np.int32)
+    pairs = [(context, np.arange(6, dtype=np.int32)) for _ in range(64)]
+    groups = _groups(pairs, 800)
+    assert sorted(i for group in groups for i in group.members) == list(range(64))
+    assert [len(group.members) for group in groups] == [7] * 9 + [1]
+    rows = _first_fit([(_size(g, pairs), _laid_out(g, pairs)) for g in groups], 800)
+    assert all(sum(_laid_out(groups[i], pairs) for i in row) <= 4 * 800 for row in rows)
 
 
 def test_a_branch_longer_than_the_sliding_window_with_its_context_raises(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -57,6 +57,33 @@ def registered_attention() -> Callable[..., Any]:
     return disabled
 
 
+def check_rotation(config: Any, longest: int) -> None:
+    """Refuse texts of `longest` tokens where a model rotates all of a batch by the longest one.
+
+    Above its original length such a model (`longrope`, `dynamic`) changes the frequencies of
+    every text that lies beside the long one.
+
+    Raises:
+        ModelError: as said.
+    """
+    for limit in _rotation_limits(config):
+        if longest > limit:
+            raise ModelError(
+                f"a text of {longest} tokens is longer than the {limit} up to which this model's "
+                "rotary positions do not depend on the texts beside it: lower "
+                "data.max_prompt_tokens or generate.max_new_tokens"
+            )
+
+
+def _rotation_limits(config: Any) -> Iterator[int]:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One set, or one for each type of layer.
+    for rope in [found, *(part for part in found.values() if isinstance(part, Mapping))]:
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+            name = "original_max_position_embeddings"
+            yield rope.get(name) or getattr(config, name, None) or config.max_position_embeddings
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -84,6 +111,7 @@ def packed_attention(
                 "attention does not apply: choose a model without it"
             )
     longest = max(end - start for start, end in pairwise(cu_seqlens))
+    check_rotation(getattr(module, "config", None), longest)
     if window is not None and longest > window:
         raise ModelError(
             f"a document of {longest} tokens is longer than the model's sliding window ({window}), "
@@ -162,5 +190,7 @@ def _varlen(
 def _on_device(cu_seqlens: tuple[int, ...], device: str) -> Tensor:
     # Every layer of a forward pass asks for the same boundaries; one copy to the device serves all.
     # From pageable memory the copy would wait until the device has done all it was asked before.
-    bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=device.startswith("cuda"))
-    return bounds.to(device, non_blocking=True)
+    # What is made in inference mode, as by an evaluation, could not be used in training after it.
+    with torch.inference_mode(False):
+        bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=device.startswith("cuda"))
+        return bounds.to(device, non_blocking=True)

@@ -131,7 +131,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack_stream(
     lengths: Iterable[int], capacity: int, *, window: int = 1024
 ) -> Iterator[list[int]]:
-    """Pack documents into rows as they come, holding at most `window` of them, in O(log window).
+    """Pack documents into rows as they come, holding at most `window` of them.
 
     A row goes out each time the window is full: its oldest document, then again and again the
     longest that still fits (of equal ones the oldest). So no document waits for more than `window`

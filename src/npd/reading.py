@@ -25,6 +25,9 @@ Pair: TypeAlias = tuple[IntArray, IntArray]
 
 # Shorter contexts are not worth the second layout that attention then works on.
 _MIN_SHARED = 16
+# Attention sees documents whole, shared beginnings included: at most so many times the tokens of a
+# row, or it would need more memory than the layers do.
+_MAX_LAID_OUT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,12 @@ def response_hidden(
     Yields, row by row, the pairs' indices and their states [sum of L, d] in that order: state t of
     a response is the one at the position before its token t, so the first is the context's last.
     No state is asked for after a response's last token, hence that token is not fed. A pair longer
-    than `row_tokens` gets a row of its own. With `share` equal contexts of a row are fed once.
+    than `row_tokens` gets a row of its own. With `share` equal contexts of a row are fed once,
+    as long as its whole documents are no more than 4 times the tokens of a row.
     """
     assert all(len(context) and len(response) for context, response in pairs)
     groups = _groups(pairs, row_tokens if share else 0)
-    sizes = [_size(group, pairs) for group in groups]
+    sizes = [(_size(group, pairs), _laid_out(group, pairs)) for group in groups]
     for row in _first_fit(sizes, row_tokens):
         chosen = [groups[i] for i in row]
         batch, positions = _lay_out(chosen, pairs, model.device)
@@ -58,20 +62,25 @@ def response_hidden(
 def _groups(pairs: Sequence[Pair], capacity: int) -> list[_Group]:
     """Pairs of one context together, as many as a row holds; short contexts stay apart."""
     groups: list[_Group] = []
-    open_groups: dict[bytes, tuple[_Group, int]] = {}
+    open_groups: dict[bytes, tuple[_Group, int, int]] = {}
     for index, (context, response) in enumerate(pairs):
         key, own = context.tobytes(), len(response) - 1
-        group, used = open_groups.get(key, (None, 0))
-        if group is None or used + own > capacity or len(context) < _MIN_SHARED:
-            group, used = _Group(context), len(context)
+        group, used, laid_out = open_groups.get(key, (None, 0, 0))
+        is_full = used + own > capacity or laid_out + len(context) + own > _MAX_LAID_OUT * capacity
+        if group is None or is_full or len(context) < _MIN_SHARED:
+            group, used, laid_out = _Group(context), len(context), 0
             groups.append(group)
         group.members.append(index)
-        open_groups[key] = group, used + own
+        open_groups[key] = group, used + own, laid_out + len(context) + own
     return groups
 
 
 def _size(group: _Group, pairs: Sequence[Pair]) -> int:
     return len(group.context) + sum(len(pairs[i][1]) - 1 for i in group.members)
+
+
+def _laid_out(group: _Group, pairs: Sequence[Pair]) -> int:
+    return sum(len(group.context) + len(pairs[i][1]) - 1 for i in group.members)
 
 
 def _lay_out(
@@ -112,12 +121,18 @@ def _fed(groups: Sequence[_Group], pairs: Sequence[Pair]) -> Iterator[Pair]:
     return ((group.context, pairs[i][1][:-1]) for group in groups for i in group.members)
 
 
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths`, longest first, each in the first row with room for it."""
-    rows: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (r for r, (used, _) in enumerate(rows) if used + lengths[index] <= capacity)
+def _first_fit(sizes: Sequence[tuple[int, int]], capacity: int) -> list[list[int]]:
+    """Indices of `sizes` (tokens fed, tokens laid out), longest first, each in the first row with
+    room for it."""
+    rows: list[tuple[int, int, list[int]]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        fed, laid_out = sizes[index]
+        fits = (
+            r
+            for r, (used, spread, _) in enumerate(rows)
+            if used + fed <= capacity and spread + laid_out <= _MAX_LAID_OUT * capacity
+        )
         place = next(fits, len(rows))
-        used, row = rows[place] if place < len(rows) else (0, [])
-        rows[place : place + 1] = [(used + lengths[index], [*row, index])]
-    return [row for _, row in rows]
+        used, spread, row = rows[place] if place < len(rows) else (0, 0, [])
+        rows[place : place + 1] = [(used + fed, spread + laid_out, [*row, index])]
+    return [row for _, _, row in rows]

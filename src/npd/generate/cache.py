@@ -38,8 +38,11 @@ class Cache(Protocol):
     def new_prompts(self) -> Any:
         """An empty cache for prompts that are read by themselves, then `put` into rows."""
 
-    def put(self, prompts: Any, which: Sequence[int], rows: Sequence[int]) -> None:
-        """Row `rows[i]` becomes prompt `which[i]` of `prompts` (each [n, H, P, D]; P <= `end`)."""
+    def put(
+        self, prompts: Any, which: Sequence[int], rows: Sequence[int], *, is_last: bool
+    ) -> None:
+        """Row `rows[i]` becomes prompt `which[i]` of `prompts` (each [n, H, P, D]; P <= `end`),
+        which are not needed any more if `is_last`."""
 
     def advance(self) -> None:
         """A token of every row was written at `end`."""
@@ -69,16 +72,21 @@ class RowCache:
 
         return DynamicCache()
 
-    def put(self, prompts: Any, which: Sequence[int], rows: Sequence[int]) -> None:
-        """Copy prompts to the last places of rows."""
-        for layer in prompts.layers[len(self.layers) :]:
-            self.layers.append(_row_layer()(self, layer))
+    def put(
+        self, prompts: Any, which: Sequence[int], rows: Sequence[int], *, is_last: bool
+    ) -> None:
+        """Copy prompts to the last places of rows; the last time one layer at a time is held
+        twice."""
         device = prompts.layers[0].keys.device
         chosen, targets = (torch.tensor(list(i), device=device) for i in (which, rows))
-        for layer, source in zip(self.layers, prompts.layers, strict=True):
-            begin = self.end - source.keys.shape[2]
+        for index, source in enumerate(prompts.layers):
+            if index == len(self.layers):
+                self.layers.append(_row_layer()(self, source))
+            layer, begin = self.layers[index], self.end - source.keys.shape[2]
             for buffer, states in ((layer.keys, source.keys), (layer.values, source.values)):
                 buffer[:, :, begin : self.end].index_copy_(0, targets, states[chosen])
+            if is_last:
+                source.keys = source.values = None
 
     def advance(self) -> None:
         """Go to the next place."""
@@ -120,10 +128,12 @@ class LoneCache:
 
         return DynamicCache(config=self._config)
 
-    def put(self, prompts: Any, which: Sequence[int], rows: Sequence[int]) -> None:
-        """Take a copy of the one prompt, as others may begin with the same."""
+    def put(
+        self, prompts: Any, which: Sequence[int], rows: Sequence[int], *, is_last: bool
+    ) -> None:
+        """Take the one prompt, or a copy, where others begin with the same."""
         assert list(which) == list(rows) == [0], "recurrent layers are decoded one row at a time"
-        self.model_cache = copy.deepcopy(prompts)
+        self.model_cache = prompts if is_last else copy.deepcopy(prompts)
         self.end = prompts.get_seq_length()
 
     def advance(self) -> None:

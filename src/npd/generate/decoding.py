@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npd.attention import check_rotation
 from npd.errors import RunError
 from npd.generate.cache import build_cache
 from npd.generate.sampling import Sampling, choose
@@ -34,7 +35,7 @@ class Draft:
 
     def __init__(self, ask: Ask, limit: int) -> None:
         self.ask, self.limit = ask, limit
-        self.key = ask.prompt.prompt_ids.tobytes()
+        self.key = ask.prompt.prompt_ids.astype(np.int32).tobytes()
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish = FinishReason.LENGTH
@@ -82,6 +83,8 @@ class Draft:
 @torch.inference_mode()
 def decode(model: Any, drafts: Sequence[Draft], sampling: Sampling) -> None:
     """Write every draft to its end; the first to start are those with the longest prompts."""
+    longest = max(len(draft.ask.prompt.prompt_ids) + draft.limit for draft in drafts)
+    check_rotation(model.config.get_text_config(), longest)
     # Later prompts are then never longer than the places in use. Equal prompts are neighbours.
     order = sorted(drafts, key=lambda draft: (-len(draft.key), draft.key))
     rows = _Rows(model, order, sampling)
@@ -152,7 +155,7 @@ class _Rows:
             started = [ready.drafts.popleft() for _ in range(min(len(rows), len(ready.drafts)))]
             which = [place for _, place in started]
             taken, rows = rows[: len(started)], rows[len(started) :]
-            self._cache.put(ready.cache, which, taken)
+            self._cache.put(ready.cache, which, taken, is_last=not ready.drafts)
             for row, (draft, _) in zip(taken, started, strict=True):
                 self._drafts[row] = draft
                 self._pads[row] = self._cache.end - len(draft.ask.prompt.prompt_ids)

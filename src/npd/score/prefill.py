@@ -41,15 +41,12 @@ class PrefillReader:
 
     @torch.inference_mode()
     def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading]:
-        """A reading of each document, under its key.
-
-        Nothing is waited for until all rows are under way: on a GPU what one row gave is copied to
-        the host while the next is computed.
-        """
+        """A reading of each document, under its key; the host waits for a GPU once, at the end."""
         self._check_ids(documents.values())
         keys = list(documents)
         pairs = [(document.context, document.response) for document in documents.values()]
         found: list[tuple[list[Key], Tensor, Tensor]] = []
+        is_cuda = self._model.device.type == "cuda"
         for row, hidden in response_hidden(self._model, pairs, self._row_tokens, share=True):
             states = torch.split(hidden, [len(pairs[i][1]) for i in row])
             by_wish: dict[tuple[int, bool], list[tuple[Key, Tensor]]] = {}
@@ -58,9 +55,9 @@ class PrefillReader:
             for group in by_wish.values():
                 members = [documents[key] for key, _ in group]
                 given = self._read_head(members, torch.cat([state for _, state in group]))
-                ids, logprobs = (x.to("cpu", non_blocking=True) for x in given)
+                ids, logprobs = (x.to("cpu", non_blocking=is_cuda) for x in given)
                 found.append(([key for key, _ in group], ids, logprobs))
-        if self._model.device.type == "cuda":
+        if is_cuda:
             torch.cuda.synchronize(self._model.device)
         readings: dict[Key, Reading] = {}
         for group_keys, ids, logprobs in found:

@@ -34,6 +34,8 @@ _ANSWER_SECONDS = 1.0
 # More than the nanny needs at most, less than the runtime gives a worker to close (10 s).
 _STOP_SECONDS = 8.0
 _READ_BACK = 65536
+# Sent by somebody, or by a system that is short of memory; a crash (SIGSEGV, SIGABRT) is not.
+_KILLS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _BLAME = re.compile(r"error|exception|out of memory|no such|unrecognized|refused", re.IGNORECASE)
 # What only says that something else went wrong, and lines of a traceback.
 _VAGUE = re.compile(
@@ -173,9 +175,11 @@ class ServerProcess:
             return False
 
     def _signal(self) -> int:
-        """The number of the signal that ended it, as the nanny's exit code says; or 0."""
-        status = None if self._popen is None else self._popen.poll()
-        return max(0, (status or 0) - 128)
+        """The number of the signal that ended it, as the nanny's exit code says, or that ended the
+        nanny; 0 where it ended by itself or crashed."""
+        status = (None if self._popen is None else self._popen.poll()) or 0
+        number = -status if status < 0 else status - 128
+        return number if number in _KILLS else 0
 
     def _ending(self) -> str:
         """How it ended and what its log says of that."""

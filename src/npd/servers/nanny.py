@@ -12,6 +12,7 @@ has. Standard library only: it is run as a file, in whatever Python started npd.
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import re
 import select
@@ -51,7 +52,7 @@ def main(fd: int, command: list[str]) -> NoReturn:
     _adopt_orphans()
     foreign, mapped, looked = set(_segments()), set[int](), time.monotonic()
     # Its sockets and temporary files: killed, it leaves them. Not torch's cache, which is for all.
-    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}")
     place = tempfile.mkdtemp(prefix="npd-server-")
     environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ, "TMPDIR": place}
     server = subprocess.Popen(
@@ -82,6 +83,14 @@ def main(fd: int, command: list[str]) -> NoReturn:
         with suppress(OSError, KeyError):
             os.unlink(f"{_SHARED}/{_segments()[inode]}")
     sys.exit(128 - status if status < 0 else status)
+
+
+def _user() -> str:
+    """As torch names its cache."""
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, ModuleNotFoundError, OSError):
+        return f"uid_{os.getuid()}"
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -102,8 +102,10 @@ def _chunk(
     rest = sweeper.reduce(logits_CV, head, support, inside_CK)
     valid_CK = inside_CK if support is None else torch.where(support.valid_NK, inside_CK, NOTHING)
     buckets_CB = torch.cat([valid_CK, rest.log_sum_C[:, None]], dim=-1)
-    value, slopes_CB, found = _token_losses(buckets_CB, label_C, rest, targets, rule, scale)
-    if grads.is_asked:
+    value, slopes_CB, found = _token_losses(
+        buckets_CB, label_C, rest, targets, rule, scale, with_slopes=grads.is_asked
+    )
+    if slopes_CB is not None:
         slopes = _slopes(slopes_CB, inside_CK, label_C, rest, targets, rule, scale, head)
         sweeper.spread(logits_CV, head, support, inside_CK, rest, slopes, grads.bias_V)
         _accumulate(grads, logits_CV, hidden_Cd, head, part)
@@ -111,19 +113,27 @@ def _chunk(
 
 
 def _token_losses(
-    buckets_CB: Tensor, label_C: Tensor, rest: Rest, targets: Targets, rule: Rule, scale: Tensor
-) -> tuple[Tensor, Tensor, TokenValues]:
+    buckets_CB: Tensor,
+    label_C: Tensor,
+    rest: Rest,
+    targets: Targets,
+    rule: Rule,
+    scale: Tensor,
+    *,
+    with_slopes: bool,
+) -> tuple[Tensor, Tensor | None, TokenValues]:
     """The chunk's loss, its gradient in the k + 1 buckets, and the values for the metrics."""
-    support, kd = targets.support, None
-    with torch.enable_grad():
-        buckets = buckets_CB.detach().requires_grad_()
+    support, kd, slopes = targets.support, None, None
+    with torch.set_grad_enabled(with_slopes):
+        buckets = buckets_CB.detach().requires_grad_(with_slopes)
         ce = buckets.logsumexp(dim=-1) - label_C
         token = ce if rule.kd_weight < 1.0 else torch.zeros_like(ce)
         if support is not None:
             kd = kd_of_buckets(F.log_softmax(buckets, dim=-1), support, rule)
             token = (1.0 - rule.kd_weight) * token + rule.kd_weight * kd
         value = scale * (targets.weights_N * token).sum()
-        (slopes,) = torch.autograd.grad(value, buckets)
+        if with_slopes:
+            (slopes,) = torch.autograd.grad(value, buckets)
     found = _values(buckets_CB, ce.detach(), kd, rest, support)
     return value.detach(), slopes, found
 

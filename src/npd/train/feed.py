@@ -3,7 +3,7 @@
 Promises: while a step trains, one thread reads and builds the rows of the next one, no further;
 steps come in order; what goes wrong in reading is raised where the step that needs it would begin;
 no thread outlives the iteration. Rows for a GPU lie in pinned memory, from where they are copied
-without waiting for what the device still computes. Does not choose rows or train on them.
+without the host waiting. Does not choose rows or train on them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ noise: `reference` is plain autograd over full logits (for reading and testing),
 holds an [N, V] tensor, `triton` is `chunked` with fused kernels between its matmuls. Promises that
 the value and its gradient do not depend on the order of tokens, on how they are split into
 micro-batches (given one `normalizer`) or on the chunk size; that a token of weight 0 changes
-nothing; and finite results where the teacher's support has holes (-inf).
-Does not run models, pack, or average metrics.
+nothing if its hidden state is finite; and finite results where the teacher's support has holes
+(-inf). Elsewhere than on a CPU nothing waits for the device: there an id outside the vocabulary is
+an assertion of the device, which ends its use by this process, and one backward pass uses the
+gradients up. Does not run models, pack, or average metrics.
 
 Dimensions: N response tokens, d hidden size, V vocabulary, K teacher support size.
 """
@@ -91,9 +93,10 @@ def near_policy_loss(
     hidden_ND [N, d]; head: a `Head` or a weight [V, d]; labels_N [N] ids in [0, V); topk_*_NK
     [N, K] ids and untempered log p (-inf: no entry); weights_N [N], 0 masks; behavior_N [N] log p
     of the label by its writer, NaN for none. Without a teacher or with kd_weight 0, L = CE. Matmuls
-    run in hidden's type (autocast's if on), the rest in float32 (float64 if hidden is); `chunk`
-    tokens have logits at once (`chunk_for`). A weight sharded by FSDP2 is gathered (all ranks call)
-    and its gradient averaged over ranks. ConfigError: `sampled` with a divergence or temperature.
+    run in hidden's type (autocast's if on; float16: float32), the rest in float32 (float64 if
+    hidden is); `chunk` tokens have logits at once (`chunk_for`). A weight sharded by FSDP2 is
+    gathered (all ranks call), its gradient averaged over ranks. ConfigError: `sampled` with a
+    divergence or temperature.
     """
     rule = Rule(kd_weight, target, divergence, beta, temperature)
     rule.check()
@@ -197,10 +200,11 @@ def _fall_back(why: str) -> None:
 
 def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     device = hidden_ND.device.type
-    is_float, has_autocast = hidden_ND.dtype == torch.float32, is_autocast_available(device)
-    if is_float and has_autocast and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden_ND.dtype
+    dtype = hidden_ND.dtype
+    if dtype == torch.float32 and is_autocast_available(device):
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    # The gradient is made before a loss scale arrives, and float16 has no room for it without.
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _targets(
