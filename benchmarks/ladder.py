@@ -1,0 +1,435 @@
+"""The paper's ladder in miniature: real training of a teacher and a smaller student, many seeds.
+
+    make ladder                                   # benchmarks/results/ladder/, resumable
+    python benchmarks/ladder.py --quick           # one task, 2 seeds; exits with 1 off the order
+    python benchmarks/ladder.py --rungs sft npd --seeds 3
+
+Each seed draws its prompts, fine-tunes a student of its own on them until that brings nothing more
+(the start), and goes on from there by every rung: same start, same prompts, as many epochs. Rungs
+are presets of npd with a few values set, run by `npd.run`; the run.yaml of each is kept. Teacher and
+held-out problems are the same for all seeds. What is finished stays in `--folder` and is not run
+again.
+
+Promises: one thread, stages in turn, so that a run repeats itself on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from common import ROOT, commit, machine, versions
+from ladder_page import Cell, check, page
+from tasks import TASKS, make_tokenizer, problems, write_problems
+
+import npd
+from npd.filters import delta_ifd
+from npd.settings import load_config
+from npd.store.layout import RunLayout
+from npd.types import Outcome
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: layers, width, and heads of 16 numbers each or more."""
+
+    layers: int
+    width: int
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what. `levels`: least and most steps of a problem's working."""
+
+    task: str
+    levels: tuple[int, int]
+    is_varied: bool
+    num_prompts: int
+    num_heldout: int
+    teacher: Shape
+    teacher_problems: int
+    teacher_epochs: int
+    student: Shape
+    warm_epochs: int
+    epochs: int
+    lr: float
+    warm_lr: float = 3e-3
+    teacher_lr: float = 2e-3
+    batch: int = 64
+    max_response: int = 64
+
+
+SETTINGS = {
+    "sum": Setting(
+        task="sum", levels=(3, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
+        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        warm_epochs=30, epochs=10, lr=1e-3,
+    ),
+    "list": Setting(
+        task="list", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
+        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        warm_epochs=30, epochs=10, lr=1e-3,
+    ),
+    "program": Setting(
+        task="program", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
+        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        warm_epochs=30, epochs=10, lr=1e-3,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A configuration: a preset and what is set on top of it."""
+
+    label: str
+    preset: str
+    values: Mapping[str, Any]
+
+
+def rungs(epochs: int, batch: int) -> dict[str, Rung]:
+    """Every configuration by name: the ladder, what it is held against, and the sweeps.
+
+    Those that write text twice (SeqKD, rollouts, filter, NPD) use each text for half of the epochs.
+    """
+    half = epochs // 2
+    all_epochs = {"schedule.epochs": epochs}
+    once = all_epochs | {"schedule.reuse": epochs}
+    twice = all_epochs | {"schedule.reuse": half}
+    stale, fresh = {"schedule.refresh": "never"}, {"schedule.refresh": {"at_epochs": [half]}}
+    plain, near = twice | stale, twice | fresh
+    each = all_epochs | {"schedule.reuse": 1}
+    letter = {"filter.tolerance": 0.0, "filter.min_nll": 0.0}
+    found = {
+        "sft": Rung("SFT", "sft", once),
+        "seqkd": Rung("SeqKD", "seqkd", twice),
+        "offline": Rung("offline top-k KD", "offline_kd", once),
+        "rollouts": Rung("+ packed student rollouts", "npd", plain | {"filter.name": "none"}),
+        "filter": Rung("+ Δ-IFD", "npd", plain),
+        "npd": Rung("+ one refresh (NPD)", "npd", near),
+        "on_policy": Rung("strict on-policy", "on_policy", each | {"schedule.window": batch}),
+        "every_epoch": Rung(
+            "refresh every epoch", "npd",
+            each | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}},
+        ),
+        "no_filter": Rung("NPD without filter", "npd", near | {"filter.name": "none"}),
+        "letter": Rung("NPD, filter to the letter", "npd", near | letter),
+        "random": Rung(
+            "NPD, as many dropped at random", "npd", near | letter | {"filter.name": "random"}
+        ),
+        "quantile": Rung("NPD, bounds by quantiles", "npd", near | {"filter.bounds": "quantile"}),
+    }  # fmt: skip
+    for weight in (0.0, 0.5, 1.0):
+        found[f"lambda={weight:g}"] = Rung(f"λ = {weight:g}", "npd", near | {"loss.kd_weight": weight})
+    for k in (1, 3, 20):
+        found[f"k={k}"] = Rung(f"k = {k}", "npd", near | {"score.top_k": k})
+    for high in (0.2, 0.4):
+        found[f"tau={high:g}"] = Rung(f"τ = {high:g}", "npd", near | {"filter.high": high})
+    return found
+
+
+LADDER = (
+    "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
+)  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--task", choices=sorted(TASKS), default="sum")
+    parser.add_argument("--seeds", type=int, help="how many; default 5, with --quick 2")
+    parser.add_argument("--rungs", nargs="+", metavar="NAME", help="default: the ladder's eight")
+    parser.add_argument("--quick", action="store_true", help="short, and the order is checked")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
+    parser.add_argument("--out", type=Path, help="folder for ladder.json and ladder.md")
+    parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
+    args = parser.parse_args()
+    args.seeds = args.seeds or (2 if args.quick else 5)
+    args.rungs = args.rungs or list(("sft", "offline", "npd") if args.quick else LADDER)
+    return args
+
+
+def main() -> int:
+    """Run what is missing, write the page; 1 when a quick ladder is off the order."""
+    args = parse_args()
+    _one_thread()
+    setting = _setting(args)
+    unknown = set(args.rungs) - set(rungs(setting.epochs, setting.batch))
+    if unknown:
+        sys.exit(f"no such rung: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory(prefix="npd-ladder-") as directory:
+        bench = Bench(setting, args.folder or Path(directory))
+        cells = [cell for seed in range(args.seeds) for cell in bench.seed(seed, args.rungs)]
+        teacher = bench.teacher_cell()
+    problems_found = check(cells) if args.quick else []
+    command = f"python benchmarks/ladder.py {' '.join(sys.argv[1:])}".strip()
+    about = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+    labels = {name: rung.label for name, rung in rungs(setting.epochs, setting.batch).items()}
+    text = page(asdict(setting), teacher, cells, labels, about, problems_found)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = {"setting": asdict(setting), "teacher": teacher, "cells": cells, **about}
+        (args.out / "ladder.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "ladder.md").write_text(text)
+    return 1 if problems_found else 0
+
+
+def _one_thread() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    values = {}
+    for item in args.set:
+        name, _, value = item.partition("=")
+        values[name] = json.loads(value)
+        if name in ("teacher", "student"):
+            values[name] = Shape(*values[name])
+    return replace(SETTINGS[args.task], **values)
+
+
+class Bench:
+    """The files and runs of one setting, each made once."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        self._rungs = rungs(setting.epochs, setting.batch)
+        shared = {
+            name: value
+            for name, value in asdict(setting).items()
+            if name.startswith("teacher") or name in ("task", "levels", "is_varied", "num_heldout")
+        }
+        self.common = folder / f"{setting.task}-teacher-{_digest(shared)}"
+        self.folder = folder / f"{setting.task}-{_digest(asdict(setting))}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.common.mkdir(parents=True, exist_ok=True)
+        self.heldout = self._problems(self.common / "heldout.jsonl", "heldout", 0, setting.num_heldout)
+
+    def teacher_cell(self) -> Cell:
+        """The teacher, trained on problems that no student's seed draws in this order."""
+        setting = self.setting
+        prompts = self._problems(self.common / "train.jsonl", "train", -1, setting.teacher_problems)
+        epochs = setting.teacher_epochs
+        values = {
+            "student": self._model(self.common / "init", setting.teacher, 1234),
+            "data.train": prompts,
+            "train.lr": setting.teacher_lr,
+            "train.min_lr": setting.teacher_lr / 20,
+            "train.warmup": 0.05,
+            "schedule.epochs": epochs,
+            "schedule.reuse": epochs,
+        }
+        return self._cell(self.common / "teacher", "teacher", -1, "sft", values)
+
+    def seed(self, seed: int, names: list[str]) -> list[Cell]:
+        """The start of a seed and its rungs."""
+        self.teacher_cell()
+        home = self.folder / f"seed-{seed}"
+        home.mkdir(exist_ok=True)
+        cells = [self._start(home, seed)]
+        for name in names:
+            rung = self._rungs[name]
+            values = {
+                "student": home / "start" / "student",
+                "teacher": self.common / "teacher" / "student",
+                "data.train": home / "train.jsonl",
+                "train.lr": self.setting.lr,
+                "train.min_lr": self.setting.lr / 10,
+                "train.warmup": 0.05,
+                **rung.values,
+            }
+            cells.append(self._cell(home / name, name, seed, rung.preset, values))
+        return cells
+
+    def _start(self, home: Path, seed: int) -> Cell:
+        setting = self.setting
+        values = {
+            "student": self._model(home / "init", setting.student, seed),
+            "teacher": self.common / "teacher" / "student",
+            "data.train": self._problems(home / "train.jsonl", "train", seed, setting.num_prompts),
+            "train.lr": setting.warm_lr,
+            "train.min_lr": setting.warm_lr / 10,
+            "train.warmup": 0.1,
+            "schedule.epochs": setting.warm_epochs,
+            "schedule.reuse": setting.warm_epochs,
+        }
+        return self._cell(home / "start", "start", seed, "sft", values)
+
+    def _cell(
+        self, home: Path, name: str, seed: int, preset: str, values: Mapping[str, Any]
+    ) -> Cell:
+        """What a run measured; run now unless it has been."""
+        done = home / "cell.json"
+        if not done.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            started = time.monotonic()
+            config = self._write_config(home, seed, preset, values)
+            result = npd.run(load_config(config).config)
+            cell = measured(result, name, seed) | {"seconds": time.monotonic() - started}
+            _tidy(home)
+            done.write_text(json.dumps(cell, indent=1) + "\n")
+            print(
+                f"seed {seed:2d} {name:12} {cell['start_accuracy']:.3f} -> {cell['accuracy']:.3f}"
+                f"  KL {cell['kl'] or 0.0:.4f}  {cell['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return json.loads(done.read_text())
+
+    def _write_config(
+        self, home: Path, seed: int, preset: str, values: Mapping[str, Any]
+    ) -> Path:
+        """The run.yaml of a run, which `npd run` takes too."""
+        batch, longest = self.setting.batch, self.setting.max_response
+        common = {
+            "preset": preset,
+            "run_dir": home / "run",
+            "seed": max(seed, 0),
+            "data.heldout": self.heldout,
+            "data.max_prompt_tokens": 64,
+            "generate.max_new_tokens": longest,
+            "generate.batch_size": 256,
+            "generate.shard_size": batch if preset == "on_policy" else 256,
+            "generate.dtype": "float32",
+            "score.row_tokens": 8192,
+            "score.head_chunk": 4096,
+            "score.dtype": "float32",
+            "loss.chunk": 4096,
+            "train.batch_size": batch,
+            "train.row_tokens": 8192,
+            "train.dtype": "float32",
+            "schedule.segment_steps": 16,
+            "eval.source": "completion",
+            "eval.max_new_tokens": longest,
+            "eval.batch_size": 256,
+            "eval.num_samples": 0,
+            "checkpoint.every_steps": None,
+            "observe.report": False,
+            "observe.trace": False,
+            "runtime.kind": "inline",
+            "runtime.device": "cpu",
+            "runtime.threads": 1,
+        }
+        if preset == "on_policy":
+            common["schedule.segment_steps"] = 1
+        path = home / "run.yaml"
+        path.write_text(json.dumps(_nested({**common, **values}), indent=1, default=str) + "\n")
+        return path
+
+    def _model(self, path: Path, shape: Shape, seed: int) -> Path:
+        """A random model of that shape with the tasks' tokenizer."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = make_tokenizer()
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    def _problems(self, path: Path, split: Any, seed: int, count: int) -> Path:
+        setting = self.setting
+        found = problems(setting.task, split, seed, setting.levels, is_varied=setting.is_varied)
+        return write_problems(path, found, count)
+
+
+def measured(result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:
+    """The figures of a finished run; means over all its steps, or over its last tenth."""
+    assert result.is_done, "interrupted: start the ladder again, it goes on"
+    data = result.data
+    first, last, steps = data.evals[0], data.evals[-1], data.steps
+    tail = steps[-max(1, len(steps) // 10) :]
+    drifts = [step["drift"] for step in steps if step["drift"] is not None]
+    deltas = sorted(delta for s in data.samples if (delta := delta_ifd(s.stats)) == delta)
+    rejected = {why: n for (what, why), n in data.reasons.items() if what is Outcome.REJECTED}
+    return {
+        "rung": name,
+        "seed": seed,
+        "start_accuracy": first["exact_match"],
+        "accuracy": last["exact_match"],
+        "start_kl": first["kl"],
+        "kl": last["kl"],
+        "agreement": last["agreement"],
+        "steps": len(steps),
+        "response_tokens": sum(step["response_tokens"] for step in steps),
+        "total_tokens": sum(step["total_tokens"] for step in steps),
+        "asked": data.conservation["asked"],
+        "rejected": rejected,
+        "drift": sum(drifts) / len(drifts) if drifts else None,
+        "drift_max": max(drifts, default=None),
+        "entropy": _mean(tail, "entropy"),
+        "ce": _mean(tail, "ce"),
+        "kd": _mean(tail, "kd"),
+        "delta_quantiles": [deltas[int(q * (len(deltas) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
+        if deltas
+        else None,
+        "stage_seconds": {stage: rate.busy_seconds for stage, rate in data.throughput.items()},
+    }
+
+
+def _mean(steps: Any, name: str) -> float | None:
+    values = [step[name] for step in steps if step[name] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _tidy(home: Path) -> None:
+    """Keep the student, the metrics and the config of a run, not its shards and checkpoints."""
+    layout = RunLayout(home / "run")
+    shutil.move(layout.student, home / "student")
+    shutil.move(layout.metrics_jsonl, home / "metrics.jsonl")
+    shutil.rmtree(layout.root)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as a tree."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, name = key.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[name] = value
+    return tree
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
