@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from common import ROOT, commit, machine, versions
 from ladder_page import Cell, check, page
-from tasks import TASKS, make_tokenizer, problems, write_problems
+from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
 
 import npd
 from npd.filters import delta_ifd
@@ -135,7 +135,9 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "quantile": Rung("NPD, bounds by quantiles", "npd", near | {"filter.bounds": "quantile"}),
     }  # fmt: skip
     for weight in (0.0, 0.5, 1.0):
-        found[f"lambda={weight:g}"] = Rung(f"λ = {weight:g}", "npd", near | {"loss.kd_weight": weight})
+        found[f"lambda={weight:g}"] = Rung(
+            f"λ = {weight:g}", "npd", near | {"loss.kd_weight": weight}
+        )
     for k in (1, 3, 20):
         found[f"k={k}"] = Rung(f"k = {k}", "npd", near | {"score.top_k": k})
     for high in (0.2, 0.4):
@@ -223,7 +225,9 @@ class Bench:
         self.folder = folder / f"{setting.task}-{_digest(asdict(setting))}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.common.mkdir(parents=True, exist_ok=True)
-        self.heldout = self._problems(self.common / "heldout.jsonl", "heldout", 0, setting.num_heldout)
+        self.heldout = self._problems(
+            self.common / "heldout.jsonl", "heldout", 0, setting.num_heldout
+        )
 
     def teacher_cell(self) -> Cell:
         """The teacher, trained on problems that no student's seed draws in this order."""
@@ -283,10 +287,12 @@ class Bench:
         if not done.exists():
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
-            started = time.monotonic()
+            started = time.process_time()
             config = self._write_config(home, seed, preset, values)
             result = npd.run(load_config(config).config)
-            cell = measured(result, name, seed) | {"seconds": time.monotonic() - started}
+            cell = measured(result, name, seed, self.heldout) | {
+                "seconds": time.process_time() - started
+            }
             _tidy(home)
             done.write_text(json.dumps(cell, indent=1) + "\n")
             print(
@@ -297,9 +303,7 @@ class Bench:
             )
         return json.loads(done.read_text())
 
-    def _write_config(
-        self, home: Path, seed: int, preset: str, values: Mapping[str, Any]
-    ) -> Path:
+    def _write_config(self, home: Path, seed: int, preset: str, values: Mapping[str, Any]) -> Path:
         """The run.yaml of a run, which `npd run` takes too."""
         batch, longest = self.setting.batch, self.setting.max_response
         common = {
@@ -323,7 +327,7 @@ class Bench:
             "eval.source": "completion",
             "eval.max_new_tokens": longest,
             "eval.batch_size": 256,
-            "eval.num_samples": 0,
+            "eval.num_samples": self.setting.num_heldout,
             "checkpoint.every_steps": None,
             "observe.report": False,
             "observe.trace": False,
@@ -368,11 +372,12 @@ class Bench:
         return write_problems(path, found, count)
 
 
-def measured(result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:
+def measured(result: npd.RunResult, name: str, seed: int, heldout: Path) -> dict[str, Any]:
     """The figures of a finished run; means over all its steps, or over its last tenth."""
     assert result.is_done, "interrupted: start the ladder again, it goes on"
     data = result.data
     first, last, steps = data.evals[0], data.evals[-1], data.steps
+    answers = {row["prompt"]: row["answer"].removeprefix(MARK) for row in read_problems(heldout)}
     tail = steps[-max(1, len(steps) // 10) :]
     drifts = [step["drift"] for step in steps if step["drift"] is not None]
     deltas = sorted(delta for s in data.samples if (delta := delta_ifd(s.stats)) == delta)
@@ -380,8 +385,8 @@ def measured(result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:
     return {
         "rung": name,
         "seed": seed,
-        "start_accuracy": first["exact_match"],
-        "accuracy": last["exact_match"],
+        "start_accuracy": _accuracy(first["samples"], answers),
+        "accuracy": _accuracy(last["samples"], answers),
         "start_kl": first["kl"],
         "kl": last["kl"],
         "agreement": last["agreement"],
@@ -395,11 +400,19 @@ def measured(result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:
         "entropy": _mean(tail, "entropy"),
         "ce": _mean(tail, "ce"),
         "kd": _mean(tail, "kd"),
-        "delta_quantiles": [deltas[int(q * (len(deltas) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
+        "delta_quantiles": [
+            deltas[int(q * (len(deltas) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)
+        ]
         if deltas
         else None,
         "stage_seconds": {stage: rate.busy_seconds for stage, rate in data.throughput.items()},
     }
+
+
+def _accuracy(samples: Sequence[tuple[str, str]], answers: Mapping[str, str]) -> float:
+    """Share of (prompt, greedy response) that end in the right answer."""
+    assert len(samples) == len(answers)
+    return sum(is_right(response, answers[prompt]) for prompt, response in samples) / len(answers)
 
 
 def _mean(steps: Any, name: str) -> float | None:

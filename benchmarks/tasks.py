@@ -95,6 +95,11 @@ def write_problems(path: Path, found: Iterator[Problem], count: int) -> Path:
     return path
 
 
+def read_problems(path: Path) -> list[dict[str, str]]:
+    """The records of a file of problems."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 # -- The tasks ---------------------------------------------------------------------------------
 
 
