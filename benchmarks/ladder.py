@@ -1,14 +1,14 @@
 """The paper's ladder in miniature: real training of a teacher and a smaller student, many seeds.
 
-    make ladder                                   # benchmarks/results/ladder/, resumable
-    python benchmarks/ladder.py --quick           # one task, 2 seeds; exits with 1 off the order
-    python benchmarks/ladder.py --rungs sft npd --seeds 3
+    make ladder                           # 5 seeds, to benchmarks/results/ladder
+    python benchmarks/ladder.py --quick   # one task, 2 seeds; exits with 1 off the order
+    python benchmarks/ladder.py --seeds 2 --rungs filters sweeps --folder DIR
 
 Each seed draws its prompts, fine-tunes a student of its own on them until that brings nothing more
 (the start), and goes on from there by every rung: same start, same prompts, as many epochs. Rungs
-are presets of npd with a few values set, run by `npd.run`; the run.yaml of each is kept. Teacher and
-held-out problems are the same for all seeds. What is finished stays in `--folder` and is not run
-again.
+are presets of npd with a few values set, run by `npd.run`; the run.yaml of each is kept. Teacher
+and held-out problems are the same for all seeds. What is finished stays in `--folder`, is not run
+again, and is on the page too.
 
 Promises: one thread, stages in turn, so that a run repeats itself on the same machine.
 """
@@ -32,15 +32,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common import ROOT, commit, machine, versions
-from ladder_page import Cell, check, page
-from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
-
 import npd
+from common import commit, machine, versions
+from ladder_page import Cell, check, page
 from npd.filters import delta_ifd
 from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.types import Outcome
+from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,17 @@ class Setting:
 SETTINGS = {
     "sum": Setting(
         task="sum", levels=(3, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
-        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
         warm_epochs=30, epochs=10, lr=1e-3,
     ),
     "list": Setting(
         task="list", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
-        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
         warm_epochs=30, epochs=10, lr=1e-3,
     ),
     "program": Setting(
         task="program", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
-        teacher=Shape(4, 128), teacher_problems=40_000, teacher_epochs=3, student=Shape(2, 64),
+        teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
         warm_epochs=30, epochs=10, lr=1e-3,
     ),
 }  # fmt: skip
@@ -145,9 +144,17 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
     return found
 
 
-LADDER = (
-    "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
-)  # fmt: skip
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+GROUPS = {
+    "ladder": (
+        "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
+    ),
+    "filters": ("no_filter", "letter", "random", "quantile"),
+    "sweeps": (
+        "lambda=0", "lambda=0.5", "lambda=1", "k=1", "k=3", "k=20", "tau=0.2", "tau=0.4",
+    ),
+    "quick": ("sft", "offline", "npd"),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -155,14 +162,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--task", choices=sorted(TASKS), default="sum")
     parser.add_argument("--seeds", type=int, help="how many; default 5, with --quick 2")
-    parser.add_argument("--rungs", nargs="+", metavar="NAME", help="default: the ladder's eight")
+    parser.add_argument(
+        "--rungs", nargs="+", metavar="NAME", help=f"names, or groups: {', '.join(GROUPS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="short, and the order is checked")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     parser.add_argument("--out", type=Path, help="folder for ladder.json and ladder.md")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
     args = parser.parse_args()
     args.seeds = args.seeds or (2 if args.quick else 5)
-    args.rungs = args.rungs or list(("sft", "offline", "npd") if args.quick else LADDER)
+    named = args.rungs or ["quick" if args.quick else "ladder"]
+    args.rungs = [rung for name in named for rung in GROUPS.get(name, (name,))]
     return args
 
 
@@ -176,8 +186,9 @@ def main() -> int:
         sys.exit(f"no such rung: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="npd-ladder-") as directory:
         bench = Bench(setting, args.folder or Path(directory))
-        cells = [cell for seed in range(args.seeds) for cell in bench.seed(seed, args.rungs)]
-        teacher = bench.teacher_cell()
+        for seed in range(args.seeds):
+            bench.seed(seed, args.rungs)
+        teacher, cells = bench.teacher_cell(), bench.finished()
     problems_found = check(cells) if args.quick else []
     command = f"python benchmarks/ladder.py {' '.join(sys.argv[1:])}".strip()
     about = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
@@ -265,6 +276,12 @@ class Bench:
             cells.append(self._cell(home / name, name, seed, rung.preset, values))
         return cells
 
+    def finished(self) -> list[Cell]:
+        """Every run that there is of this setting, seed by seed in the order of the table."""
+        homes = sorted(self.folder.glob("seed-*"), key=lambda home: int(home.name[5:]))
+        files = [home / name / "cell.json" for name in ("start", *self._rungs) for home in homes]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
+
     def _start(self, home: Path, seed: int) -> Cell:
         setting = self.setting
         values = {
@@ -290,17 +307,11 @@ class Bench:
             started = time.process_time()
             config = self._write_config(home, seed, preset, values)
             result = npd.run(load_config(config).config)
-            cell = measured(result, name, seed, self.heldout) | {
-                "seconds": time.process_time() - started
-            }
+            cell = measured(result, name, seed, self.heldout)
+            cell |= {"cpu_seconds": time.process_time() - started, "commit": commit()}
             _tidy(home)
             done.write_text(json.dumps(cell, indent=1) + "\n")
-            print(
-                f"seed {seed:2d} {name:12} {cell['start_accuracy']:.3f} -> {cell['accuracy']:.3f}"
-                f"  KL {cell['kl'] or 0.0:.4f}  {cell['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(_line(cell), file=sys.stderr, flush=True)
         return json.loads(done.read_text())
 
     def _write_config(self, home: Path, seed: int, preset: str, values: Mapping[str, Any]) -> Path:
@@ -396,17 +407,20 @@ def measured(result: npd.RunResult, name: str, seed: int, heldout: Path) -> dict
         "asked": data.conservation["asked"],
         "rejected": rejected,
         "drift": sum(drifts) / len(drifts) if drifts else None,
-        "drift_max": max(drifts, default=None),
+        "drift_end": _mean(tail, "drift"),
         "entropy": _mean(tail, "entropy"),
         "ce": _mean(tail, "ce"),
         "kd": _mean(tail, "kd"),
-        "delta_quantiles": [
-            deltas[int(q * (len(deltas) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)
-        ]
-        if deltas
-        else None,
+        "delta_quantiles": [deltas[int(q * (len(deltas) - 1))] for q in QUANTILES if deltas],
         "stage_seconds": {stage: rate.busy_seconds for stage, rate in data.throughput.items()},
     }
+
+
+def _line(cell: Cell) -> str:
+    """A run in one line, for whoever watches."""
+    kl = f"KL {cell['kl']:.4f}" if cell["kl"] is not None else ""
+    accuracy = f"{cell['start_accuracy']:.3f} -> {cell['accuracy']:.3f}"
+    return f"seed {cell['seed']} {cell['rung']:12} {accuracy} {kl} {cell['cpu_seconds']:.0f} s"
 
 
 def _accuracy(samples: Sequence[tuple[str, str]], answers: Mapping[str, str]) -> float:

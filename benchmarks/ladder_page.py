@@ -1,30 +1,35 @@
 """The page of the ladder: means over seeds, 95 % intervals, differences paired by seed.
 
-Pure: cells (what a run measured, plain JSON values) in, text out.
+Pure: cells (what a run measured, plain JSON values) in, text and verdicts out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any, TypeAlias
 
 Cell: TypeAlias = dict[str, Any]
 
-# Student's t, two-sided 95 %, by degrees of freedom.
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, that of 9, which is wider than right.
 _T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Accuracy points, mean over seeds, that the later rung must have over the earlier one.
+MARGINS = {("offline", "sft"): 0.0, ("npd", "sft"): 0.0, ("npd", "offline"): 0.0}
+# The paper's order, and its differences in points (2605.05940; its own models and benchmarks).
+ORDER = ("sft", "offline", "rollouts", "filter", "npd")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % t-interval (NaN for a single value).
 
-    >>> interval([1.0, 2.0, 3.0])[0]
-    2.0
+    >>> interval([1.0, 2.0, 3.0])
+    (2.0, 2.4843...)
     """
     if len(values) < 2:
-        return mean(values), float("nan")
-    freedom = len(values) - 1
-    t = _T95.get(freedom, 2.262 if freedom < 30 else 2.0)
+        return mean(values), math.nan
+    t = _T95[min(len(values) - 1, 9)]
     return mean(values), t * stdev(values) / len(values) ** 0.5
 
 
@@ -39,13 +44,22 @@ def by_rung(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
 def differences(
     ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str = "accuracy"
 ) -> list[float]:
-    """Ours minus theirs, seed by seed."""
+    """Ours minus theirs, of the seeds that both have."""
     return [ours[seed][what] - theirs[seed][what] for seed in ours if seed in theirs]
 
 
 def check(cells: Sequence[Cell]) -> list[str]:
-    """What is off the paper's order, beyond what noise explains; none where all is well."""
-    return []
+    """Where the mean over seeds is off the order by more than its margin; none if all is well."""
+    rows = by_rung(cells)
+    problems = []
+    for (later, earlier), margin in MARGINS.items():
+        found = differences(rows[later], rows[earlier])
+        if mean(found) < margin:
+            problems.append(
+                f"{later} minus {earlier}: {100 * mean(found):+.1f} points, at least "
+                f"{100 * margin:+.1f} expected"
+            )
+    return problems
 
 
 def page(
@@ -54,29 +68,32 @@ def page(
     cells: Sequence[Cell],
     labels: Mapping[str, str],
     about: Mapping[str, Any],
-    found: Sequence[str],
+    problems: Sequence[str],
 ) -> str:
     """The Markdown page."""
-    rows = by_rung(cells)
-    seeds = sorted({cell["seed"] for cell in cells})
-    host = about["machine"]
+    rows, host = by_rung(cells), about["machine"]
+    measured_at = sorted({cell["commit"] for cell in cells})
     lines = [
-        f"# The ladder: {setting['task']}",
+        f"# The ladder in miniature: {setting['task']}",
         "",
-        "Made by `benchmarks/ladder.py`; do not edit. Accuracy is of greedy answers to "
-        f"{setting['num_heldout']:,} held-out problems, the same for all; ± is a 95 % t-interval over "
-        f"{len(seeds)} seeds; differences are paired by seed.",
+        "Made by `benchmarks/ladder.py`; do not edit. What each row is, is said there.",
         "",
-        *_main_table(rows, labels),
+        f"Accuracy: greedy answers to {setting['num_heldout']:,} held-out problems, the same for "
+        "all. ±: 95 % t-interval of the mean over seeds (each with prompts, a student and a start "
+        "of its own). Differences are paired by seed.",
         "",
-        *_inner_table(rows, labels),
+        *_outcomes(rows, labels),
         "",
-        *(f"- PROBLEM: {problem}" for problem in found),
-        f"- teacher: {_size(setting['teacher'])}, accuracy {_share(teacher['accuracy'])}; student: "
-        f"{_size(setting['student'])}",
-        f"- setting: `{dict(setting)}`",
+        *_steps(rows, labels),
+        "",
+        *_insides(rows, labels),
+        "",
+        *(f"- OFF THE ORDER: {problem}" for problem in problems),
+        f"- teacher: {_shape(setting['teacher'])}, {100 * teacher['accuracy']:.1f} % right; "
+        f"student: {_shape(setting['student'])}",
+        f"- setting: `{' '.join(f'{name}={value}' for name, value in setting.items())}`",
         f"- command: `{about['command']}`",
-        f"- commit: {about['commit']}",
+        f"- commits of the runs: {', '.join(measured_at)}",
         f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
         f"{host['load'][0]} at the end; one thread",
         f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
@@ -84,70 +101,91 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def _main_table(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
-    lines = [
-        "| rung | accuracy, % | minus SFT, points | held-out KL | response tokens | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def _outcomes(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """How good each rung is, and what it took."""
+    lines = _head(
+        "rung", "seeds", "accuracy, %", "minus SFT, points", "held-out KL, nats/token",
+        "response tokens trained on", "CPU s",
+    )  # fmt: skip
     for name, cells in rows.items():
         found = list(cells.values())
         against = differences(cells, rows["sft"]) if "sft" in rows and name != "sft" else []
         lines.append(
-            f"| {labels.get(name, name)} | {_percent([c['accuracy'] for c in found])} | "
-            f"{_percent(against, sign=True) if against else ''} | "
-            f"{_plain([c['kl'] for c in found], 4)} | "
-            f"{mean(c['response_tokens'] for c in found):,.0f} | "
-            f"{mean(c['seconds'] for c in found):.0f} |"
+            _row(
+                labels.get(name, name),
+                str(len(found)),
+                _points([cell["accuracy"] for cell in found]),
+                _points(against, signed=True),
+                _number([cell["kl"] for cell in found], 4),
+                f"{mean(cell['response_tokens'] for cell in found):,.0f}",
+                f"{mean(cell['cpu_seconds'] for cell in found):.0f}",
+            )
         )
     return lines
 
 
-def _inner_table(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
-    lines = [
-        "| rung | rejected, % of samples | drift, mean (largest step) | entropy at the end | Δ-IFD "
-        "quantiles 5, 25, 50, 75, 95 % |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What each rung of the paper's order brings over the one before."""
+    present = [name for name in ORDER if name in rows]
+    lines = _head("step of the ladder", "points", "KL, nats/token")
+    for before, after in pairwise(present):
+        lines.append(
+            _row(
+                f"{labels[before]} → {labels[after]}",
+                _points(differences(rows[after], rows[before]), signed=True),
+                _number(differences(rows[after], rows[before], "kl"), 4, signed=True),
+            )
+        )
+    return lines
+
+
+def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What was cut, how far students went from their snapshots, how sure they ended."""
+    lines = _head(
+        "rung", "left out, % of samples", "drift, mean", "drift, last tenth", "entropy, last tenth",
+        "Δ-IFD at 5, 25, 50, 75, 95 %",
+    )  # fmt: skip
     for name, cells in rows.items():
         found = list(cells.values())
-        why = sorted({reason for cell in found for reason in cell["rejected"]})
-        cuts = ", ".join(
-            f"{reason} {100 * mean(c['rejected'].get(reason, 0) / c['asked'] for c in found):.1f}"
-            for reason in why
-        )
-        drifts = [cell for cell in found if cell["drift"] is not None]
-        drift = (
-            f"{_plain([c['drift'] for c in drifts], 3)} ({max(c['drift_max'] for c in drifts):.2f})"
-            if drifts
-            else ""
-        )
+        reasons = sorted({reason for cell in found for reason in cell["rejected"]})
+        shares = {
+            reason: mean(cell["rejected"].get(reason, 0) / cell["asked"] for cell in found)
+            for reason in reasons
+        }
         deltas = [cell["delta_quantiles"] for cell in found if cell["delta_quantiles"]]
-        shown = ", ".join(f"{mean(column):.3f}" for column in zip(*deltas, strict=True))
-        entropies = [c["entropy"] for c in found if c["entropy"] is not None]
-        entropy = f"{mean(entropies):.3f}" if entropies else ""
-        lines.append(f"| {labels.get(name, name)} | {cuts} | {drift} | {entropy} | {shown} |")
+        lines.append(
+            _row(
+                labels.get(name, name),
+                ", ".join(f"{reason} {100 * share:.1f}" for reason, share in shares.items()),
+                _number([cell["drift"] for cell in found], 4),
+                _number([cell["drift_end"] for cell in found], 4),
+                _number([cell["entropy"] for cell in found], 3),
+                ", ".join(f"{mean(column):.3f}" for column in zip(*deltas, strict=True)),
+            )
+        )
     return lines
 
 
-def _percent(values: Sequence[float], *, sign: bool = False) -> str:
-    middle, half = interval([100 * value for value in values])
-    return f"{middle:{'+' if sign else ''}.1f}" + ("" if half != half else f" ± {half:.1f}")
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), _row(*["---"] * len(cells))]
 
 
-def _plain(values: Sequence[float | None], digits: int) -> str:
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _points(values: Sequence[float], *, signed: bool = False) -> str:
+    return _number([100 * value for value in values], 1, signed=signed)
+
+
+def _number(values: Sequence[float | None], digits: int, *, signed: bool = False) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
     middle, half = interval(known)
-    return f"{middle:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}")
+    shown = f"{middle:{'+' if signed else ''}.{digits}f}"
+    return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _size(shape: Mapping[str, int]) -> str:
+def _shape(shape: Mapping[str, int]) -> str:
     return f"{shape['layers']} layers {shape['width']} wide"
-
-
-_Rule: TypeAlias = Callable[[Sequence[Cell]], list[str]]
