@@ -116,6 +116,10 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
     letter = {"filter.tolerance": 0.0, "filter.min_nll": 0.0}
     found = {
         "sft": Rung("SFT", "sft", once),
+        "sft_long": Rung(
+            "SFT, four times as long", "sft",
+            {"schedule.epochs": 4 * epochs, "schedule.reuse": 4 * epochs},
+        ),
         "seqkd": Rung("SeqKD", "seqkd", twice),
         "offline": Rung("offline top-k KD", "offline_kd", once),
         "rollouts": Rung("+ packed student rollouts", "npd", plain | {"filter.name": "none"}),
@@ -149,6 +153,7 @@ GROUPS = {
     "ladder": (
         "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
     ),
+    "longer": ("sft_long",),
     "filters": ("no_filter", "letter", "random", "quantile"),
     "sweeps": (
         "lambda=0", "lambda=0.5", "lambda=1", "k=1", "k=3", "k=20", "tau=0.2", "tau=0.4",
@@ -225,7 +230,7 @@ class Bench:
     """The files and runs of one setting, each made once."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
-        self.setting = setting
+        self.setting, self._commit = setting, commit()
         self._rungs = rungs(setting.epochs, setting.batch)
         shared = {
             name: value
@@ -308,7 +313,7 @@ class Bench:
             config = self._write_config(home, seed, preset, values)
             result = npd.run(load_config(config).config)
             cell = measured(result, name, seed, self.heldout)
-            cell |= {"cpu_seconds": time.process_time() - started, "commit": commit()}
+            cell |= {"cpu_seconds": time.process_time() - started, "commit": self._commit}
             _tidy(home)
             done.write_text(json.dumps(cell, indent=1) + "\n")
             print(_line(cell), file=sys.stderr, flush=True)
