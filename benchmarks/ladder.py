@@ -35,9 +35,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import npd
 from common import commit, machine, versions
 from ladder_page import Cell, check, page
+from npd.chat import Chat
 from npd.filters import delta_ifd
 from npd.settings import load_config
 from npd.store.layout import RunLayout
+from npd.store.shards import read_rollouts
 from npd.types import Outcome
 from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
 
@@ -75,9 +77,9 @@ class Setting:
 
 SETTINGS = {
     "sum": Setting(
-        task="sum", levels=(3, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
+        task="sum", levels=(3, 4), is_varied=True, num_prompts=1536, num_heldout=1000,
         teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
-        warm_epochs=30, epochs=10, lr=1e-3,
+        warm_epochs=20, epochs=6, lr=1e-3,
     ),
     "list": Setting(
         task="list", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
@@ -90,6 +92,12 @@ SETTINGS = {
         warm_epochs=30, epochs=10, lr=1e-3,
     ),
 }  # fmt: skip
+# Shorter texts and a teacher of a few minutes; what the margins of `check` are measured on.
+QUICK = Setting(
+    task="sum", levels=(3, 3), is_varied=True, num_prompts=768, num_heldout=1000,
+    teacher=Shape(3, 128), teacher_problems=32_000, teacher_epochs=2, student=Shape(2, 64),
+    warm_epochs=30, epochs=10, lr=1e-3,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,9 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "rollouts": Rung("+ packed student rollouts", "npd", plain | {"filter.name": "none"}),
         "filter": Rung("+ Δ-IFD", "npd", plain),
         "npd": Rung("+ one refresh (NPD)", "npd", near),
+        "teacher_text": Rung(
+            "top-k KD on new teacher text", "seqkd", twice | {"loss.kd_weight": 0.9}
+        ),
         "on_policy": Rung("strict on-policy", "on_policy", each | {"schedule.window": batch}),
         "every_epoch": Rung(
             "refresh every epoch", "npd",
@@ -153,7 +164,7 @@ GROUPS = {
     "ladder": (
         "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
     ),
-    "longer": ("sft_long",),
+    "controls": ("sft_long", "teacher_text"),
     "filters": ("no_filter", "letter", "random", "quantile"),
     "sweeps": (
         "lambda=0", "lambda=0.5", "lambda=1", "k=1", "k=3", "k=20", "tau=0.2", "tau=0.4",
@@ -223,7 +234,7 @@ def _setting(args: argparse.Namespace) -> Setting:
         values[name] = json.loads(value)
         if name in ("teacher", "student"):
             values[name] = Shape(*values[name])
-    return replace(SETTINGS[args.task], **values)
+    return replace(QUICK if args.quick else SETTINGS[args.task], **values)
 
 
 class Bench:
@@ -310,9 +321,10 @@ class Bench:
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
             started = time.process_time()
-            config = self._write_config(home, seed, preset, values)
-            result = npd.run(load_config(config).config)
+            config = load_config(self._write_config(home, seed, preset, values)).config
+            result = npd.run(config)
             cell = measured(result, name, seed, self.heldout)
+            cell["right"] = right_shares(result, config)
             cell |= {"cpu_seconds": time.process_time() - started, "commit": self._commit}
             _tidy(home)
             done.write_text(json.dumps(cell, indent=1) + "\n")
@@ -419,6 +431,25 @@ def measured(result: npd.RunResult, name: str, seed: int, heldout: Path) -> dict
         "delta_quantiles": [deltas[int(q * (len(deltas) - 1))] for q in QUANTILES if deltas],
         "stage_seconds": {stage: rate.busy_seconds for stage, rate in data.throughput.items()},
     }
+
+
+def right_shares(result: npd.RunResult, config: npd.RunConfig) -> dict[str, float]:
+    """Share of right answers among the samples that were kept, and among those left out, by reason.
+
+    What a filter should keep need not be right; but one that leaves out what is shows itself here.
+    """
+    chat, layout = Chat.load(config.student), RunLayout(result.directory)
+    answers = [row["answer"].removeprefix(MARK) for row in read_problems(Path(config.data.train))]
+    why = {
+        sample.stats.sample_id: sample.reason if sample.outcome is Outcome.REJECTED else "kept"
+        for sample in result.data.samples
+    }
+    found: dict[str, list[bool]] = {}
+    for path in sorted(layout.root.glob("rollouts/*.arrow")):
+        for rollout in read_rollouts(path):
+            is_so = is_right(chat.decode(rollout.response_ids), answers[rollout.prompt_index])
+            found.setdefault(why[rollout.sample_id], []).append(is_so)
+    return {reason: sum(values) / len(values) for reason, values in sorted(found.items())}
 
 
 def _line(cell: Cell) -> str:

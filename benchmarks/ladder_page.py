@@ -19,6 +19,7 @@ _T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 MARGINS = {("offline", "sft"): 0.0, ("npd", "sft"): 0.0, ("npd", "offline"): 0.0}
 # The paper's order, and its differences in points (2605.05940; its own models and benchmarks).
 ORDER = ("sft", "offline", "rollouts", "filter", "npd")
+_OTHERS = (*ORDER, "seqkd", "on_policy", "every_epoch", "sft_long", "teacher_text")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -86,6 +87,7 @@ def page(
         "",
         *_steps(rows, labels),
         "",
+        *_variants(rows, labels),
         *_insides(rows, labels),
         "",
         *(f"- OFF THE ORDER: {problem}" for problem in problems),
@@ -139,11 +141,31 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     return lines
 
 
+def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What one other choice in NPD changes; nothing where none was run."""
+    present = [name for name in rows if name in labels and name not in _OTHERS]
+    if not present or "npd" not in rows:
+        return []
+    lines = _head("NPD, but for", "seeds", "points against NPD", "KL against NPD")
+    for name in present:
+        accuracy = differences(rows[name], rows["npd"])
+        kl = differences(rows[name], rows["npd"], "kl")
+        lines.append(
+            _row(
+                labels[name],
+                str(len(accuracy)),
+                _points(accuracy, signed=True),
+                _number(kl, 4, signed=True),
+            )
+        )
+    return [*lines, ""]
+
+
 def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """What was cut, how far students went from their snapshots, how sure they ended."""
     lines = _head(
-        "rung", "left out, % of samples", "drift, mean", "drift, last tenth", "entropy, last tenth",
-        "Δ-IFD at 5, 25, 50, 75, 95 %",
+        "rung", "left out, % of samples", "of them right, %", "of kept right, %", "drift, mean",
+        "drift, last tenth", "entropy, last tenth", "Δ-IFD at 5, 25, 50, 75, 95 %",
     )  # fmt: skip
     for name, cells in rows.items():
         found = list(cells.values())
@@ -152,11 +174,14 @@ def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) 
             reason: mean(cell["rejected"].get(reason, 0) / cell["asked"] for cell in found)
             for reason in reasons
         }
+        kept = [share for cell in found if (share := _kept(cell)) is not None]
         deltas = [cell["delta_quantiles"] for cell in found if cell["delta_quantiles"]]
         lines.append(
             _row(
                 labels.get(name, name),
                 ", ".join(f"{reason} {100 * share:.1f}" for reason, share in shares.items()),
+                _lost(found, reasons),
+                _points(kept),
                 _number([cell["drift"] for cell in found], 4),
                 _number([cell["drift_end"] for cell in found], 4),
                 _number([cell["entropy"] for cell in found], 3),
@@ -164,6 +189,21 @@ def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) 
             )
         )
     return lines
+
+
+def _kept(cell: Cell) -> float | None:
+    share: float | None = cell.get("right", {}).get("kept")
+    return share
+
+
+def _lost(found: Sequence[Cell], reasons: Sequence[str]) -> str:
+    """Of the samples left out for each reason, the share that was right (mean over seeds)."""
+    shown = []
+    for reason in reasons:
+        shares = [cell["right"][reason] for cell in found if reason in cell.get("right", {})]
+        if shares:
+            shown.append(f"{reason} {100 * mean(shares):.0f}")
+    return ", ".join(shown)
 
 
 def _head(*cells: str) -> list[str]:

@@ -55,21 +55,26 @@ def test_a_ladder_off_the_order_is_told():
 def test_a_tiny_ladder_runs_once_and_is_kept(tmp_path):
     def run():
         command = [sys.executable, LADDER, "--seeds", "2", "--folder", tmp_path]
-        command += ["--rungs", "sft", "npd", "--out", tmp_path / "out", "--set", *TINY]
+        command += ["--rungs", "sft", "npd", "letter", "--out", tmp_path / "out", "--set", *TINY]
         done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
         assert done.returncode == 0, done.stderr
         return done
 
     first = run()
-    assert first.stderr.count("seed ") == 7  # a teacher, and start, sft and npd of both seeds
+    assert first.stderr.count("seed ") == 9  # a teacher, and four runs of each seed
     record = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [(cell["rung"], cell["seed"]) for cell in record["cells"]] == [
-        (rung, seed) for rung in ("start", "sft", "npd") for seed in (0, 1)
+        (rung, seed) for rung in ("start", "sft", "npd", "letter") for seed in (0, 1)
     ]
     for cell in record["cells"]:
-        assert cell["rung"] == "npd" or cell["steps"] == {"start": 2, "sft": 4}[cell["rung"]]
-        assert 0 <= cell["accuracy"] <= 1
-    assert "one refresh (NPD)" in (tmp_path / "out" / "ladder.md").read_text()
+        # What a filter leaves out counts as used up: fewer steps.
+        assert cell["steps"] <= {"start": 2}.get(cell["rung"], 4)
+        assert cell["steps"] == 4 or cell["rung"] != "sft"
+        assert all(0 <= share <= 1 for share in [cell["accuracy"], *cell["right"].values()])
+        assert cell["rung"] not in ("start", "sft") or cell["right"] == {"kept": 1.0}
+    text = (tmp_path / "out" / "ladder.md").read_text()
+    for row in ("| SFT → + one refresh (NPD) |", "| NPD, but for |", "| start | 2 |"):
+        assert row in text
     again = run()
     assert "seed " not in again.stderr
     assert again.stdout.count("\n") == first.stdout.count("\n")
