@@ -77,9 +77,9 @@ class Setting:
 
 SETTINGS = {
     "sum": Setting(
-        task="sum", levels=(3, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
+        task="sum", levels=(3, 4), is_varied=True, num_prompts=1536, num_heldout=1000,
         teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
-        warm_epochs=60, epochs=10, lr=1e-3,
+        warm_epochs=40, epochs=8, lr=1e-3,
     ),
     "list": Setting(
         task="list", levels=(2, 4), is_varied=True, num_prompts=1024, num_heldout=1000,
