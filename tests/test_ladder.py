@@ -16,13 +16,13 @@ import ladder_page as lp
 LADDER = Path(lp.__file__).with_name("ladder.py")
 TINY = [
     "num_prompts=12", "num_heldout=6", "teacher_problems=12", "teacher_epochs=1", "warm_epochs=1",
-    "epochs=2", "batch=6", "teacher=[2,32,2]", "student=[1,32,2]", "max_response=24",
+    "epochs=2", "batch=6", "teacher=[2,32,2]", "student=[1,32,2]", "max_response=40",
 ]  # fmt: skip
 
 
-def cells(**accuracies):
+def cells(kl=None, **accuracies):
     return [
-        {"rung": rung, "seed": seed, "accuracy": accuracy}
+        {"rung": rung, "seed": seed, "accuracy": accuracy, "kl": (kl or {}).get(rung, 1.0)}
         for rung, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]
@@ -43,12 +43,14 @@ def test_differences_are_paired_by_seed():
 
 
 def test_a_ladder_off_the_order_is_told():
-    margin = max(lp.MARGINS.values()) + 0.01
-    good = cells(sft=[0.1, 0.2], offline=[0.1 + margin, 0.2 + margin], npd=[0.9, 0.9])
-    assert lp.check(good) == []
-    bad = lp.check(cells(sft=[0.5, 0.5], offline=[0.4, 0.4], npd=[0.3, 0.3]))
-    assert len(bad) == 3
-    assert "npd minus sft: -20.0 points" in bad[1]
+    kl = {"sft": 1.0, "offline": 0.4, "npd": 0.4}
+    assert lp.check(cells(kl, sft=[0.1, 0.2], offline=[0.2, 0.3], npd=[0.25, 0.3])) == []
+    same = lp.check(cells(sft=[0.5, 0.5], offline=[0.5, 0.5], npd=[0.5, 0.5]))
+    assert [line.partition(":")[0] for line in same] == [
+        "offline minus sft", "npd minus sft", "offline", "npd",
+    ]  # fmt: skip
+    worse = lp.check(cells(kl, sft=[0.5, 0.5], offline=[0.6, 0.6], npd=[0.5, 0.6]))
+    assert worse == ["npd minus offline: -5.0 points, at least -3.0 expected"]
 
 
 @pytest.mark.slow
