@@ -16,8 +16,8 @@ Cell: TypeAlias = dict[str, Any]
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, that of 9, which is wider than right.
 _T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # What a short ladder must show, as means over its two seeds. Measured on those: 9.3 points over SFT
-# (offline KD) and 10.0 (NPD), 0.7 of NPD over offline KD; a KL a sixth of SFT's. The rest is room for
-# other machines, whose float noise makes other runs of these.
+# (offline KD) and 10.0 (NPD), 0.7 of NPD over offline KD; a KL a sixth of SFT's. The rest is room
+# for other machines, whose float noise makes other runs of these.
 MARGINS = {("offline", "sft"): 0.04, ("npd", "sft"): 0.04, ("npd", "offline"): -0.03}
 MOST_KL = {("offline", "sft"): 0.5, ("npd", "sft"): 0.5}
 """The most that the later rung's held-out KL may be, as a share of the earlier one's."""
