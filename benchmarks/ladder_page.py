@@ -144,14 +144,24 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     present = [name for name in ORDER if name in rows]
     if len(present) < 2:
         return []
-    lines = _head("step of the ladder", "points", "the paper's points", "KL, nats/token")
+    lines = _head(
+        "step of the ladder", "points", "seeds above 0", "the paper's points", "KL, nats/token",
+        "mean drift, nats/token",
+    )  # fmt: skip
     for before, after in [*pairwise(present), (present[0], present[-1])]:
+        points = differences(rows[after], rows[before])
+        have_drift = all(
+            cell["drift"] is not None for name in (before, after) for cell in rows[name].values()
+        )
+        drift = differences(rows[after], rows[before], "drift") if have_drift else []
         lines.append(
             _row(
                 f"{labels[before]} → {labels[after]}",
-                _points(differences(rows[after], rows[before]), signed=True),
+                _points(points, signed=True),
+                f"{sum(value > 0 for value in points)} of {len(points)}",
                 f"{_PAPER[after] - _PAPER[before]:+.2f}",
                 _number(differences(rows[after], rows[before], "kl"), 4, signed=True),
+                _number(drift, 3, signed=True),
             )
         )
     return lines
