@@ -1,0 +1,502 @@
+"""The paper's ladder in miniature: real training of a teacher and a smaller student, many seeds.
+
+    make ladder                           # 5 seeds, to benchmarks/results/ladder
+    python benchmarks/ladder.py --quick   # one task, 2 seeds; exits with 1 off the order
+    python benchmarks/ladder.py --seeds 2 --rungs filters sweeps --folder DIR
+
+Each seed draws its prompts, fine-tunes a student of its own on them until that brings nothing more
+(the start), and goes on from there by every rung: same start, same prompts, as many epochs. Rungs
+are presets of npd with a few values set, run by `npd.run`; the run.yaml of each is kept. Teacher
+and held-out problems are the same for all seeds. What is finished stays in `--folder`, is not run
+again, and is on the page too.
+
+Promises: one thread, stages in turn, so that a run repeats itself on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import npd
+from common import commit, machine, versions
+from ladder_page import Cell, check, page
+from npd.chat import Chat
+from npd.filters import delta_ifd
+from npd.settings import load_config
+from npd.store.layout import RunLayout
+from npd.store.shards import read_rollouts
+from npd.types import Outcome
+from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: layers, width, and heads of 16 numbers each or more."""
+
+    layers: int
+    width: int
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what. `levels`: least and most steps of a problem's working."""
+
+    task: str
+    levels: tuple[int, int]
+    is_varied: bool
+    num_prompts: int
+    num_heldout: int
+    teacher: Shape
+    teacher_problems: int
+    teacher_epochs: int
+    student: Shape
+    warm_epochs: int
+    epochs: int
+    lr: float
+    warm_lr: float = 3e-3
+    teacher_lr: float = 2e-3
+    batch: int = 64
+    max_response: int = 64
+
+
+# 1,536 prompts are few enough that fine-tuning on them ends far below the teacher, and enough that
+# every seed's student learns to add at all (with 1,024 some do not, and then no rung helps).
+SUM = Setting(
+    task="sum", levels=(3, 4), is_varied=True, num_prompts=1536, num_heldout=1000,
+    teacher=Shape(3, 128), teacher_problems=48_000, teacher_epochs=2, student=Shape(2, 64),
+    warm_epochs=40, epochs=8, lr=1e-3,
+)  # fmt: skip
+# Of the others nobody has looked for such sizes yet.
+SETTINGS = {
+    "sum": SUM,
+    "list": replace(SUM, task="list", levels=(2, 4)),
+    "program": replace(SUM, task="program", levels=(2, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A configuration: a preset and what is set on top of it."""
+
+    label: str
+    preset: str
+    values: Mapping[str, Any]
+
+
+def rungs(epochs: int, batch: int) -> dict[str, Rung]:
+    """Every configuration by name: the ladder, what it is held against, and the sweeps.
+
+    Those that write text twice (SeqKD, rollouts, filter, NPD) use each text for half of the epochs.
+    """
+    half = epochs // 2
+    all_epochs = {"schedule.epochs": epochs}
+    once = all_epochs | {"schedule.reuse": epochs}
+    twice = all_epochs | {"schedule.reuse": half}
+    stale, fresh = {"schedule.refresh": "never"}, {"schedule.refresh": {"at_epochs": [half]}}
+    plain, near = twice | stale, twice | fresh
+    each = all_epochs | {"schedule.reuse": 1}
+    letter = {"filter.tolerance": 0.0, "filter.min_nll": 0.0}
+    found = {
+        "sft": Rung("SFT", "sft", once),
+        "sft_long": Rung(
+            "SFT, four times as long", "sft",
+            {"schedule.epochs": 4 * epochs, "schedule.reuse": 4 * epochs},
+        ),
+        "seqkd": Rung("SeqKD", "seqkd", twice),
+        "offline": Rung("offline top-k KD", "offline_kd", once),
+        "rollouts": Rung("+ packed student rollouts", "npd", plain | {"filter.name": "none"}),
+        "filter": Rung("+ Δ-IFD", "npd", plain),
+        "npd": Rung("+ one refresh (NPD)", "npd", near),
+        "teacher_text": Rung(
+            "top-k KD on new teacher text", "seqkd", twice | {"loss.kd_weight": 0.9}
+        ),
+        "on_policy": Rung("strict on-policy", "on_policy", each | {"schedule.window": batch}),
+        "every_epoch": Rung(
+            "refresh every epoch", "npd",
+            each | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}},
+        ),
+        "no_filter": Rung("NPD without filter", "npd", near | {"filter.name": "none"}),
+        "letter": Rung("NPD, filter to the letter", "npd", near | letter),
+        "random": Rung(
+            "NPD, as many dropped at random", "npd", near | letter | {"filter.name": "random"}
+        ),
+        "quantile": Rung("NPD, bounds by quantiles", "npd", near | {"filter.bounds": "quantile"}),
+    }  # fmt: skip
+    for weight in (0.0, 0.5, 1.0):
+        found[f"lambda={weight:g}"] = Rung(
+            f"λ = {weight:g}", "npd", near | {"loss.kd_weight": weight}
+        )
+    for k in (1, 3, 20):
+        found[f"k={k}"] = Rung(f"k = {k}", "npd", near | {"score.top_k": k})
+    for high in (0.2, 0.4):
+        found[f"tau={high:g}"] = Rung(f"τ = {high:g}", "npd", near | {"filter.high": high})
+    return found
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+GROUPS = {
+    "ladder": (
+        "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
+    ),
+    "controls": ("sft_long", "teacher_text"),
+    "filters": ("no_filter", "letter", "random", "quantile"),
+    "sweeps": (
+        "lambda=0", "lambda=0.5", "lambda=1", "k=1", "k=3", "k=20", "tau=0.2", "tau=0.4",
+    ),
+    "quick": ("sft", "offline", "npd"),
+}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--task", choices=sorted(TASKS), default="sum")
+    parser.add_argument("--seeds", type=int, help="how many; default 5, with --quick 2")
+    parser.add_argument(
+        "--rungs", nargs="+", metavar="NAME", help=f"names, or groups: {', '.join(GROUPS)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="short, and the order is checked")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
+    parser.add_argument("--out", type=Path, help="folder for ladder.json and ladder.md")
+    parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
+    args = parser.parse_args()
+    args.seeds = args.seeds or (2 if args.quick else 5)
+    named = args.rungs or ["quick" if args.quick else "ladder"]
+    args.rungs = [rung for name in named for rung in GROUPS.get(name, (name,))]
+    return args
+
+
+def main() -> int:
+    """Run what is missing, write the page; 1 when a quick ladder is off the order."""
+    args = parse_args()
+    _one_thread()
+    setting = _setting(args)
+    unknown = set(args.rungs) - set(rungs(setting.epochs, setting.batch))
+    if unknown:
+        sys.exit(f"no such rung: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory(prefix="npd-ladder-") as directory:
+        bench = Bench(setting, args.folder or Path(directory))
+        for seed in range(args.seeds):
+            bench.seed(seed, args.rungs)
+        teacher, cells = bench.teacher_cell(), bench.finished()
+    judged = [cell for cell in cells if cell["seed"] < args.seeds]
+    problems_found = check(judged) if args.quick else []
+    about = {
+        "command": _command(args, cells),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    labels = {name: rung.label for name, rung in rungs(setting.epochs, setting.batch).items()}
+    text = page(asdict(setting), teacher, cells, labels, about, problems_found)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = {"setting": asdict(setting), "teacher": teacher, "cells": cells, **about}
+        (args.out / "ladder.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "ladder.md").write_text(text)
+    return 1 if problems_found else 0
+
+
+def _command(args: argparse.Namespace, cells: Sequence[Cell]) -> str:
+    """What makes all of these cells, and those that some seeds lack."""
+    present = [name for name in dict.fromkeys(cell["rung"] for cell in cells) if name != "start"]
+    seeds = 1 + max(cell["seed"] for cell in cells)
+    changed = f" --set {' '.join(args.set)}" * bool(args.set)
+    what = f"--task {args.task} --seeds {seeds} --rungs {' '.join(present)}"
+    return f"python benchmarks/ladder.py {what}{changed}"
+
+
+def _one_thread() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    values = {}
+    for item in args.set:
+        name, _, value = item.partition("=")
+        values[name] = json.loads(value)
+        if name in ("teacher", "student"):
+            values[name] = Shape(*values[name])
+    return replace(SETTINGS[args.task], **values)
+
+
+class Bench:
+    """The files and runs of one setting, each made once."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting, self._commit = setting, commit()
+        self._rungs = rungs(setting.epochs, setting.batch)
+        shared = {
+            name: value
+            for name, value in asdict(setting).items()
+            if name.startswith("teacher") or name in ("task", "levels", "is_varied", "num_heldout")
+        }
+        self.common = folder / f"{setting.task}-teacher-{_digest(shared)}"
+        self.folder = folder / f"{setting.task}-{_digest(asdict(setting))}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.common.mkdir(parents=True, exist_ok=True)
+        self.heldout = self._problems(
+            self.common / "heldout.jsonl", "heldout", 0, setting.num_heldout
+        )
+
+    def teacher_cell(self) -> Cell:
+        """The teacher, trained on problems that no student's seed draws in this order."""
+        setting = self.setting
+        prompts = self._problems(self.common / "train.jsonl", "train", -1, setting.teacher_problems)
+        epochs = setting.teacher_epochs
+        values = {
+            "student": self._model(self.common / "init", setting.teacher, 1234),
+            "data.train": prompts,
+            "train.lr": setting.teacher_lr,
+            "train.min_lr": setting.teacher_lr / 20,
+            "train.warmup": 0.05,
+            "schedule.epochs": epochs,
+            "schedule.reuse": epochs,
+        }
+        return self._cell(self.common / "teacher", "teacher", -1, "sft", values)
+
+    def seed(self, seed: int, names: list[str]) -> list[Cell]:
+        """The start of a seed and its rungs."""
+        self.teacher_cell()
+        home = self.folder / f"seed-{seed}"
+        home.mkdir(exist_ok=True)
+        cells = [self._start(home, seed)]
+        for name in names:
+            rung = self._rungs[name]
+            values = {
+                "student": home / "start" / "student",
+                "teacher": self.common / "teacher" / "student",
+                "data.train": home / "train.jsonl",
+                "train.lr": self.setting.lr,
+                "train.min_lr": self.setting.lr / 10,
+                "train.warmup": 0.05,
+                **rung.values,
+            }
+            cells.append(self._cell(home / name, name, seed, rung.preset, values))
+        return cells
+
+    def finished(self) -> list[Cell]:
+        """Every run that there is of this setting, seed by seed in the order of the table."""
+        homes = sorted(self.folder.glob("seed-*"), key=lambda home: int(home.name[5:]))
+        files = [home / name / "cell.json" for name in ("start", *self._rungs) for home in homes]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
+
+    def _start(self, home: Path, seed: int) -> Cell:
+        setting = self.setting
+        values = {
+            "student": self._model(home / "init", setting.student, seed),
+            "teacher": self.common / "teacher" / "student",
+            "data.train": self._problems(home / "train.jsonl", "train", seed, setting.num_prompts),
+            "train.lr": setting.warm_lr,
+            "train.min_lr": setting.warm_lr / 10,
+            "train.warmup": 0.1,
+            "schedule.epochs": setting.warm_epochs,
+            "schedule.reuse": setting.warm_epochs,
+        }
+        return self._cell(home / "start", "start", seed, "sft", values)
+
+    def _cell(
+        self, home: Path, name: str, seed: int, preset: str, values: Mapping[str, Any]
+    ) -> Cell:
+        """What a run measured; run now unless it has been."""
+        done = home / "cell.json"
+        if not done.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            started = time.process_time()
+            config = load_config(self._write_config(home, seed, preset, values)).config
+            result = npd.run(config)
+            cell = measured(result, name, seed, self.heldout)
+            cell["right"] = right_shares(result, config)
+            cell |= {"cpu_seconds": time.process_time() - started, "commit": self._commit}
+            _tidy(home)
+            done.write_text(json.dumps(cell, indent=1) + "\n")
+            print(_line(cell), file=sys.stderr, flush=True)
+        return json.loads(done.read_text())
+
+    def _write_config(self, home: Path, seed: int, preset: str, values: Mapping[str, Any]) -> Path:
+        """The run.yaml of a run, which `npd run` takes too."""
+        batch, longest = self.setting.batch, self.setting.max_response
+        common = {
+            "preset": preset,
+            "run_dir": home / "run",
+            "seed": max(seed, 0),
+            "data.heldout": self.heldout,
+            "data.max_prompt_tokens": 64,
+            "generate.max_new_tokens": longest,
+            "generate.batch_size": 256,
+            "generate.shard_size": batch if preset == "on_policy" else 256,
+            "generate.dtype": "float32",
+            "score.row_tokens": 8192,
+            "score.head_chunk": 4096,
+            "score.dtype": "float32",
+            "loss.chunk": 4096,
+            "train.batch_size": batch,
+            "train.row_tokens": 8192,
+            "train.dtype": "float32",
+            "schedule.segment_steps": 16,
+            "eval.source": "completion",
+            "eval.max_new_tokens": longest,
+            "eval.batch_size": 256,
+            "eval.num_samples": self.setting.num_heldout,
+            "checkpoint.every_steps": None,
+            "observe.report": False,
+            "observe.trace": False,
+            "runtime.kind": "inline",
+            "runtime.device": "cpu",
+            "runtime.threads": 1,
+        }
+        if preset == "on_policy":
+            common["schedule.segment_steps"] = 1
+        path = home / "run.yaml"
+        path.write_text(json.dumps(_nested({**common, **values}), indent=1, default=str) + "\n")
+        return path
+
+    def _model(self, path: Path, shape: Shape, seed: int) -> Path:
+        """A random model of that shape with the tasks' tokenizer."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = make_tokenizer()
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    def _problems(self, path: Path, split: Any, seed: int, count: int) -> Path:
+        setting = self.setting
+        found = problems(setting.task, split, seed, setting.levels, is_varied=setting.is_varied)
+        return write_problems(path, found, count)
+
+
+def measured(result: npd.RunResult, name: str, seed: int, heldout: Path) -> dict[str, Any]:
+    """The figures of a finished run; means over all its steps, or over its last tenth."""
+    assert result.is_done, "interrupted: start the ladder again, it goes on"
+    data = result.data
+    first, last, steps = data.evals[0], data.evals[-1], data.steps
+    answers = {row["prompt"]: row["answer"].removeprefix(MARK) for row in read_problems(heldout)}
+    tail = steps[-max(1, len(steps) // 10) :]
+    drifts = [step["drift"] for step in steps if step["drift"] is not None]
+    deltas = sorted(delta for s in data.samples if (delta := delta_ifd(s.stats)) == delta)
+    rejected = {why: n for (what, why), n in data.reasons.items() if what is Outcome.REJECTED}
+    return {
+        "rung": name,
+        "seed": seed,
+        "start_accuracy": _accuracy(first["samples"], answers),
+        "accuracy": _accuracy(last["samples"], answers),
+        "start_kl": first["kl"],
+        "kl": last["kl"],
+        "agreement": last["agreement"],
+        "steps": len(steps),
+        "response_tokens": sum(step["response_tokens"] for step in steps),
+        "total_tokens": sum(step["total_tokens"] for step in steps),
+        "asked": data.conservation["asked"],
+        "rejected": rejected,
+        "drift": sum(drifts) / len(drifts) if drifts else None,
+        "drift_end": _mean(tail, "drift"),
+        "entropy": _mean(tail, "entropy"),
+        "ce": _mean(tail, "ce"),
+        "kd": _mean(tail, "kd"),
+        "delta_quantiles": [deltas[int(q * (len(deltas) - 1))] for q in QUANTILES if deltas],
+        "stage_seconds": {stage: rate.busy_seconds for stage, rate in data.throughput.items()},
+    }
+
+
+def right_shares(result: npd.RunResult, config: npd.RunConfig) -> dict[str, float]:
+    """Share of right answers among the samples that were kept, and among those left out, by reason.
+
+    What a filter should keep need not be right; but one that leaves out what is shows itself here.
+    """
+    chat, layout = Chat.load(config.student), RunLayout(result.directory)
+    answers = [row["answer"].removeprefix(MARK) for row in read_problems(Path(config.data.train))]
+    why = {
+        sample.stats.sample_id: sample.reason if sample.outcome is Outcome.REJECTED else "kept"
+        for sample in result.data.samples
+    }
+    found: dict[str, list[bool]] = {}
+    for path in sorted(layout.root.glob("rollouts/*.arrow")):
+        for rollout in read_rollouts(path):
+            is_so = is_right(chat.decode(rollout.response_ids), answers[rollout.prompt_index])
+            found.setdefault(why[rollout.sample_id], []).append(is_so)
+    return {reason: sum(values) / len(values) for reason, values in sorted(found.items())}
+
+
+def _line(cell: Cell) -> str:
+    """A run in one line, for whoever watches."""
+    kl = f"KL {cell['kl']:.4f}" if cell["kl"] is not None else ""
+    accuracy = f"{cell['start_accuracy']:.3f} -> {cell['accuracy']:.3f}"
+    return f"seed {cell['seed']} {cell['rung']:12} {accuracy} {kl} {cell['cpu_seconds']:.0f} s"
+
+
+def _accuracy(samples: Sequence[tuple[str, str]], answers: Mapping[str, str]) -> float:
+    """Share of (prompt, greedy response) that end in the right answer."""
+    assert len(samples) == len(answers)
+    return sum(is_right(response, answers[prompt]) for prompt, response in samples) / len(answers)
+
+
+def _mean(steps: Any, name: str) -> float | None:
+    values = [step[name] for step in steps if step[name] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _tidy(home: Path) -> None:
+    """Keep the student, the metrics and the config of a run, not its shards and checkpoints."""
+    layout = RunLayout(home / "run")
+    shutil.move(layout.student, home / "student")
+    shutil.move(layout.metrics_jsonl, home / "metrics.jsonl")
+    shutil.rmtree(layout.root)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as a tree."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, name = key.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[name] = value
+    return tree
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The page of the ladder: means over seeds, 95 % intervals, differences paired by seed.
+
+Pure: cells (what a run measured, plain JSON values) in, text and verdicts out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean, stdev
+from typing import Any, TypeAlias
+
+Cell: TypeAlias = dict[str, Any]
+
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, that of 9, which is wider than right.
+_T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# What a short ladder must show, as means over its two seeds. Measured on those: 9.3 points over SFT
+# (offline KD) and 10.0 (NPD), 0.7 of NPD over offline KD; a KL a sixth of SFT's. The rest is room
+# for other machines, whose float noise makes other runs of these.
+MARGINS = {("offline", "sft"): 0.04, ("npd", "sft"): 0.04, ("npd", "offline"): -0.03}
+MOST_KL = {("offline", "sft"): 0.5, ("npd", "sft"): 0.5}
+"""The most that the later rung's held-out KL may be, as a share of the earlier one's."""
+ORDER = ("sft", "offline", "rollouts", "filter", "npd")
+"""The paper's (2605.05940)."""
+# Its points in that order: the average of 11 benchmarks, a 1B student.
+_PAPER = {"sft": 56.28, "offline": 58.79, "rollouts": 61.63, "filter": 62.78, "npd": 64.37}
+_OTHERS = (*ORDER, "seqkd", "on_policy", "every_epoch", "sft_long", "teacher_text")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t-interval (NaN for a single value).
+
+    >>> interval([1.0, 2.0, 3.0])
+    (2.0, 2.4843...)
+    """
+    if len(values) < 2:
+        return mean(values), math.nan
+    t = _T95[min(len(values) - 1, 9)]
+    return mean(values), t * stdev(values) / len(values) ** 0.5
+
+
+def by_rung(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
+    """Cells by rung, then by seed, in the order they came."""
+    found: dict[str, dict[int, Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell["rung"], {})[cell["seed"]] = cell
+    return found
+
+
+def differences(
+    ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str = "accuracy"
+) -> list[float]:
+    """Ours minus theirs, of the seeds that both have."""
+    return [ours[seed][what] - theirs[seed][what] for seed in ours if seed in theirs]
+
+
+def check(cells: Sequence[Cell]) -> list[str]:
+    """Where the mean over seeds is off the order by more than its margin; none if all is well."""
+    rows = by_rung(cells)
+    problems = []
+    for (later, earlier), margin in MARGINS.items():
+        points = 100 * mean(differences(rows[later], rows[earlier]))
+        if points < 100 * margin:
+            problems.append(
+                f"{later} minus {earlier}: {points:+.1f} points, at least {100 * margin:+.1f} "
+                "expected"
+            )
+    for (later, earlier), most in MOST_KL.items():
+        ratio = mean(rows[later][seed]["kl"] / rows[earlier][seed]["kl"] for seed in rows[later])
+        if ratio > most:
+            problems.append(
+                f"{later}: KL {ratio:.2f} of that of {earlier}, at most {most} expected"
+            )
+    return problems
+
+
+def page(
+    setting: Mapping[str, Any],
+    teacher: Cell,
+    cells: Sequence[Cell],
+    labels: Mapping[str, str],
+    about: Mapping[str, Any],
+    problems: Sequence[str],
+) -> str:
+    """The Markdown page."""
+    rows, host = by_rung(cells), about["machine"]
+    measured_at = sorted({cell["commit"] for cell in cells})
+    lines = [
+        f"# The ladder in miniature: {setting['task']}",
+        "",
+        "Made by `benchmarks/ladder.py`; do not edit. What each row is, is said there.",
+        "",
+        f"Accuracy: greedy answers to {setting['num_heldout']:,} held-out problems, the same for "
+        "all. ±: 95 % t-interval of the mean over seeds (each with prompts, a student and a start "
+        "of its own). Differences are paired by seed. Rows with fewer seeds: what there was "
+        "time for.",
+        "",
+        *_outcomes(rows, labels),
+        "",
+        *_steps(rows, labels),
+        "",
+        *_variants(rows, labels),
+        *_insides(rows, labels),
+        "",
+        *(f"- OFF THE ORDER: {problem}" for problem in problems),
+        f"- teacher: {_shape(setting['teacher'])}, {100 * teacher['accuracy']:.1f} % right; "
+        f"student: {_shape(setting['student'])}",
+        f"- setting: `{' '.join(f'{name}={value}' for name, value in setting.items())}`",
+        f"- command: `{about['command']}`",
+        f"- commits of the runs: {', '.join(measured_at)}",
+        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
+        f"{host['load'][0]} at the end; one thread",
+        f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _outcomes(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """How good each rung is, and what it took."""
+    lines = _head(
+        "rung", "seeds", "accuracy, %", "minus SFT, points", "held-out KL, nats/token",
+        "response tokens trained on", "CPU s",
+    )  # fmt: skip
+    for name, cells in rows.items():
+        found = list(cells.values())
+        against = differences(cells, rows["sft"]) if "sft" in rows and name != "sft" else []
+        lines.append(
+            _row(
+                labels.get(name, name),
+                str(len(found)),
+                _points([cell["accuracy"] for cell in found]),
+                _points(against, signed=True),
+                _number([cell["kl"] for cell in found], 4),
+                f"{mean(cell['response_tokens'] for cell in found):,.0f}",
+                f"{mean(cell['cpu_seconds'] for cell in found):.0f}",
+            )
+        )
+    return lines
+
+
+def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What each rung of the paper's order brings over the one before."""
+    present = [name for name in ORDER if name in rows]
+    if len(present) < 2:
+        return []
+    lines = _head(
+        "step of the ladder", "points", "seeds above 0", "the paper's points", "KL, nats/token",
+        "mean drift, nats/token",
+    )  # fmt: skip
+    for before, after in [*pairwise(present), (present[0], present[-1])]:
+        points = differences(rows[after], rows[before])
+        have_drift = all(
+            cell["drift"] is not None for name in (before, after) for cell in rows[name].values()
+        )
+        drift = differences(rows[after], rows[before], "drift") if have_drift else []
+        lines.append(
+            _row(
+                f"{labels[before]} → {labels[after]}",
+                _points(points, signed=True),
+                f"{sum(value > 0 for value in points)} of {len(points)}",
+                f"{_PAPER[after] - _PAPER[before]:+.2f}",
+                _number(differences(rows[after], rows[before], "kl"), 4, signed=True),
+                _number(drift, 3, signed=True),
+            )
+        )
+    return lines
+
+
+def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What one other choice in NPD changes; nothing where none was run."""
+    present = [name for name in rows if name in labels and name not in _OTHERS]
+    if not present or "npd" not in rows:
+        return []
+    lines = _head("NPD, but for", "seeds", "points against NPD", "KL against NPD")
+    for name in present:
+        accuracy = differences(rows[name], rows["npd"])
+        kl = differences(rows[name], rows["npd"], "kl")
+        lines.append(
+            _row(
+                labels[name],
+                str(len(accuracy)),
+                _points(accuracy, signed=True),
+                _number(kl, 4, signed=True),
+            )
+        )
+    return [*lines, ""]
+
+
+def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What was cut, how far students went from their snapshots, how sure they ended."""
+    lines = _head(
+        "rung", "left out, % of samples", "of them right, %", "of kept right, %", "drift, mean",
+        "drift, last tenth", "entropy, last tenth", "Δ-IFD at 5, 25, 50, 75, 95 %",
+    )  # fmt: skip
+    for name, cells in rows.items():
+        found = list(cells.values())
+        reasons = sorted({reason for cell in found for reason in cell["rejected"]})
+        shares = {
+            reason: mean(cell["rejected"].get(reason, 0) / cell["asked"] for cell in found)
+            for reason in reasons
+        }
+        kept = [share for cell in found if (share := _kept(cell)) is not None]
+        deltas = [cell["delta_quantiles"] for cell in found if cell["delta_quantiles"]]
+        lines.append(
+            _row(
+                labels.get(name, name),
+                ", ".join(f"{reason} {100 * share:.1f}" for reason, share in shares.items()),
+                _lost(found, reasons),
+                _points(kept),
+                _number([cell["drift"] for cell in found], 4),
+                _number([cell["drift_end"] for cell in found], 4),
+                _number([cell["entropy"] for cell in found], 3),
+                ", ".join(f"{mean(column):.3f}" for column in zip(*deltas, strict=True)),
+            )
+        )
+    return lines
+
+
+def _kept(cell: Cell) -> float | None:
+    share: float | None = cell.get("right", {}).get("kept")
+    return share
+
+
+def _lost(found: Sequence[Cell], reasons: Sequence[str]) -> str:
+    """Of the samples left out for each reason, the share that was right (mean over seeds)."""
+    shown = []
+    for reason in reasons:
+        shares = [cell["right"][reason] for cell in found if reason in cell.get("right", {})]
+        if shares:
+            shown.append(f"{reason} {100 * mean(shares):.0f}")
+    return ", ".join(shown)
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), _row(*["---"] * len(cells))]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _points(values: Sequence[float], *, signed: bool = False) -> str:
+    return _number([100 * value for value in values], 1, signed=signed)
+
+
+def _number(values: Sequence[float | None], digits: int, *, signed: bool = False) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    middle, half = interval(known)
+    shown = f"{middle:{'+' if signed else ''}.{digits}f}"
+    return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"
+
+
+def _shape(shape: Mapping[str, int]) -> str:
+    return f"{shape['layers']} layers {shape['width']} wide"

@@ -1,0 +1,80 @@
+"""The ladder's statistics against values from a table, its verdict, and a whole tiny ladder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ladder_page as lp
+
+LADDER = Path(lp.__file__).with_name("ladder.py")
+TINY = [
+    "num_prompts=12", "num_heldout=6", "teacher_problems=12", "teacher_epochs=1", "warm_epochs=1",
+    "epochs=2", "batch=6", "teacher=[2,32,2]", "student=[1,32,2]", "max_response=40",
+]  # fmt: skip
+
+
+def cells(kl=None, **accuracies):
+    return [
+        {"rung": rung, "seed": seed, "accuracy": accuracy, "kl": (kl or {}).get(rung, 1.0)}
+        for rung, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_the_interval_is_student_s():
+    # 2.776 x 1.5811 / sqrt(5), from a table of t with 4 degrees of freedom.
+    assert lp.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 1.963), abs=1e-3)
+    assert lp.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    middle, half = lp.interval([7.0])
+    assert middle == 7.0
+    assert half != half
+
+
+def test_differences_are_paired_by_seed():
+    rows = lp.by_rung(cells(sft=[0.1, 0.5, 0.9], npd=[0.2, 0.6]))
+    assert lp.differences(rows["npd"], rows["sft"]) == pytest.approx([0.1, 0.1])
+
+
+def test_a_ladder_off_the_order_is_told():
+    kl = {"sft": 1.0, "offline": 0.4, "npd": 0.4}
+    assert lp.check(cells(kl, sft=[0.1, 0.2], offline=[0.2, 0.3], npd=[0.25, 0.3])) == []
+    same = lp.check(cells(sft=[0.5, 0.5], offline=[0.5, 0.5], npd=[0.5, 0.5]))
+    assert [line.partition(":")[0] for line in same] == [
+        "offline minus sft", "npd minus sft", "offline", "npd",
+    ]  # fmt: skip
+    worse = lp.check(cells(kl, sft=[0.5, 0.5], offline=[0.6, 0.6], npd=[0.5, 0.6]))
+    assert worse == ["npd minus offline: -5.0 points, at least -3.0 expected"]
+
+
+@pytest.mark.slow
+def test_a_tiny_ladder_runs_once_and_is_kept(tmp_path):
+    def run():
+        command = [sys.executable, LADDER, "--seeds", "1", "--folder", tmp_path]
+        command += ["--rungs", "sft", "npd", "letter", "--out", tmp_path / "out", "--set", *TINY]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr
+        return done
+
+    first = run()
+    assert first.stderr.count("seed ") == 5  # a teacher, the start and three rungs
+    record = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    assert [cell["rung"] for cell in record["cells"]] == ["start", "sft", "npd", "letter"]
+    for cell in record["cells"]:
+        # What a filter leaves out counts as used up: fewer steps.
+        assert cell["steps"] <= {"start": 2}.get(cell["rung"], 4)
+        assert cell["steps"] == 4 or cell["rung"] != "sft"
+        assert all(0 <= share <= 1 for share in [cell["accuracy"], *cell["right"].values()])
+        assert cell["rung"] not in ("start", "sft") or cell["right"] == {"kept": 1.0}
+    text = (tmp_path / "out" / "ladder.md").read_text()
+    for row in ("| SFT → + one refresh (NPD) |", "| NPD, but for |", "| start | 1 |"):
+        assert row in text
+    again = run()
+    assert "seed " not in again.stderr
+    assert again.stdout.count("\n") == first.stdout.count("\n")
