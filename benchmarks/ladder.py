@@ -5,7 +5,8 @@
     python benchmarks/ladder.py --seeds 2 --rungs filters sweeps --folder DIR
 
 Each seed draws its prompts, fine-tunes a student of its own on them until that brings nothing more
-(the start), and goes on from there by every rung: same start, same prompts, as many epochs. Rungs
+(the start), and goes on from there by every rung: same start, same prompts, as many epochs
+(`--set is_new=true`: other prompts than the start's, the same for every rung). Rungs
 are presets of npd with a few values set, run by `npd.run`; the run.yaml of each is kept. Teacher
 and held-out problems are the same for all seeds. What is finished stays in `--folder`, is not run
 again, and is on the page too.
@@ -55,7 +56,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what. `levels`: least and most steps of a problem's working."""
+    """What is trained on what. `levels`: least and most steps of a problem's working. `is_new`: the
+    rungs train on prompts that the start has not seen, as many as it has."""
 
     task: str
     levels: tuple[int, int]
@@ -73,6 +75,7 @@ class Setting:
     teacher_lr: float = 2e-3
     batch: int = 64
     max_response: int = 64
+    is_new: bool = False
 
 
 # 1,536 prompts are few enough that fine-tuning on them ends far below the teacher, and enough that
@@ -241,6 +244,10 @@ def _setting(args: argparse.Namespace) -> Setting:
     return replace(SETTINGS[args.task], **values)
 
 
+# Seeds of new prompts: apart from those of the students and the teacher.
+_NEW = 1_000_000
+
+
 class Bench:
     """The files and runs of one setting, each made once."""
 
@@ -282,12 +289,16 @@ class Bench:
         home = self.folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
         cells = [self._start(home, seed)]
+        prompts = home / "train.jsonl"
+        if self.setting.is_new:
+            new = home / "new.jsonl"
+            prompts = self._problems(new, "train", _NEW + seed, self.setting.num_prompts)
         for name in names:
             rung = self._rungs[name]
             values = {
                 "student": home / "start" / "student",
                 "teacher": self.common / "teacher" / "student",
-                "data.train": home / "train.jsonl",
+                "data.train": prompts,
                 "train.lr": self.setting.lr,
                 "train.min_lr": self.setting.lr / 10,
                 "train.warmup": 0.05,
