@@ -38,7 +38,7 @@ from common import commit, machine, versions
 from ladder_page import Cell, check, page
 from npd.chat import Chat
 from npd.filters import delta_ifd
-from npd.settings import load_config
+from npd.settings import load_config, nested
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
@@ -381,7 +381,7 @@ class Bench:
         if preset == "on_policy":
             common["schedule.segment_steps"] = 1
         path = home / "run.yaml"
-        path.write_text(json.dumps(_nested({**common, **values}), indent=1, default=str) + "\n")
+        path.write_text(json.dumps(nested({**common, **values}), indent=1, default=str) + "\n")
         return path
 
     def _model(self, path: Path, shape: Shape, seed: int) -> Path:
@@ -491,18 +491,6 @@ def _tidy(home: Path) -> None:
     shutil.move(layout.student, home / "student")
     shutil.move(layout.metrics_jsonl, home / "metrics.jsonl")
     shutil.rmtree(layout.root)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as a tree."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *path, name = key.split(".")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[name] = value
-    return tree
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from npd.generate.decoding import Draft, decode
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
 from npd.types import Ask, EncodedPrompt, FinishReason
+from test_generate import full_logprobs
 
 VOCAB = 300  # the tiny model's embedding is padded to 304
 TINY = {
@@ -114,16 +115,6 @@ def assert_same(found, expected):
         assert one.sample_id == other.sample_id
         assert one.response_ids.tolist() == other.response_ids.tolist()
         assert np.allclose(one.logprobs, other.logprobs, atol=2e-5, rtol=0)
-
-
-def full_logprobs(model, rollout):
-    """log p(y_t) of the response by one plain forward pass over the whole sequence."""
-    whole = np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int64)
-    with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(whole)[None]).logits[0].float()
-    start = len(rollout.prompt_ids)
-    logprobs = logits.log_softmax(-1)[start - 1 : -1]
-    return logprobs.gather(-1, torch.from_numpy(whole[start:])[:, None])[:, 0].numpy()
 
 
 class Fed:

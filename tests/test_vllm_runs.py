@@ -75,6 +75,14 @@ def make_run(venv: Path, smol_dir: Path, folder: Path, **sections):
     return tiny_config(smol_dir, smol_dir, prompts, folder / "run", **settings)
 
 
+def run_to_the_end(config, kept: Path) -> RunLayout:
+    """A run without a failed sample; every snapshot of it is in `kept` afterwards."""
+    layout = RunLayout(config.directory)
+    assert npd.run(config, view=KeepingView(layout, kept)).is_done
+    assert check_books(layout, reuse=1)[Outcome.FAILED] == 0
+    return layout
+
+
 def check_who_wrote(layout: RunLayout, kept: Path) -> dict[int, int]:
     """Each rollout's log-probs are those of the snapshot it names; rollouts by version."""
     by_version = defaultdict(list)
@@ -176,11 +184,7 @@ def test_a_whole_run_refreshed_while_responses_are_written(
             "refresh": {"every_steps": 2, "in_flight": in_flight}, "segment_steps": 2,
         },
     )  # fmt: skip
-    layout = RunLayout(config.directory)
-    view = KeepingView(layout, tmp_path / "kept")
-    assert npd.run(config, view=view).is_done
-    outcomes = check_books(layout, reuse=1)
-    assert outcomes[Outcome.FAILED] == 0
+    layout = run_to_the_end(config, tmp_path / "kept")
     kept = tmp_path / "kept"
     models = {
         int(p.name[1:]): load_model(p, dtype="bfloat16", packed=False) for p in kept.iterdir()
@@ -214,11 +218,7 @@ def test_a_whole_run_of_a_lora_student_sends_adapters_alone(vllm_venv, smol_dir,
             "epochs": 2, "reuse": 1, "refresh": {"at_epochs": [1]}, "segment_steps": 2,
         },
     )  # fmt: skip
-    layout = RunLayout(config.directory)
-    view = KeepingView(layout, tmp_path / "kept")
-    assert npd.run(config, view=view).is_done
-    outcomes = check_books(layout, reuse=1)
-    assert outcomes[Outcome.FAILED] == 0
+    layout = run_to_the_end(config, tmp_path / "kept")
     for snapshot in (tmp_path / "kept").iterdir():
         assert {file.suffix for file in snapshot.iterdir()} == {".safetensors", ".json"}
         assert sum(file.stat().st_size for file in snapshot.iterdir()) < 32 * 2**20

@@ -71,7 +71,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Settings:
         _check_known(layer, schema)
     values, setters = _merged(layers, schema)
     try:
-        config = RunConfig.model_validate(_nested(values))
+        config = RunConfig.model_validate(nested(values))
     except ValidationError as error:
         places = {path: layer.place(path) for path, layer in setters.items()}
         raise ConfigError(_explained(error, schema, places, str(source))) from error
@@ -166,15 +166,16 @@ def _displaces(path: str, value: Any, other: str, is_same_layer: bool) -> bool:
     return overlap(path, other) or (is_rival and value is not None and not is_same_layer)
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted path as a tree, as a run.yaml has them."""
+    tree: dict[str, Any] = {}
     for path, value in values.items():
         *parents, name = path.split(".")
-        at = nested
+        at = tree
         for parent in parents:
             at = at.setdefault(parent, {})
         at[name] = value
-    return nested
+    return tree
 
 
 def _lookup(path: str, found: Mapping[str, str], otherwise: str) -> str:
