@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from common import (
@@ -59,8 +60,6 @@ from npd.types import FinishReason, IntArray, Rollout, Scored
 
 Pair: TypeAlias = tuple[IntArray, IntArray]
 Rows: TypeAlias = list[tuple[PackedBatch, torch.Tensor]]
-# Arrow pads what it writes to 64 bytes: of so many tokens, no more than this a token.
-_PADDING = 0.1
 
 
 def grouped(rollouts: Sequence[Rollout], size: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -217,18 +216,32 @@ def figures_of(seconds: dict[str, list[float]], tokens: dict[str, int]) -> list[
 
 
 def storage(directory: Path, prompt: int, response: int) -> dict[int, dict[str, float]]:
-    """Bytes of a scored shard by k: per response token, and what one more of those adds."""
+    """Bytes of a scored shard by k: per response token, the whole file; and what one more of those
+    adds to its columns (in the file each is padded to a multiple of 64 bytes)."""
     found = {}
+    whole = make_rollouts(64, prompt, response)
+    halves = [shortened(rollout) for rollout in whole]  # of the same prompts
     for k in (10, 32, 64):
-        sizes, tokens = [], []
-        for length in (response, 2 * response):
-            rollouts, path = make_rollouts(64, prompt, length), directory / f"{k}-{length}.arrow"
+        columns, files, tokens = [], [], []
+        for rollouts in (halves, whole):
+            path = directory / f"{k}-{len(files)}.arrow"
             write_scored(path, [scored_of(rollout, k) for rollout in rollouts])
-            sizes.append(path.stat().st_size)
+            files.append(path.stat().st_size)
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                columns.append(reader.read_next_batch().nbytes)
             tokens.append(sum(len(rollout.response_ids) for rollout in rollouts))
-        added = (sizes[1] - sizes[0]) / (tokens[1] - tokens[0])
-        found[k] = {"added": added, "whole": sizes[0] / tokens[0]}
+        added = (columns[1] - columns[0]) / (tokens[1] - tokens[0])
+        found[k] = {"added": added, "whole": files[1] / tokens[1]}
     return found
+
+
+def shortened(rollout: Rollout) -> Rollout:
+    """The first half of a response."""
+    size = len(rollout.response_ids) // 2
+    assert rollout.logprobs is not None
+    return replace(
+        rollout, response_ids=rollout.response_ids[:size], logprobs=rollout.logprobs[:size]
+    )
 
 
 def scored_of(rollout: Rollout, k: int) -> Scored:
@@ -246,7 +259,7 @@ def storage_figures(found: dict[int, dict[str, float]]) -> list[Figure]:
             f"scored shard, top-{k}, {what}",
             "bytes",
             Spread.of([sizes[name]]),
-            bar=Bar("ours", "<", 6 * k + 16 + _PADDING) if name == "added" else None,
+            bar=Bar("ours", "<=", 6 * k + 16) if name == "added" else None,
         )
         for k, sizes in found.items()
         for name, what in (

@@ -47,11 +47,13 @@ class Bar:
     """What a figure must keep to: its ratio to the baseline, or its own value."""
 
     of: Literal["ratio", "ours"]
-    sign: Literal[">=", "<"]
+    sign: Literal[">=", "<=", "<"]
     limit: float
 
     def is_met(self, value: float) -> bool:
         """Whether `value` keeps to it."""
+        if self.sign == "<=":
+            return value <= self.limit
         return value >= self.limit if self.sign == ">=" else value < self.limit
 
 
