@@ -109,11 +109,16 @@ BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": 
     ids=["2-tied-bf16-recomputed", "4-untied"],
 )
 def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
-    # Of seed 0 one weight of 20,000 has a gradient near 0, which Adam makes a step of noise of.
-    directory = save_model(tmp_path / "student", seed=1, tied=tied)
+    directory = save_model(tmp_path / "student", seed=0, tied=tied)
     alone = make_trainer(directory, samples, config, LOSS)
-    kept = {}
-    alone.optimizer.register_step_pre_hook(lambda *_: kept.update(gradients_of(alone)))
+    kept, smallest = {}, {}
+
+    def keep(*_):
+        kept.update(gradients_of(alone))
+        for name, grad in kept.items():
+            smallest[name] = np.minimum(np.abs(grad), smallest.get(name, np.inf))
+
+    alone.optimizer.register_step_pre_hook(keep)
     expected = alone.train(segment_on(1, samples))
 
     async def story(group):
@@ -124,6 +129,13 @@ def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
     reports, gradients, weights, held = on_ranks(tmp_path, made, story)
     check_alike(expected.steps, reports[0].steps)
     check_same(kept, gradients, atol=1e-7, rtol=1e-3)
+    # Where a gradient is less than Adam's eps but not 0, float noise in it decides the step: such a
+    # weight (one of 20,000 here) is only held to the learning rate.
+    is_noise = {name: (grad > 0) & (grad < 1e-8) for name, grad in smallest.items()}
+    assert sum(int(where.sum()) for where in is_noise.values()) <= 3
+    for name, where in is_noise.items():
+        np.testing.assert_allclose(weights[name][where], arrays(alone)[name][where], atol=1e-3)
+        weights[name] = np.where(where, arrays(alone)[name], weights[name])
     check_same(arrays(alone), weights)
     for report in reports[1:]:
         assert [numbers(s) for s in report.steps] == [numbers(s) for s in reports[0].steps]
