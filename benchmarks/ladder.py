@@ -42,6 +42,7 @@ from npd.settings import load_config, nested
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
+from rungs import GROUPS, rungs
 from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
 
 
@@ -91,79 +92,6 @@ SETTINGS = {
     "list": replace(SUM, task="list", levels=(2, 4)),
     "program": replace(SUM, task="program", levels=(2, 4)),
 }
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A configuration: a preset and what is set on top of it."""
-
-    label: str
-    preset: str
-    values: Mapping[str, Any]
-
-
-def rungs(epochs: int, batch: int) -> dict[str, Rung]:
-    """Every configuration by name: the ladder, what it is held against, and the sweeps.
-
-    Those that write text twice (SeqKD, rollouts, filter, NPD) use each text for half of the epochs.
-    """
-    half = epochs // 2
-    all_epochs = {"schedule.epochs": epochs}
-    once = all_epochs | {"schedule.reuse": epochs}
-    twice = all_epochs | {"schedule.reuse": half}
-    stale, fresh = {"schedule.refresh": "never"}, {"schedule.refresh": {"at_epochs": [half]}}
-    plain, near = twice | stale, twice | fresh
-    each = all_epochs | {"schedule.reuse": 1}
-    letter = {"filter.tolerance": 0.0, "filter.min_nll": 0.0}
-    found = {
-        "sft": Rung("SFT", "sft", once),
-        "sft_long": Rung(
-            "SFT, four times as long", "sft",
-            {"schedule.epochs": 4 * epochs, "schedule.reuse": 4 * epochs},
-        ),
-        "seqkd": Rung("SeqKD", "seqkd", twice),
-        "offline": Rung("offline top-k KD", "offline_kd", once),
-        "rollouts": Rung("+ packed student rollouts", "npd", plain | {"filter.name": "none"}),
-        "filter": Rung("+ Δ-IFD", "npd", plain),
-        "npd": Rung("+ one refresh (NPD)", "npd", near),
-        "teacher_text": Rung(
-            "top-k KD on new teacher text", "seqkd", twice | {"loss.kd_weight": 0.9}
-        ),
-        "on_policy": Rung("strict on-policy", "on_policy", each | {"schedule.window": batch}),
-        "every_epoch": Rung(
-            "refresh every epoch", "npd",
-            each | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}},
-        ),
-        "no_filter": Rung("NPD without filter", "npd", near | {"filter.name": "none"}),
-        "letter": Rung("NPD, filter to the letter", "npd", near | letter),
-        "random": Rung(
-            "NPD, as many dropped at random", "npd", near | letter | {"filter.name": "random"}
-        ),
-        "quantile": Rung("NPD, bounds by quantiles", "npd", near | {"filter.bounds": "quantile"}),
-    }  # fmt: skip
-    for weight in (0.0, 0.5, 1.0):
-        found[f"lambda={weight:g}"] = Rung(
-            f"λ = {weight:g}", "npd", near | {"loss.kd_weight": weight}
-        )
-    for k in (1, 3, 20):
-        found[f"k={k}"] = Rung(f"k = {k}", "npd", near | {"score.top_k": k})
-    for high in (0.2, 0.4):
-        found[f"tau={high:g}"] = Rung(f"τ = {high:g}", "npd", near | {"filter.high": high})
-    return found
-
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-GROUPS = {
-    "ladder": (
-        "sft", "seqkd", "offline", "rollouts", "filter", "npd", "on_policy", "every_epoch",
-    ),
-    "controls": ("sft_long", "teacher_text"),
-    "filters": ("no_filter", "letter", "random", "quantile"),
-    "sweeps": (
-        "lambda=0", "lambda=0.5", "lambda=1", "k=1", "k=3", "k=20", "tau=0.2", "tau=0.4",
-    ),
-    "quick": ("sft", "offline", "npd"),
-}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -246,6 +174,10 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 # Seeds of new prompts: apart from those of the students and the teacher.
 _NEW = 1_000_000
+
+
+# Where Δ-IFD's distribution is read off.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Bench:
@@ -462,6 +394,8 @@ def right_shares(result: npd.RunResult, config: npd.RunConfig) -> dict[str, floa
     found: dict[str, list[bool]] = {}
     for path in sorted(layout.root.glob("rollouts/*.arrow")):
         for rollout in read_rollouts(path):
+            if rollout.sample_id not in why:  # of very many, a run gives account of every k-th
+                continue
             is_so = is_right(chat.decode(rollout.response_ids), answers[rollout.prompt_index])
             found.setdefault(why[rollout.sample_id], []).append(is_so)
     return {reason: sum(values) / len(values) for reason, values in sorted(found.items())}

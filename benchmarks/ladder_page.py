@@ -55,6 +55,11 @@ def differences(
     return [ours[seed][what] - theirs[seed][what] for seed in ours if seed in theirs]
 
 
+def _ratios(ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str) -> list[float]:
+    """Ours as a share of theirs, of the seeds that both have."""
+    return [ours[seed][what] / theirs[seed][what] for seed in ours if seed in theirs]
+
+
 def check(cells: Sequence[Cell]) -> list[str]:
     """Where the mean over seeds is off the order by more than its margin; none if all is well."""
     rows = by_rung(cells)
@@ -172,7 +177,10 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
     present = [name for name in rows if name in labels and name not in _OTHERS]
     if not present or "npd" not in rows:
         return []
-    lines = _head("NPD, but for", "seeds", "points against NPD", "KL against NPD")
+    lines = _head(
+        "NPD, but for", "seeds", "points against NPD", "KL against NPD",
+        "response tokens, of NPD's", "CPU time, of NPD's",
+    )  # fmt: skip
     for name in present:
         accuracy = differences(rows[name], rows["npd"])
         kl = differences(rows[name], rows["npd"], "kl")
@@ -182,6 +190,8 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
                 str(len(accuracy)),
                 _points(accuracy, signed=True),
                 _number(kl, 4, signed=True),
+                _number(_ratios(rows[name], rows["npd"], "response_tokens"), 2),
+                _number(_ratios(rows[name], rows["npd"], "cpu_seconds"), 2),
             )
         )
     return [*lines, ""]
