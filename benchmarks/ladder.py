@@ -42,6 +42,7 @@ from npd.settings import load_config, nested
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
+from own_text import own_text
 from rungs import GROUPS, rungs
 from tasks import MARK, TASKS, is_right, make_tokenizer, problems, read_problems, write_problems
 
@@ -58,7 +59,9 @@ class Shape:
 @dataclass(frozen=True)
 class Setting:
     """What is trained on what. `levels`: least and most steps of a problem's working. `is_new`: the
-    rungs train on prompts that the start has not seen, as many as it has."""
+    rungs train on prompts that the start has not seen, as many as it has. `slips`: share of steps
+    in the teacher's own texts that go wrong and are mended (task `mend`). `start_prompts`: how many
+    prompts the start is trained on, the rungs' first among them; None: the rungs' alone."""
 
     task: str
     levels: tuple[int, int]
@@ -77,6 +80,8 @@ class Setting:
     batch: int = 64
     max_response: int = 64
     is_new: bool = False
+    slips: float = 0.0
+    start_prompts: int | None = None
 
 
 # 1,536 prompts are few enough that fine-tuning on them ends far below the teacher, and enough that
@@ -89,6 +94,7 @@ SUM = Setting(
 # Of the others nobody has looked for such sizes yet.
 SETTINGS = {
     "sum": SUM,
+    "mend": replace(SUM, task="mend", slips=0.05),
     "list": replace(SUM, task="list", levels=(2, 4)),
     "program": replace(SUM, task="program", levels=(2, 4)),
 }
@@ -176,6 +182,8 @@ def _setting(args: argparse.Namespace) -> Setting:
 _NEW = 1_000_000
 
 
+# Held-out problems that a student answers by sampling.
+_OWN_TEXTS = 500
 # Where Δ-IFD's distribution is read off.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -189,7 +197,8 @@ class Bench:
         shared = {
             name: value
             for name, value in asdict(setting).items()
-            if name.startswith("teacher") or name in ("task", "levels", "is_varied", "num_heldout")
+            if name.startswith("teacher")
+            or name in ("task", "levels", "is_varied", "num_heldout", "slips")
         }
         self.common = folder / f"{setting.task}-teacher-{_digest(shared)}"
         self.folder = folder / f"{setting.task}-{_digest(asdict(setting))}"
@@ -202,7 +211,9 @@ class Bench:
     def teacher_cell(self) -> Cell:
         """The teacher, trained on problems that no student's seed draws in this order."""
         setting = self.setting
-        prompts = self._problems(self.common / "train.jsonl", "train", -1, setting.teacher_problems)
+        prompts = self._problems(
+            self.common / "train.jsonl", "train", -1, setting.teacher_problems, setting.slips
+        )
         epochs = setting.teacher_epochs
         values = {
             "student": self._model(self.common / "init", setting.teacher, 1234),
@@ -221,10 +232,8 @@ class Bench:
         home = self.folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
         cells = [self._start(home, seed)]
-        prompts = home / "train.jsonl"
-        if self.setting.is_new:
-            new = home / "new.jsonl"
-            prompts = self._problems(new, "train", _NEW + seed, self.setting.num_prompts)
+        draw = _NEW + seed if self.setting.is_new else seed
+        prompts = self._problems(home / "train.jsonl", "train", draw, self.setting.num_prompts)
         for name in names:
             rung = self._rungs[name]
             values = {
@@ -250,7 +259,9 @@ class Bench:
         values = {
             "student": self._model(home / "init", setting.student, seed),
             "teacher": self.common / "teacher" / "student",
-            "data.train": self._problems(home / "train.jsonl", "train", seed, setting.num_prompts),
+            "data.train": self._problems(
+                home / "start.jsonl", "train", seed, setting.start_prompts or setting.num_prompts
+            ),
             "train.lr": setting.warm_lr,
             "train.min_lr": setting.warm_lr / 10,
             "train.warmup": 0.1,
@@ -274,6 +285,12 @@ class Bench:
             cell["right"] = right_shares(result, config)
             cell |= {"cpu_seconds": time.process_time() - started, "commit": self._commit}
             _tidy(home)
+            cell |= own_text(
+                home / "student",
+                self.common / "teacher" / "student",
+                read_problems(self.heldout)[:_OWN_TEXTS],
+                self.setting.max_response,
+            )
             done.write_text(json.dumps(cell, indent=1) + "\n")
             print(_line(cell), file=sys.stderr, flush=True)
         return json.loads(done.read_text())
@@ -341,9 +358,11 @@ class Bench:
         tokenizer.save_pretrained(path)
         return path
 
-    def _problems(self, path: Path, split: Any, seed: int, count: int) -> Path:
+    def _problems(self, path: Path, split: Any, seed: int, count: int, slips: float = 0.0) -> Path:
         setting = self.setting
-        found = problems(setting.task, split, seed, setting.levels, is_varied=setting.is_varied)
+        found = problems(
+            setting.task, split, seed, setting.levels, is_varied=setting.is_varied, slips=slips
+        )
         return write_problems(path, found, count)
 
 

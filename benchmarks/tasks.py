@@ -4,7 +4,9 @@ Three tasks: `sum` (add two-digit numbers, one at a time), `list` (a list throug
 operations), `program` (assignments executed line by line, values modulo 10). `level` is the number
 of steps of the working. A problem is held out or not by a hash of its content, so no seed can train
 on one that another evaluates. `is_varied` texts choose freely among equally right workings, so that
-a teacher has more to tell than one text shows; without it a problem has one text.
+a teacher has more to tell than one text shows; without it a problem has one text. In `mend`, a sum,
+a share of the steps is a slip that is crossed out and done again (`39+83=121x39+83=122`): who
+learns from such texts knows what to do after an error, as large models do.
 
 Also here: the character tokenizer of these texts. Light to import; does not train or decode.
 """
@@ -49,13 +51,26 @@ class Problem:
     key: str
 
 
-def make(task: str, rng: random.Random, level: int, *, is_varied: bool) -> Problem:
-    """A problem of `task` drawn from `rng`, with `level` numbers, operations or lines."""
+def make(
+    task: str, rng: random.Random, level: int, *, is_varied: bool, slips: float = 0.0
+) -> Problem:
+    """A problem of `task` drawn from `rng`, with `level` numbers, operations or lines.
+
+    `slips`: of `mend`, the share of steps that go wrong at first.
+    """
+    if task == "mend":
+        return _sum(rng, level, is_varied, slips)
     return TASKS[task](rng, level, is_varied)
 
 
 def problems(
-    task: str, split: Split, seed: int, levels: tuple[int, int], *, is_varied: bool
+    task: str,
+    split: Split,
+    seed: int,
+    levels: tuple[int, int],
+    *,
+    is_varied: bool,
+    slips: float = 0.0,
 ) -> Iterator[Problem]:
     """Problems of one split without end (as long as there are new ones), no content twice.
 
@@ -64,7 +79,7 @@ def problems(
     rng = random.Random(f"{task}:{split}:{seed}")
     seen: set[str] = set()
     while True:
-        problem = make(task, rng, rng.randint(*levels), is_varied=is_varied)
+        problem = make(task, rng, rng.randint(*levels), is_varied=is_varied, slips=slips)
         if problem.key not in seen and is_heldout(task, problem) == (split == "heldout"):
             seen.add(problem.key)
             yield problem
@@ -103,16 +118,29 @@ def read_problems(path: Path) -> list[dict[str, str]]:
 # -- The tasks ---------------------------------------------------------------------------------
 
 
-def _sum(rng: random.Random, level: int, is_varied: bool) -> Problem:
+def _sum(rng: random.Random, level: int, is_varied: bool, slips: float = 0.0) -> Problem:
     """Numbers from 10 to 99, added one by one: in any order where `is_varied`."""
     numbers = [rng.randint(10, 99) for _ in range(level)]
     order = rng.sample(numbers, level) if is_varied else numbers
     steps, total = [], order[0]
     for number in order[1:]:
-        steps.append(f"{total}+{number}={total + number}")
+        step = f"{total}+{number}="
+        if slips and rng.random() < slips:
+            steps.append(f"{step}{_slip(rng, total + number)}x{step}{total + number}")
+        else:
+            steps.append(f"{step}{total + number}")
         total += number
     key = "+".join(map(str, sorted(numbers)))
     return _problem("+".join(map(str, numbers)), steps, str(total), key)
+
+
+def _slip(rng: random.Random, result: int) -> int:
+    """A wrong result of as many digits: one of them is another."""
+    digits = list(str(result))
+    place = rng.randrange(len(digits))
+    others = [digit for digit in "123456789" if digit != digits[place]]
+    digits[place] = rng.choice(others)
+    return int("".join(digits))
 
 
 def _list(rng: random.Random, level: int, is_varied: bool) -> Problem:
@@ -172,6 +200,7 @@ def _digits(values: list[int]) -> str:
 
 TASKS: dict[str, Callable[[random.Random, int, bool], Problem]] = {
     "sum": _sum,
+    "mend": _sum,
     "list": _list,
     "program": _program,
 }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,16 @@ def test_a_tiny_ladder_runs_once_and_is_kept(tmp_path):
     again = run()
     assert "seed " not in again.stderr
     assert again.stdout.count("\n") == first.stdout.count("\n")
+
+
+def test_a_run_that_accounts_for_every_kth_sample_is_measured(tmp_path, monkeypatch):
+    import ladder
+    from npd.control import story
+
+    monkeypatch.setattr(story, "_MOST_SAMPLES", 5)  # of 12
+    tiny = dict(item.split("=") for item in TINY)
+    values = {name: json.loads(value) for name, value in tiny.items()}
+    values |= {name: ladder.Shape(*values[name]) for name in ("teacher", "student")}
+    cell = ladder.Bench(replace(ladder.SUM, **values), tmp_path).teacher_cell()
+    assert cell["asked"] == 12
+    assert cell["right"] == {"kept": 1.0}

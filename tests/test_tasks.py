@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def solve_program(problem):
     return str(values[asked])
 
 
-SOLVERS = {"sum": solve_sum, "list": solve_list, "program": solve_program}
+SOLVERS = {"sum": solve_sum, "mend": solve_sum, "list": solve_list, "program": solve_program}
 
 
 @pytest.mark.parametrize("is_varied", [True, False])
@@ -91,7 +92,7 @@ def test_a_level_is_so_many_steps(task):
     for level in (2, 3, 6):
         problem = tasks.make(task, random.Random(1), level, is_varied=True)
         steps = problem.response.split("####")[0].split(",")
-        assert len(steps) == (level - 1 if task == "sum" else level)
+        assert len(steps) == (level - 1 if task in ("sum", "mend") else level)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -131,7 +132,7 @@ def test_texts_vary_only_where_they_are_asked_to(task):
 
 def plain(task, problem):
     """The one text of a problem without variation, made from its prompt alone."""
-    if task == "sum":
+    if task in ("sum", "mend"):
         numbers = [int(n) for n in problem.prompt.split("+")]
         totals = [sum(numbers[: i + 1]) for i in range(len(numbers))]
         pairs = zip(totals, numbers[1:], totals[1:], strict=False)
@@ -191,3 +192,16 @@ def test_problems_become_records_that_npd_reads(tmp_path):
     rows = [record for _, record in read_records(str(path), "train")]
     assert rows == tasks.read_problems(path)
     assert [set(row) for row in rows] == [{"prompt", "completion", "answer"}] * 3
+
+
+def test_a_slip_is_wrong_and_mended_at_once():
+    drawn = tasks.problems("mend", "train", 0, (3, 4), is_varied=True, slips=0.25)
+    steps = slips = 0
+    for problem in islice(drawn, 400):
+        found = re.findall(r"(\d+\+\d+=)(\d+)x\1(\d+)", problem.response)
+        assert all(wrong != right and len(wrong) == len(right) for _, wrong, right in found)
+        mended = re.sub(r"\d+\+\d+=\d+x", "", problem.response)
+        assert "x" not in mended
+        assert solve_sum(replace(problem, response=mended)) == problem.answer
+        steps, slips = steps + mended.count("="), slips + len(found)
+    assert 0.2 < slips / steps < 0.3
