@@ -45,9 +45,9 @@ _FRESH = 2_000_000
 
 @dataclass(frozen=True)
 class Rl:
-    """GRPO's settings. `prompts` of a step, `samples` of each; the learning rate rises to `lr` for a
-    tenth of the steps, then falls to 0; `every` so many steps accuracy is measured; `problems` held
-    out are tried `draws` times for pass@k."""
+    """GRPO's settings. `prompts` of a step, `samples` of each; the learning rate rises to `lr` for
+    a tenth of the steps, then falls to 0; `every` so many steps accuracy is measured; `problems`
+    held out are tried `draws` times for pass@k."""
 
     steps: int = 60
     prompts: int = 32
@@ -90,7 +90,7 @@ def main() -> None:
         "rl": asdict(rl),
         "cells": cells,
         "ladder_cpu_seconds": sum(spent),
-        "command": f"python benchmarks/rl.py {' '.join(sys.argv[1:])}",
+        "command": _command(args),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
@@ -102,6 +102,14 @@ def main() -> None:
         (args.out / "rl.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.out / "rl.md").write_text(text)
         draw(args.out / "rl.svg", record)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What makes these cells again, wherever."""
+    given = {"--set": args.set, "--rl": args.rl}
+    changed = "".join(f" {name} {' '.join(values)}" for name, values in given.items() if values)
+    starts = " ".join(args.starts)
+    return f"python benchmarks/rl.py --task {args.task} --seeds {args.seeds} --starts {starts}{changed}"
 
 
 def run(bench: Bench, rl: Rl, seed: int, name: str) -> Cell:
