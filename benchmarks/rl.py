@@ -79,10 +79,11 @@ def main() -> None:
     rl = with_values(Rl(), args.rl)
     with tempfile.TemporaryDirectory(prefix="npd-rl-") as directory:
         bench = Bench(setting, args.folder or Path(directory))
+        cells = []
         for seed in range(args.seeds):
             bench.seed(seed, list(args.starts))
+            cells += [run(bench, rl, seed, name) for name in args.starts]
         ladder = [bench.teacher_cell(), *bench.finished()]
-        cells = [run(bench, rl, seed, name) for seed in range(args.seeds) for name in args.starts]
     used = ("teacher", "start", *args.starts)
     spent = [c["cpu_seconds"] for c in ladder if c["rung"] in used and c["seed"] < args.seeds]
     record = {
@@ -108,8 +109,8 @@ def _command(args: argparse.Namespace) -> str:
     """What makes these cells again, wherever."""
     given = {"--set": args.set, "--rl": args.rl}
     changed = "".join(f" {name} {' '.join(values)}" for name, values in given.items() if values)
-    starts = " ".join(args.starts)
-    return f"python benchmarks/rl.py --task {args.task} --seeds {args.seeds} --starts {starts}{changed}"
+    what = f"--task {args.task} --seeds {args.seeds} --starts {' '.join(args.starts)}"
+    return f"python benchmarks/rl.py {what}{changed}"
 
 
 def run(bench: Bench, rl: Rl, seed: int, name: str) -> Cell:
