@@ -61,6 +61,7 @@ def drawing(path: Path, columns: int, inches: tuple[float, float]) -> Iterator[t
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(inches, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)  # inches
         yield figure, figure.subplots(1, columns, squeeze=False)[0]
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 

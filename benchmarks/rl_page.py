@@ -37,6 +37,16 @@ def last(cell: Cell) -> float:
     return float(cell["curve"][-1][1])
 
 
+def sampled_gain(cell: Cell) -> float:
+    """What RL added to pass@1 at temperature 1."""
+    return sampled_last(cell) - float(cell["before"]["pass"]["1"])
+
+
+def sampled_last(cell: Cell) -> float:
+    """pass@1 at temperature 1 after RL."""
+    return float(cell["after"]["pass"]["1"])
+
+
 def paired(rows: Rows, ours: str, theirs: str, what: Callable[[Cell], float]) -> list[float]:
     """`what` of ours minus of theirs, of the seeds that both have."""
     return [
@@ -126,6 +136,8 @@ def _claims(rows: Rows) -> list[str]:
     wanted = [
         ("gain from NPD minus gain from SFT", "npd", "sft", gain, gap),
         ("after RL, NPD minus SFT", "npd", "sft", last, ""),
+        ("gain in pass@1, NPD's minus SFT's", "npd", "sft", sampled_gain, ""),
+        ("after RL, pass@1, NPD minus SFT", "npd", "sft", sampled_last, ""),
         ("what the filter adds to the gain", "npd", "no_filter", gain, f"{_PAPER_FILTER:+.2f}"),
         ("after RL, with minus without filter", "npd", "no_filter", last, ""),
     ]

@@ -79,8 +79,10 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
         sys.exit(f"no such file: {path}")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line or "null")
+            row = json.loads(line)
         except ValueError as error:
             sys.exit(f"{path}, line {number}: not JSON ({error})")
         for column in ("prompt", "answer"):
@@ -155,6 +157,10 @@ def main() -> None:
     parser.add_argument("--system", help="system message, as data.system was")
     args = parser.parse_args()
     problems, student = read_problems(args.problems), find_student(args.run)
+    if len(problems) < args.prompts:
+        sys.exit(
+            f"{args.problems} has {len(problems)} problems: a step takes --prompts {args.prompts}"
+        )
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"{args.out} is not empty: name a new directory")
     trainer = make_trainer(
@@ -175,7 +181,7 @@ def main() -> None:
     found = [line["reward"] for line in trainer.state.log_history if "reward" in line]
     few = max(1, len(found) // 10)
     first, last = sum(found[:few]) / few, sum(found[-few:]) / few
-    print(f"reward {first:.3f} at first, {last:.3f} at last (means of {few} steps): {args.out}")
+    print(f"reward {first:.3f} in the first tenth of steps, {last:.3f} in the last: {args.out}")
 
 
 if __name__ == "__main__":

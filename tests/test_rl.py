@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -76,7 +77,7 @@ def test_entropy_is_that_of_the_policy_at_each_written_token():
         asked = [{"role": "user", "content": problem["prompt"]}]
         ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
         for _ in range(8):
-            logp = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            logp = model(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
             found.append(float(-(logp.exp() * logp).sum()))
             ids.append(int(logp.argmax()))
             if ids[-1] == tokenizer.eos_token_id:
@@ -174,7 +175,7 @@ def test_problems_that_cannot_be_used_are_told_in_one_line(tmp_path, text, messa
 
 def test_an_answer_may_be_a_number_and_other_columns_are_left(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"prompt": "1+1", "answer": 0, "completion": "1+1=2"}\n')
+    path.write_text('{"prompt": "1+1", "answer": 0, "completion": "1+1=2"}\n\n')
     assert grpo.read_problems(path) == [{"prompt": "1+1", "answer": "0"}]
 
 
@@ -208,7 +209,7 @@ def record():
     cells = [cell(rung, seed, 0.5, 0.5 + added)
              for rung, values in gains.items() for seed, added in enumerate(values)]  # fmt: skip
     return {
-        "setting": {"task": "sum", "num_heldout": 1000}, "rl": rl.asdict(rl.Rl()), "cells": cells,
+        "setting": {"task": "sum", "num_heldout": 1000}, "rl": asdict(rl.Rl()), "cells": cells,
         "ladder_cpu_seconds": 120.0, "command": "make rl", "versions": {"trl": "1.16.0"},
         "machine": {"cpu": "C", "cores": 2, "memory_gib": 4, "load": [1, 1, 1]},
     }  # fmt: skip
@@ -219,6 +220,7 @@ def test_the_page_pairs_gains_by_seed():
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     # NPD minus SFT: 3 and 5 points; 12.71 x 1.414 / sqrt(2) either side of the mean.
     assert "+4.0 ± 12.7 | +3.0, +5.0 | +0.78" in rows["| gain from NPD minus gain from SFT"]
+    assert "+4.0 ± 12.7 | +3.0, +5.0 |" in rows["| gain in pass@1, NPD's minus SFT's"]
     assert "| +0.0, +4.0 | +1.88" in rows["| what the filter adds to the gain"]
     assert "- CPU time: 6.0 min of GRPO and its evaluations, 2.0 min of the ladder's" in text
     assert "| NPD without filter | 2 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 ± 0.0 | 2 of 2 |" in text
@@ -245,7 +247,7 @@ def test_a_figure_is_the_same_file_twice_and_shows_every_series(tmp_path):
 
 
 def tiny_bench(tmp_path):
-    bench = Bench(with_values(rl.replace(SUM, is_new=True), TINY), tmp_path)
+    bench = Bench(with_values(replace(SUM, is_new=True), TINY), tmp_path)
     folder = bench.folder / "seed-0" / "npd"
     folder.mkdir(parents=True)
     bench._model(folder / "student", Shape(1, 32, 2), 0)
@@ -279,11 +281,14 @@ def test_the_example_trains_a_student_from_end_to_end(tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert f"(means of 1 steps): {tmp_path / 'out'}" in done.stdout
+    assert f"in the last: {tmp_path / 'out'}" in done.stdout
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     again = subprocess.run(command, capture_output=True, text=True, env=env)
     assert again.returncode == 1
-    assert "is not empty: name a new directory" in again.stderr
+    assert again.stderr == f"{tmp_path / 'out'} is not empty: name a new directory\n"
+    command[command.index("--prompts") + 1] = "4"
+    few = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert few.stderr == f"{problems} has 3 problems: a step takes --prompts 4\n"
