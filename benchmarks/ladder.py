@@ -122,8 +122,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Run what is missing, write the page; 1 when a quick ladder is off the order."""
     args = parse_args()
-    _one_thread()
-    setting = _setting(args)
+    one_thread()
+    setting = with_values(SETTINGS[args.task], args.set)
     unknown = set(args.rungs) - set(rungs(setting.epochs, setting.batch))
     if unknown:
         sys.exit(f"no such rung: {', '.join(sorted(unknown))}")
@@ -160,7 +160,8 @@ def _command(args: argparse.Namespace, cells: Sequence[Cell]) -> str:
     return f"python benchmarks/ladder.py {what}{changed}"
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Torch on one thread, and no bars of progress."""
     import torch
     from transformers.utils import logging
 
@@ -168,14 +169,15 @@ def _one_thread() -> None:
     logging.disable_progress_bar()
 
 
-def _setting(args: argparse.Namespace) -> Setting:
+def with_values(setting: Any, items: Sequence[str]) -> Any:
+    """A frozen record with some fields set, each as `name=value` (JSON; a Shape as its numbers)."""
     values = {}
-    for item in args.set:
+    for item in items:
         name, _, value = item.partition("=")
         values[name] = json.loads(value)
         if name in ("teacher", "student"):
             values[name] = Shape(*values[name])
-    return replace(SETTINGS[args.task], **values)
+    return replace(setting, **values)
 
 
 # Seeds of new prompts: apart from those of the students and the teacher.
@@ -200,8 +202,8 @@ class Bench:
             if name.startswith("teacher")
             or name in ("task", "levels", "is_varied", "num_heldout", "slips")
         }
-        self.common = folder / f"{setting.task}-teacher-{_digest(shared)}"
-        self.folder = folder / f"{setting.task}-{_digest(asdict(setting))}"
+        self.common = folder / f"{setting.task}-teacher-{digest(shared)}"
+        self.folder = folder / f"{setting.task}-{digest(asdict(setting))}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.common.mkdir(parents=True, exist_ok=True)
         self.heldout = self._problems(
@@ -446,7 +448,8 @@ def _tidy(home: Path) -> None:
     shutil.rmtree(layout.root)
 
 
-def _digest(values: Mapping[str, Any]) -> str:
+def digest(values: Mapping[str, Any]) -> str:
+    """What tells apart the folders of settings."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -130,7 +130,7 @@ def page(
 
 def _outcomes(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """How good each rung is, and what it took."""
-    lines = _head(
+    lines = head(
         "rung", "seeds", "accuracy, %", "minus SFT, points", "sampled accuracy, %",
         "held-out KL, nats/token", "KL on its own text", "response tokens trained on", "CPU s",
     )  # fmt: skip
@@ -138,14 +138,14 @@ def _outcomes(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
         found = list(cells.values())
         against = differences(cells, rows["sft"]) if "sft" in rows and name != "sft" else []
         lines.append(
-            _row(
+            row(
                 labels.get(name, name),
                 str(len(found)),
-                _points([cell["accuracy"] for cell in found]),
-                _points(against, signed=True),
-                _points(_known(found, "sampled_accuracy")),
-                _number([cell["kl"] for cell in found], 4),
-                _number(_known(found, "own_kl"), 4),
+                points([cell["accuracy"] for cell in found]),
+                points(against, signed=True),
+                points(_known(found, "sampled_accuracy")),
+                number([cell["kl"] for cell in found], 4),
+                number(_known(found, "own_kl"), 4),
                 f"{mean(cell['response_tokens'] for cell in found):,.0f}",
                 f"{mean(cell['cpu_seconds'] for cell in found):.0f}",
             )
@@ -158,25 +158,25 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     present = [name for name in ORDER if name in rows]
     if len(present) < 2:
         return []
-    lines = _head(
+    lines = head(
         "step of the ladder", "points", "seeds above 0", "the paper's points", "KL, nats/token",
         "KL on its own text", "mean drift, nats/token",
     )  # fmt: skip
     for before, after in [*pairwise(present), (present[0], present[-1])]:
-        points = differences(rows[after], rows[before])
+        gained = differences(rows[after], rows[before])
         have_drift = all(
             cell["drift"] is not None for name in (before, after) for cell in rows[name].values()
         )
         drift = differences(rows[after], rows[before], "drift") if have_drift else []
         lines.append(
-            _row(
+            row(
                 f"{labels[before]} → {labels[after]}",
-                _points(points, signed=True),
-                f"{sum(value > 0 for value in points)} of {len(points)}",
+                points(gained, signed=True),
+                f"{sum(value > 0 for value in gained)} of {len(gained)}",
                 f"{_PAPER[after] - _PAPER[before]:+.2f}",
-                _number(differences(rows[after], rows[before], "kl"), 4, signed=True),
-                _number(_own(rows[after], rows[before]), 4, signed=True),
-                _number(drift, 3, signed=True),
+                number(differences(rows[after], rows[before], "kl"), 4, signed=True),
+                number(_own(rows[after], rows[before]), 4, signed=True),
+                number(drift, 3, signed=True),
             )
         )
     return lines
@@ -187,7 +187,7 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
     present = [name for name in rows if name in labels and name not in _OTHERS]
     if not present or "npd" not in rows:
         return []
-    lines = _head(
+    lines = head(
         "NPD, but for", "seeds", "points against NPD", "KL against NPD", "KL on its own text",
         "response tokens, of NPD's", "CPU time, of NPD's",
     )  # fmt: skip
@@ -195,14 +195,14 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
         accuracy = differences(rows[name], rows["npd"])
         kl = differences(rows[name], rows["npd"], "kl")
         lines.append(
-            _row(
+            row(
                 labels[name],
                 str(len(accuracy)),
-                _points(accuracy, signed=True),
-                _number(kl, 4, signed=True),
-                _number(_own(rows[name], rows["npd"]), 4, signed=True),
-                _number(_ratios(rows[name], rows["npd"], "response_tokens"), 2),
-                _number(_ratios(rows[name], rows["npd"], "cpu_seconds"), 2),
+                points(accuracy, signed=True),
+                number(kl, 4, signed=True),
+                number(_own(rows[name], rows["npd"]), 4, signed=True),
+                number(_ratios(rows[name], rows["npd"], "response_tokens"), 2),
+                number(_ratios(rows[name], rows["npd"], "cpu_seconds"), 2),
             )
         )
     return [*lines, ""]
@@ -210,7 +210,7 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
 
 def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """What was cut, how far students went from their snapshots, how sure they ended."""
-    lines = _head(
+    lines = head(
         "rung", "left out, % of samples", "of them right, %", "of kept right, %", "drift, mean",
         "drift, last tenth", "entropy, last tenth", "Δ-IFD at 5, 25, 50, 75, 95 %",
     )  # fmt: skip
@@ -224,14 +224,14 @@ def _insides(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) 
         kept = [share for cell in found if (share := _kept(cell)) is not None]
         deltas = [cell["delta_quantiles"] for cell in found if cell["delta_quantiles"]]
         lines.append(
-            _row(
+            row(
                 labels.get(name, name),
                 ", ".join(f"{reason} {100 * share:.1f}" for reason, share in shares.items()),
                 _lost(found, reasons),
-                _points(kept),
-                _number([cell["drift"] for cell in found], 4),
-                _number([cell["drift_end"] for cell in found], 4),
-                _number([cell["entropy"] for cell in found], 3),
+                points(kept),
+                number([cell["drift"] for cell in found], 4),
+                number([cell["drift_end"] for cell in found], 4),
+                number([cell["entropy"] for cell in found], 3),
                 ", ".join(f"{mean(column):.3f}" for column in zip(*deltas, strict=True)),
             )
         )
@@ -258,19 +258,23 @@ def _lost(found: Sequence[Cell], reasons: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def _head(*cells: str) -> list[str]:
-    return [_row(*cells), _row(*["---"] * len(cells))]
+def head(*cells: str) -> list[str]:
+    """The first two lines of a table."""
+    return [row(*cells), row(*["---"] * len(cells))]
 
 
-def _row(*cells: str) -> str:
+def row(*cells: str) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _points(values: Sequence[float], *, signed: bool = False) -> str:
-    return _number([100 * value for value in values], 1, signed=signed)
+def points(values: Sequence[float], *, signed: bool = False) -> str:
+    """Shares in per cent: mean and interval."""
+    return number([100 * value for value in values], 1, signed=signed)
 
 
-def _number(values: Sequence[float | None], digits: int, *, signed: bool = False) -> str:
+def number(values: Sequence[float | None], digits: int, *, signed: bool = False) -> str:
+    """Mean and interval of the values that are known; nothing where none is."""
     known = [value for value in values if value is not None]
     if not known:
         return ""

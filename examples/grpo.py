@@ -1,0 +1,188 @@
+"""From a distilled student to reinforcement learning: TRL's GRPO, with answers that can be checked.
+
+    python examples/grpo.py runs/npd problems.jsonl rl-student          # needs: pip install trl
+    python examples/grpo.py my-student problems.jsonl rl-student --steps 300 --lr 1e-6
+
+RUN is a finished run of npd, what `npd export` wrote, or any model directory. Each line of
+PROBLEMS has a `prompt` (text or messages) and an `answer`. A response is worth 1 if its last
+answer, after `####` or in `\\boxed{}`, is that one, else 0: the same text or, where math-verify is
+installed, the same mathematics. An `answer` may be a whole solution that ends so (GSM8K's).
+
+Prompts are read as npd read them: a text becomes a user's message where there is a chat template.
+Give `--system` what the run had as `data.system`. Everything else is TRL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MARK = "####"
+_BOX = re.compile(r"\\boxed\s*\{")
+
+
+def last_answer(text: str) -> str | None:
+    """What follows the last mark, or stands in the last box, whichever comes later.
+
+    >>> last_answer("7+5=12 #### 12"), last_answer("so \\\\boxed{x^{2}}."), last_answer("12")
+    ('12', 'x^{2}', None)
+    """
+    mark, boxes = text.rfind(MARK), [found.end() for found in _BOX.finditer(text)]
+    if not boxes or mark > boxes[-1]:
+        return text[mark + len(MARK) :].strip() if mark >= 0 else None
+    depth = 1
+    for place in range(boxes[-1], len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[boxes[-1] : place].strip()
+    return None  # cut off inside of the box
+
+
+def is_same(given: str, wanted: str) -> bool:
+    """Whether two answers are the same text, or the same mathematics if math-verify can tell."""
+    if given == wanted:
+        return True
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return False
+    return bool(verify(parse(f"${wanted}$"), parse(f"${given}$")))
+
+
+def reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for each completion (a text, or its messages) that ends in its answer, else 0."""
+    texts = [done if isinstance(done, str) else done[-1]["content"] for done in completions]
+    found = []
+    for text, right in zip(texts, answer, strict=True):
+        given, wanted = last_answer(text), last_answer(right)
+        is_right = given is not None and is_same(given, right.strip() if wanted is None else wanted)
+        found.append(float(is_right))
+    return found
+
+
+def find_student(run: Path) -> Path:
+    """The model directory in a finished run, or `run` itself if it is one."""
+    for folder in (run / "student", run):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+            return folder
+    sys.exit(f"no student in {run}: finish the run first (--resume), or give a model directory")
+
+
+def read_problems(path: Path) -> list[dict[str, Any]]:
+    """The prompts and answers of a JSONL file."""
+    if not path.is_file():
+        sys.exit(f"no such file: {path}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            sys.exit(f"{path}, line {number}: not JSON ({error})")
+        for column in ("prompt", "answer"):
+            if not isinstance(row, dict) or row.get(column) in (None, "", []):
+                sys.exit(f"{path}, line {number}: has no {column!r}; each line needs both columns")
+        rows.append({"prompt": row["prompt"], "answer": str(row["answer"])})
+    return rows or sys.exit(f"{path} is empty")
+
+
+def conversation(prompt: Any, system: str | None) -> list[dict[str, str]]:
+    """A prompt as messages, as npd makes them of it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def make_trainer(
+    student: Path,
+    problems: Sequence[dict[str, Any]],
+    out: Path,
+    *,
+    system: str | None = None,
+    rewards: Callable[..., list[float]] = reward,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> Any:
+    """TRL's trainer, ready to `train()`. `options` are of its GRPOConfig."""
+    try:
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        sys.exit(f"this needs TRL ({error}): pip install 'trl>=1.16'")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    # A small learning rate is lost on weights in bfloat16.
+    model = AutoModelForCausalLM.from_pretrained(student, dtype="float32")
+    if tokenizer.chat_template:
+        problems = [row | {"prompt": conversation(row["prompt"], system)} for row in problems]
+    has_gpu = torch.cuda.is_available()
+    # TRL's defaults are a GPU's: without one, no bfloat16, nothing recomputed, nothing pinned.
+    defaults = {
+        "use_cpu": not has_gpu, "bf16": has_gpu, "gradient_checkpointing": has_gpu,
+        "dataloader_pin_memory": has_gpu, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none",
+    }  # fmt: skip
+    return GRPOTrainer(
+        model,
+        rewards,
+        GRPOConfig(output_dir=str(out), **defaults | options),
+        train_dataset=Dataset.from_list(list(problems)),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def main() -> None:
+    """Train a student by GRPO and write it to a directory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("problems", type=Path, metavar="PROBLEMS")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write, must be new")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=32, help="of a step")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a response")
+    parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--system", help="system message, as data.system was")
+    args = parser.parse_args()
+    problems, student = read_problems(args.problems), find_student(args.run)
+    if len(problems) < args.prompts:
+        sys.exit(
+            f"{args.problems} has {len(problems)} problems: a step takes --prompts {args.prompts}"
+        )
+    if args.out.exists() and any(args.out.iterdir()):
+        sys.exit(f"{args.out} is not empty: name a new directory")
+    trainer = make_trainer(
+        student,
+        problems,
+        args.out,
+        system=args.system,
+        max_steps=args.steps,
+        learning_rate=args.lr,
+        num_generations=args.samples,
+        max_completion_length=args.max_tokens,
+        # Written together, trained on one prompt's at a time.
+        per_device_train_batch_size=args.samples,
+        gradient_accumulation_steps=args.prompts,
+    )
+    trainer.train()
+    trainer.save_model(str(args.out))
+    found = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    few = max(1, len(found) // 10)
+    first, last = sum(found[:few]) / few, sum(found[-few:]) / few
+    print(f"reward {first:.3f} in the first tenth of steps, {last:.3f} in the last: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""RL afterwards: pass@k against all ways to choose, the page by hand, the example's rewards and
+errors, and two real steps of GRPO."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import figures
+import grpo
+import policy
+import rl
+import rl_page
+from ladder import SUM, Bench, Shape, with_values
+from tasks import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "num_prompts=12", "num_heldout=6", "teacher_problems=12", "teacher_epochs=1", "warm_epochs=1",
+    "epochs=2", "batch=6", "teacher=[2,32,2]", "student=[1,32,2]", "max_response=12",
+]  # fmt: skip
+QUICK = ["steps=2", "prompts=2", "samples=2", "every=1", "problems=3", "draws=4"]
+
+
+def has(library):
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs {library}")
+
+
+# -- Measures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_right_one(draws):
+    for right in range(draws + 1):
+        outcomes = [True] * right + [False] * (draws - right)
+        for k in range(1, draws + 1):
+            share = mean(any(chosen) for chosen in combinations(outcomes, k))
+            assert policy.pass_at(draws, right, k) == pytest.approx(share)
+
+
+def student(seed=0):
+    """A random student in memory with the tasks' tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.5, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+PROBLEMS = [{"prompt": prompt, "answer": "####1"} for prompt in ("12+34", "7", "99+11+5")]
+
+
+def test_entropy_is_that_of_the_policy_at_each_written_token():
+    model, tokenizer = student()
+    texts, entropy = policy.answers(model, tokenizer, PROBLEMS, 8, is_greedy=True)
+    found = []
+    for problem, text in zip(PROBLEMS, texts, strict=True):
+        alone, _ = policy.answers(model, tokenizer, [problem], 8, is_greedy=True)
+        assert alone == [text]  # padding changes nothing
+        asked = [{"role": "user", "content": problem["prompt"]}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        for _ in range(8):
+            logp = model(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
+            found.append(float(-(logp.exp() * logp).sum()))
+            ids.append(int(logp.argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    assert entropy == pytest.approx(mean(found), rel=1e-4)
+
+
+def test_draws_repeat_themselves_and_leave_the_generator_alone():
+    model, tokenizer = student()
+    model.train()
+    state = torch.get_rng_state()
+    again = [
+        policy.try_often(model, tokenizer, PROBLEMS, 8, draws=4, seed=seed) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert again[0] == again[1] != again[2]
+    assert len(again[0].right) == len(PROBLEMS)
+
+
+def test_tries_are_counted_problem_by_problem():
+    found = policy.Tried((4, 1, 0), 4, 0.5)
+    assert found.passed(1) == pytest.approx((1 + 1 / 4) / 3)
+    assert found.passed(4) == pytest.approx(2 / 3)
+    assert rl.summary(found) == {"pass": {"1": pytest.approx(5 / 12), "4": 2 / 3}, "entropy": 0.5}
+
+
+# -- The example --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7+5=12 #### 12", "12"),
+        ("#### 1 or rather ####2\n", "2"),
+        (r"thus \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1}, no: \boxed {2}", "2"),
+        (r"\boxed{1} #### 2", "2"),
+        (r"#### 2 \boxed{1}", "1"),
+        (r"cut off \boxed{\frac{1}{", None),
+        ("12", None),
+        ("", None),
+    ],
+)
+def test_the_last_answer_of_a_text(text, answer):
+    assert grpo.last_answer(text) == answer
+
+
+def test_a_reward_is_for_the_last_answer_whatever_form_the_columns_have():
+    texts = ["####1 ####2", "2", r"\boxed{2}", "####1"]
+    assert grpo.reward(texts, ["2"] * 4) == [1.0, 0.0, 1.0, 0.0]
+    turns = [[{"role": "assistant", "content": text}] for text in texts]
+    assert grpo.reward(turns, ["so 1+1=2\n#### 2"] * 4, prompts=[]) == [1.0, 0.0, 1.0, 0.0]
+    assert rl.reward(turns, ["####2"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_prompt_becomes_the_conversation_that_npd_makes_of_it():
+    asked = [{"role": "user", "content": "1+1"}]
+    told = {"role": "system", "content": "Add."}
+    assert grpo.conversation("1+1", None) == asked
+    assert grpo.conversation("1+1", "Add.") == grpo.conversation(asked, "Add.") == [told, *asked]
+    assert grpo.conversation([told, *asked], "Other.") == [told, *asked]
+
+
+def test_the_student_is_found_in_a_run_and_by_itself(tmp_path):
+    for folder in (tmp_path / "run" / "student", tmp_path / "model"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+    assert grpo.find_student(tmp_path / "run") == tmp_path / "run" / "student"
+    assert grpo.find_student(tmp_path / "model") == tmp_path / "model"
+    with pytest.raises(SystemExit, match=r"no student in .*: finish the run first"):
+        grpo.find_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "1+1", "answer": 2}\n{"prompt": "1+1"}', "line 2: has no 'answer'"),
+        ('{"question": "1+1", "answer": "2"}', "line 1: has no 'prompt'"),
+        ("[]", "line 1: has no 'prompt'"),
+    ],
+)
+def test_problems_that_cannot_be_used_are_told_in_one_line(tmp_path, text, message):
+    path = tmp_path / "problems.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=message) as raised:
+        grpo.read_problems(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_answer_may_be_a_number_and_other_columns_are_left(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": 0, "completion": "1+1=2"}\n\n')
+    assert grpo.read_problems(path) == [{"prompt": "1+1", "answer": "0"}]
+
+
+def test_without_trl_the_example_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['trl'] = None; import grpo; from pathlib import Path;"
+        "grpo.make_trainer(Path('x'), [], Path('y'))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "examples")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert "pip install 'trl>=1.16'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# -- The page -----------------------------------------------------------------------------------
+
+
+def cell(rung, seed, start, end, **values):
+    tried = {"pass": {"1": start, "4": start}, "entropy": 0.1}
+    found = {
+        "rung": rung, "seed": seed, "curve": [[0, start], [10, end]], "before": tried,
+        "after": {"pass": {"1": end, "4": end}, "entropy": 0.05}, "reward": [start] * 19 + [end],
+        "entropy": [0.1] * 20, "no_signal": [0.5] * 20, "cpu_seconds": 60.0, "commit": "c0ffee",
+    }  # fmt: skip
+    return found | values
+
+
+def record():
+    gains = {"sft": (0.02, 0.04), "npd": (0.05, 0.09), "no_filter": (0.05, 0.05)}
+    cells = [cell(rung, seed, 0.5, 0.5 + added)
+             for rung, values in gains.items() for seed, added in enumerate(values)]  # fmt: skip
+    return {
+        "setting": {"task": "sum", "num_heldout": 1000}, "rl": asdict(rl.Rl()), "cells": cells,
+        "ladder_cpu_seconds": 120.0, "command": "make rl", "versions": {"trl": "1.16.0"},
+        "machine": {"cpu": "C", "cores": 2, "memory_gib": 4, "load": [1, 1, 1]},
+    }  # fmt: skip
+
+
+def test_the_page_pairs_gains_by_seed():
+    text = rl_page.page(record())
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    # NPD minus SFT: 3 and 5 points; 12.71 x 1.414 / sqrt(2) either side of the mean.
+    assert "+4.0 ± 12.7 | +3.0, +5.0 | +0.78" in rows["| gain from NPD minus gain from SFT"]
+    assert "+4.0 ± 12.7 | +3.0, +5.0 |" in rows["| gain in pass@1, NPD's minus SFT's"]
+    assert "| +0.0, +4.0 | +1.88" in rows["| what the filter adds to the gain"]
+    assert "- CPU time: 6.0 min of GRPO and its evaluations, 2.0 min of the ladder's" in text
+    assert "| NPD without filter | 2 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 ± 0.0 | 2 of 2 |" in text
+    assert "| SFT | after | 53.0 ± 12.7 | 53.0 ± 12.7 | 0.050 ± 0.000 |" in text
+
+
+def test_curves_are_means_of_ten_steps_at_their_middle():
+    assert rl_page.smooth([1.0] * 10 + [2.0, 4.0]) == [(5.5, 1.0), (11.5, 3.0)]
+    assert rl_page.accuracy_curve(cell("npd", 0, 0.5, 0.75)) == [(0, 50.0), (10, 75.0)]
+
+
+@has("matplotlib")
+def test_a_figure_is_the_same_file_twice_and_shows_every_series(tmp_path):
+    one, two = (rl_page.draw(tmp_path / name, record()).read_bytes() for name in ("1.svg", "2.svg"))
+    assert one == two
+    text = one.decode()
+    for word in ("SFT", "NPD without filter", "held-out accuracy, %", "GRPO step"):
+        assert word in text
+    assert "<dc:date>" not in text
+    assert all(colour.lower() in text for colour in figures.COLOURS[:3])
+
+
+# -- Two real steps -----------------------------------------------------------------------------
+
+
+def tiny_bench(tmp_path):
+    bench = Bench(with_values(replace(SUM, is_new=True), TINY), tmp_path)
+    folder = bench.folder / "seed-0" / "npd"
+    folder.mkdir(parents=True)
+    bench._model(folder / "student", Shape(1, 32, 2), 0)
+    return bench
+
+
+@has("trl")
+@pytest.mark.filterwarnings("default")  # TRL's and its libraries' own
+def test_two_steps_of_grpo_leave_a_whole_cell(tmp_path, capfd):
+    bench, settings = tiny_bench(tmp_path), with_values(rl.Rl(), QUICK)
+    found = rl.run(bench, settings, 0, "npd")
+    assert [step for step, _ in found["curve"]] == [0, 1, 2]
+    assert len(found["reward"]) == len(found["entropy"]) == len(found["no_signal"]) == 2
+    assert found["before"]["pass"].keys() == {"1", "4"}
+    assert found["before"]["entropy"] > 1
+    assert all(0 <= value <= 1 for value in found["reward"])
+    assert capfd.readouterr().err.count("seed 0 npd") == 1
+    assert rl.run(bench, settings, 0, "npd") == found
+    assert "seed 0" not in capfd.readouterr().err  # not run again
+
+
+@has("trl")
+@pytest.mark.slow
+def test_the_example_trains_a_student_from_end_to_end(tmp_path):
+    bench = tiny_bench(tmp_path / "bench")
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f"{json.dumps(problem)}\n" for problem in PROBLEMS))
+    command = [sys.executable, ROOT / "examples" / "grpo.py", bench.folder / "seed-0" / "npd"]
+    command += [problems, tmp_path / "out", "--steps", "2", "--prompts", "2", "--samples", "2"]
+    command += ["--max-tokens", "8", "--lr", "1e-3"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert f"in the last: {tmp_path / 'out'}" in done.stdout
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    again = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert again.returncode == 1
+    assert again.stderr == f"{tmp_path / 'out'} is not empty: name a new directory\n"
+    command[command.index("--prompts") + 1] = "4"
+    few = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert few.stderr == f"{problems} has 3 problems: a step takes --prompts 4\n"
