@@ -54,6 +54,7 @@ soak: install  ## a run under 100 random kill -9, in about 20 minutes
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/faults
 
 ladder: install  ## the paper's ladder in miniature, 5 seeds; goes on where it was stopped
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/ladder.py --folder runs/ladder --out benchmarks/results/ladder
 
 rl: install  ## GRPO from the ladder's students, 5 seeds; goes on where it was stopped

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,39 @@ def curves(path: Path, panels: Sequence[Panel], xlabel: str) -> Path:
             axes.set(xlabel=xlabel, ylabel=panel.ylabel)
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
+    return path
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A column of dots by row name: middles, and the half-widths of the lines through them."""
+
+    xlabel: str
+    middles: Mapping[str, float]
+    halves: Mapping[str, float]
+    points: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What the middles are means of, drawn small and pale."""
+
+
+def dots(path: Path, rows: Sequence[str], columns: Sequence[Dots]) -> Path:
+    """Columns side by side over the same rows, the first row on top; a line marks 0 if it shows."""
+    inches = (2.2 + 2.6 * len(columns), 0.9 + 0.3 * len(rows))
+    with drawing(path, len(columns), inches) as (_, all_axes):
+        for axes, column in zip(all_axes, columns, strict=True):
+            for place, name in enumerate(rows):
+                for value in column.points.get(name, ()):
+                    axes.plot(value, place, "o", color=COLOURS[0], alpha=0.25, markersize=3)
+                if name in column.middles:
+                    axes.errorbar(
+                        column.middles[name], place, xerr=column.halves.get(name), fmt="o",
+                        color=COLOURS[0], capsize=3, markersize=5,
+                    )  # fmt: skip
+            is_first = axes is all_axes[0]
+            axes.set_yticks(range(len(rows)), rows if is_first else [""] * len(rows))
+            axes.set(xlabel=column.xlabel, ylim=(len(rows) - 0.5, -0.5))
+            low, high = axes.get_xlim()
+            if low < 0 < high:
+                axes.axvline(0, color="black", linewidth=0.8)
     return path
 
 

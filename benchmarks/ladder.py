@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import npd
 from common import commit, machine, versions
+from ladder_figure import draw
 from ladder_page import Cell, check, page
 from npd.chat import Chat
 from npd.filters import delta_ifd
@@ -94,7 +95,7 @@ SUM = Setting(
 # Of the others nobody has looked for such sizes yet.
 SETTINGS = {
     "sum": SUM,
-    "mend": replace(SUM, task="mend", slips=0.05),
+    "mend": replace(SUM, task="mend", slips=0.05, num_prompts=2048, warm_epochs=30),
     "list": replace(SUM, task="list", levels=(2, 4)),
     "program": replace(SUM, task="program", levels=(2, 4)),
 }
@@ -148,6 +149,7 @@ def main() -> int:
         record = {"setting": asdict(setting), "teacher": teacher, "cells": cells, **about}
         (args.out / "ladder.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.out / "ladder.md").write_text(text)
+        draw(args.out / "ladder.svg", cells, labels)
     return 1 if problems_found else 0
 
 

@@ -92,3 +92,18 @@ def test_a_run_that_accounts_for_every_kth_sample_is_measured(tmp_path, monkeypa
     cell = ladder.Bench(replace(ladder.SUM, **values), tmp_path).teacher_cell()
     assert cell["asked"] == 12
     assert cell["right"] == {"kept": 1.0}
+
+
+def test_the_figure_has_a_row_for_each_rung_and_is_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    from ladder_figure import draw
+
+    found = cells(start=[0.1, 0.2], sft=[0.2, 0.4], npd=[0.3, 0.3], letter=[0.0, 0.0])
+    for name in ("one.svg", "two.svg"):
+        draw(tmp_path / name, found, {"sft": "SFT", "npd": "+ one refresh (NPD)"})
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "two.svg").read_text()
+    assert text.index(">start<") < text.index(">SFT<") < text.index(">+ one refresh (NPD)<")
+    assert "letter" not in text
+    draw(tmp_path / "none.svg", cells(npd=[0.1]), {})
+    assert not (tmp_path / "none.svg").exists()
