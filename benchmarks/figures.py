@@ -43,7 +43,7 @@ class Panel:
 def curves(path: Path, panels: Sequence[Panel], xlabel: str) -> Path:
     """Panels side by side over the same x, one legend below them."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    with drawing(path, len(panels), (4.2 * len(panels), 3.6)) as (figure, all_axes):
+    with drawing(path, len(panels), (3.6 * len(panels), 3.4)) as (figure, all_axes):
         for axes, panel in zip(all_axes, panels, strict=True):
             for name, line in panel.lines.items():
                 _draw(axes, name, line, names.index(name))

@@ -81,6 +81,7 @@ def page(record: Mapping[str, Any]) -> str:
         "",
         *_exploration(rows),
         "",
+        *_spread(rows),
         "![accuracy, reward and entropy over GRPO's steps](rl.svg)",
         "",
         "- the band is the 95 % t-interval of the mean over seeds; reward and entropy are of the "
@@ -134,6 +135,7 @@ def _claims(rows: Rows) -> list[str]:
     lines = head("difference", "points", "each seed's", "the paper's points")
     gap = f"{_PAPER_GAIN['npd'] - _PAPER_GAIN['sft']:+.2f}"
     wanted = [
+        ("before RL, NPD minus SFT", "npd", "sft", first, ""),
         ("gain from NPD minus gain from SFT", "npd", "sft", gain, gap),
         ("after RL, NPD minus SFT", "npd", "sft", last, ""),
         ("gain in pass@1, NPD's minus SFT's", "npd", "sft", sampled_gain, ""),
@@ -172,6 +174,22 @@ def _exploration(rows: Rows) -> list[str]:
     return lines
 
 
+def _spread(rows: Rows) -> list[str]:
+    """How much more NPD explores than SFT; nothing where one of them is missing."""
+    if not {"npd", "sft"} <= rows.keys():
+        return []
+    k = list(next(iter(rows["sft"].values()))["before"]["pass"])[-1]
+    said = []
+    for when in ("before", "after"):
+        entropy = paired(rows, "npd", "sft", lambda cell, at=when: cell[at]["entropy"])
+        passed = paired(rows, "npd", "sft", lambda cell, at=when: cell[at]["pass"][k])
+        said.append(
+            f"{when} RL {number(entropy, 3, signed=True)} nats a token and "
+            f"{points(passed, signed=True)} points of pass@{k}"
+        )
+    return [f"NPD minus SFT, paired: {'; '.join(said)}.", ""]
+
+
 def _tenth(cells: Sequence[Cell]) -> int:
     return max(1, len(cells[0]["reward"]) // 10)
 
@@ -181,10 +199,26 @@ def draw(path: Path, record: Mapping[str, Any]) -> Path:
     rows = by_rung(record["cells"])
     panels = [
         Panel("held-out accuracy, %", _lines(rows, accuracy_curve)),
+        Panel("accuracy minus SFT's, points", _against(rows, "sft")),
         Panel("mean reward of samples", _lines(rows, lambda cell: smooth(cell["reward"]))),
         Panel("entropy, nats/token", _lines(rows, lambda cell: smooth(cell["entropy"]))),
     ]
     return curves(path, panels, "GRPO step")
+
+
+def _against(rows: Rows, name: str) -> dict[str, Line]:
+    """Accuracy minus that of `name`'s at the same step, seed by seed."""
+    base = {seed: accuracy_curve(cell) for seed, cell in rows.get(name, {}).items()}
+
+    def curve(cell: Cell) -> list[tuple[float, float]]:
+        pairs = zip(accuracy_curve(cell), base[cell["seed"]], strict=True)
+        return [(step, ours - theirs) for (step, ours), (_, theirs) in pairs]
+
+    shared = {
+        other: {seed: cell for seed, cell in cells.items() if seed in base}
+        for other, cells in rows.items()
+    }
+    return _lines({other: cells for other, cells in shared.items() if cells}, curve)
 
 
 def accuracy_curve(cell: Cell) -> list[tuple[float, float]]:

@@ -221,6 +221,8 @@ def test_the_page_pairs_gains_by_seed():
     # NPD minus SFT: 3 and 5 points; 12.71 x 1.414 / sqrt(2) either side of the mean.
     assert "+4.0 ± 12.7 | +3.0, +5.0 | +0.78" in rows["| gain from NPD minus gain from SFT"]
     assert "+4.0 ± 12.7 | +3.0, +5.0 |" in rows["| gain in pass@1, NPD's minus SFT's"]
+    assert "| +0.0 ± 0.0 | +0.0, +0.0 |" in rows["| before RL, NPD minus SFT"]
+    assert "before RL +0.000 ± 0.000 nats a token and +0.0 ± 0.0 points of pass@4" in text
     assert "| +0.0, +4.0 | +1.88" in rows["| what the filter adds to the gain"]
     assert "- CPU time: 6.0 min of GRPO and its evaluations, 2.0 min of the ladder's" in text
     assert "| NPD without filter | 2 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 ± 0.0 | 2 of 2 |" in text
