@@ -188,7 +188,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Run what is missing, write the page; 1 when a quick ladder is off the order."""
     args = parse_args()
-    _one_thread()
+    one_thread()
     setting = _setting(args)
     unknown = set(args.rungs) - set(rungs(setting.epochs, setting.batch))
     if unknown:
@@ -226,7 +226,8 @@ def _command(args: argparse.Namespace, cells: Sequence[Cell]) -> str:
     return f"python benchmarks/ladder.py {what}{changed}"
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Torch on one thread, no progress bars."""
     import torch
     from transformers.utils import logging
 

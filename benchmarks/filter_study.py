@@ -1,0 +1,325 @@
+"""What the Δ-IFD filter is worth: does it find noise that was planted, and does that help?
+
+    make filter-study                          # to benchmarks/results/filter
+    python benchmarks/filter_study.py --folder DIR --seeds 6 --trained 5
+    python benchmarks/filter_study.py --trained 0 --data questions.jsonl
+
+Detection: the ladder's students write, noise is planted into a known share of their texts
+(`noise.py`), both models score them, and every rule says whom it cuts. Training: the students go on
+from the noisy texts, and from the clean ones, behind each rule. With `--data`, detection again on
+the answers of the demo's student (`make demo`) to questions of a file; nothing is trained there.
+Rules are chosen on the first half of the seeds and confirmed on the others.
+
+Promises: one thread, stages in turn; what is finished stays in `--folder` and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import filter_rules as fr
+from common import commit, machine, versions
+from filter_data import HOT, SCORED, Made, data_set, scored, write_run
+from filter_page import page
+from ladder import SUM, Bench, one_thread
+from ladder_page import Cell
+from noise import PROSE, WORKING
+from npd.settings import load_config
+from tasks import MARK, is_right, read_problems
+
+SETTING = replace(SUM, is_new=True)
+SHARE = 0.3
+SYSTEM = "Answer in one short sentence."
+"""The demo's, which its student was warmed up with."""
+QUESTIONS = 80
+"""Of the file, for each seed."""
+_FIRST = {"noisy": SHARE, "clean": 0.0}
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=6, help="of detection")
+    parser.add_argument("--trained", type=int, default=5, help="seeds of training; 0: none")
+    parser.add_argument("--data", type=Path, help="JSONL of questions for the demo's models")
+    parser.add_argument("--column", default="question", help="of the file at --data")
+    parser.add_argument("--source", default="", help="what the page calls the file at --data")
+    parser.add_argument("--teacher", type=Path, default=Path("models/smollm2-135m"))
+    parser.add_argument("--student", type=Path, default=Path("runs/demo/warm/student"))
+    parser.add_argument("--real-seeds", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="folder for filter.json and filter.md")
+    parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
+    args = parser.parse_args()
+    if min(args.seeds, args.real_seeds) < 2:
+        parser.error("rules are chosen on some seeds and confirmed on others: give two at least")
+    return args
+
+
+def main() -> int:
+    """Run what is missing, write the page."""
+    args = parse_args()
+    one_thread()
+    with tempfile.TemporaryDirectory(prefix="npd-filter-") as directory:
+        folder = args.folder or Path(directory)
+        record = study(args, folder)
+    text = page(record)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "filter.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "filter.md").write_text(text)
+    return 0
+
+
+def study(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All that was measured, as plain JSON values."""
+    bench = Study(SETTING, folder)
+    record: dict[str, Any] = {"share": SHARE, "hot": HOT, "setting": asdict(SETTING)}
+    made = {seed: bench.data(seed, "noisy") for seed in range(args.seeds)}
+    detected = detect(made)
+    record["sum"] = {"what": "sum", **detected}
+    record["clean"] = detect_clean({s: bench.data(s, "clean") for s in range(args.seeds)}, detected)
+    if args.trained:
+        bench.train(range(args.trained), detected["chosen"])
+    record["cells"] = bench.arms()
+    if args.data is not None:
+        real = {s: real_data(args, folder / f"real-{s}", s) for s in range(args.real_seeds)}
+        record["real"] = {"what": args.source or args.data.name, **detect(real)}
+    return record | {
+        "command": _command(args),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _command(args: argparse.Namespace) -> str:
+    real = f" --data FILE --real-seeds {args.real_seeds}" * (args.data is not None)
+    options = f"--seeds {args.seeds} --trained {args.trained}{real}"
+    return f"python benchmarks/filter_study.py {options}"
+
+
+# -- Detection ---------------------------------------------------------------------------------
+
+
+def detect(made: Mapping[int, Made]) -> dict[str, Any]:
+    """Every rule on every seed; the best ones chosen on the first half of the seeds."""
+    samples = {seed: found.samples for seed, found in made.items()}
+    first = dict(islice(samples.items(), (len(samples) + 1) // 2))
+    others = {seed: found for seed, found in samples.items() if seed not in first}
+    families = {"npd": [*fr.grid()], "any": [*fr.others()]}
+    sweep: dict[str, dict[str, tuple[float, float]]] = {}
+    chosen = {}
+    for name, rules in families.items():
+        ranked = [(rule, fr.summary(rule, first)) for rule in rules]
+        chosen[name] = fr.choose(ranked)
+        for rule, figures in ranked:
+            sweep[rule.label] = {"chosen_on": figures, "others": fr.summary(rule, others)}
+    return {
+        "num_seeds": len(made),
+        "chosen_on": list(first),
+        "chosen": {name: asdict(rule) for name, rule in chosen.items()},
+        "counts": [_counts(found) for found in made.values()],
+        "rules": _measured([*fr.NAMED, *chosen.values()], samples),
+        "same_share": _measured(fr.controls(SHARE), samples),
+        "auc": {name: _auc(name, samples) for name in fr.STATISTICS},
+        "sweep": sweep,
+    }
+
+
+def detect_clean(made: Mapping[int, Made], detected: Mapping[str, Any]) -> dict[str, Any]:
+    """What the same rules cut where nothing was planted."""
+    rules = [*fr.NAMED, *(fr.Rule(**rule) for rule in detected["chosen"].values())]
+    return {"rules": _measured(rules, {seed: found.samples for seed, found in made.items()})}
+
+
+def _measured(
+    rules: Sequence[fr.Rule], seeds: Mapping[int, Sequence[fr.Labelled]]
+) -> dict[str, list[dict[str, float | None]]]:
+    return {
+        rule.label: [fr.measure(found, rule.cut(found, seed)) for seed, found in seeds.items()]
+        for rule in rules
+    }
+
+
+def _auc(name: str, seeds: Mapping[int, Sequence[fr.Labelled]]) -> list[dict[str, float]]:
+    found = []
+    for samples in seeds.values():
+        values = fr.STATISTICS[name](samples)
+        found.append({kind or "all": fr.auc(samples, values, kind) for kind in ("", *fr.KINDS)})
+    return found
+
+
+def _counts(made: Made) -> dict[str, Any]:
+    good = [sample.is_good for sample in made.samples if not sample.kind]
+    return {
+        "responses": made.num_kinds,
+        "prefiltered": [[kind, why, count] for (kind, why), count in made.prefiltered.items()],
+        "scored": len(made.samples),
+        "clean_right": sum(good) / len(good),
+    }
+
+
+# -- The ladder's students ---------------------------------------------------------------------
+
+
+class Study(Bench):
+    """The ladder's bench, its rungs behind noisy data."""
+
+    def data(self, seed: int, name: str) -> Made:
+        """The start student's texts for prompts it has not seen, `noisy` or `clean`, scored."""
+        self.seed(seed, [])
+        home = self.folder / f"seed-{seed}"
+        rows = read_problems(home / "new.jsonl")
+        write = partial(self._run_yaml, home, seed, {"data.train": home / "new.jsonl"})
+        found = data_set(home, name, rows, write, WORKING, share=_FIRST[name], seed=seed)
+        path = home / f"{name}.jsonl"
+        config = load_config(self._run_yaml(home, seed, {"data.train": path}, SCORED)).config
+        answers = {row["prompt"]: row["answer"].removeprefix(MARK) for row in rows}
+        return scored(path, found, config, lambda i, text: is_right(text, answers[found[i].prompt]))
+
+    def train(self, seeds: Sequence[int], chosen: Mapping[str, Any]) -> None:
+        """Train the starts on the noisy texts and the clean ones, behind each rule."""
+        arms = {seed: self._arms(seed, chosen) for seed in seeds}
+        for name in arms[seeds[0]]:
+            for seed in seeds:
+                self._arm(seed, name, *arms[seed][name])
+
+    def arms(self) -> list[Cell]:
+        """Every training that is finished, seed by seed."""
+        homes = sorted(self.folder.glob("seed-*"), key=lambda home: int(home.name[5:]))
+        files = [file for home in homes for file in sorted(home.glob("arm-*/cell.json"))]
+        return [json.loads(file.read_text()) for file in files]
+
+    def _arms(self, seed: int, chosen: Mapping[str, Any]) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """Name -> the data set and what is set of the filter."""
+        home = self.folder / f"seed-{seed}"
+        keep = {"filter.keep": 1.0 - SHARE}
+        letter = {f"filter.{name}": value for name, value in fr.LETTER.items()}
+        noisy, clean = home / "noisy.jsonl", home / "clean.jsonl"
+        none = {"filter.name": "none"}
+        sure = fr.Rule("", statistic="student NLL", top=SHARE)
+        found = {
+            "none": (noisy, none),
+            "oracle": (self._kept(seed, "oracle", None), none),
+            "default": (noisy, {}),
+            "letter": (noisy, letter),
+            "student_nll": (self._kept(seed, "student_nll", sure), none),
+            "random": (noisy, {"filter.name": "random", **keep}),
+            "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
+            "clean none": (clean, none),
+            "clean default": (clean, {}),
+            "clean letter": (clean, letter),
+            **self._best(seed, chosen, "noisy"),
+            "quantile": (noisy, {"filter.bounds": "quantile"}),
+            "ppl": (noisy, {"filter.ratio": "ppl"}),
+        }
+        best = self._best(seed, chosen, "clean")
+        return found | {f"clean {name}": arm for name, arm in best.items()}
+
+    def _best(
+        self, seed: int, chosen: Mapping[str, Any], data: str
+    ) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """The rules that were chosen; those that npd does not have as a data set cut before."""
+        found = {}
+        for name, values in chosen.items():
+            rule = fr.Rule(**values)
+            path = self.folder / f"seed-{seed}" / f"{data}.jsonl"
+            config = {f"filter.{key}": value for key, value in rule.config.items()}
+            if rule.statistic:
+                path, config = self._kept(seed, name, rule, data), {"filter.name": "none"}
+            found[f"best {name}"] = (path, config)
+        return found
+
+    def _kept(self, seed: int, name: str, rule: fr.Rule | None, data: str = "noisy") -> Path:
+        """The data set without what a rule cuts, or without the planted noise."""
+        home, made = self.folder / f"seed-{seed}", self.data(seed, data)
+        cut = rule.cut(made.samples, seed) if rule else [bool(s.kind) for s in made.samples]
+        left = {s.stats.prompt_index for s, is_cut in zip(made.samples, cut, strict=True) if is_cut}
+        lines = made.path.read_text().splitlines(keepends=True)
+        path = home / f"{data}-{name}.jsonl"
+        path.write_text("".join(line for i, line in enumerate(lines) if i not in left))
+        return path
+
+    def _arm(self, seed: int, name: str, data: Path, values: Mapping[str, Any]) -> Cell:
+        home, epochs = self.folder / f"seed-{seed}", self.setting.epochs
+        own = self._own(home) | {
+            "data.train": data,
+            "train.lr": self.setting.lr,
+            "train.min_lr": self.setting.lr / 10,
+            "train.warmup": 0.05,
+            "schedule.epochs": epochs,
+            "schedule.reuse": epochs,
+        }
+        folder = home / f"arm-{name.replace(' ', '-')}"
+        return self._cell(folder, name, seed, "npd", own | SCORED | values)
+
+    def _own(self, home: Path) -> dict[str, Any]:
+        student, teacher = home / "start" / "student", self.common / "teacher" / "student"
+        return {"student": student, "teacher": teacher}
+
+    def _run_yaml(self, home: Path, seed: int, *values: Mapping[str, Any]) -> Path:
+        merged = self._own(home)
+        for some in values:
+            merged |= some
+        return self._write_config(home, seed, "npd", merged)
+
+
+# -- Real text ---------------------------------------------------------------------------------
+
+
+def real_data(args: argparse.Namespace, folder: Path, seed: int) -> Made:
+    """The demo student's answers to some questions of a file, noise planted, scored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with args.data.open() as file:
+        lines = list(islice(file, seed * QUESTIONS, (seed + 1) * QUESTIONS))
+    rows = [{"prompt": json.loads(line)[args.column]} for line in lines]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write = partial(_real_yaml, args, folder, seed, prompts)
+    found = data_set(folder, "noisy", rows, write, PROSE, share=SHARE, seed=seed)
+    path = folder / "noisy.jsonl"
+    config = load_config(_real_yaml(args, folder, seed, path, SCORED)).config
+    return scored(path, found, config)
+
+
+def _real_yaml(
+    args: argparse.Namespace, folder: Path, seed: int, data: Path, values: Mapping[str, Any]
+) -> Path:
+    own = {
+        "preset": "npd",
+        "seed": seed,
+        "student": args.student,
+        "teacher": args.teacher,
+        "data.train": data,
+        "data.system": SYSTEM,
+        "data.heldout_size": 0,
+        "data.max_prompt_tokens": 512,
+        "generate.max_new_tokens": 64,
+        "generate.batch_size": QUESTIONS,
+        "filter.drop_truncated": False,
+        "score.row_tokens": 2048,
+        "eval.source": "none",
+        "runtime.kind": "inline",
+        "runtime.device": "cpu",
+        "runtime.threads": 1,
+    }
+    return write_run(folder / "run.yaml", own | dict(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
