@@ -11,11 +11,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from filter_rules import Labelled
-from noise import Response, Texts, plant
+from noise import PROSE, Response, Texts, plant
 from npd import stages
 from npd.chat import Chat
 from npd.config import RunConfig
@@ -147,3 +149,61 @@ def write_run(path: Path, values: Mapping[str, Any]) -> Path:
     """A run.yaml of dotted values, which `npd run` takes too."""
     path.write_text(json.dumps(nested(dict(values)), indent=1, default=str) + "\n")
     return path
+
+
+# -- Real text ---------------------------------------------------------------------------------
+
+
+# The demo's, which its student was warmed up with.
+_SYSTEM = "Answer in one short sentence."
+# Of the file, for each seed.
+_QUESTIONS = 80
+
+
+@dataclass(frozen=True)
+class Models:
+    """The demo's models, and questions for them: JSONL, and the column they are in."""
+
+    student: Path
+    teacher: Path
+    questions: Path
+    column: str
+
+
+def real_data(models: Models, folder: Path, *, share: float, seed: int) -> Made:
+    """The demo student's answers to some questions of a file, noise planted, scored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with models.questions.open() as file:
+        lines = list(islice(file, seed * _QUESTIONS, (seed + 1) * _QUESTIONS))
+    rows = [{"prompt": json.loads(line)[models.column]} for line in lines]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write = partial(_real_yaml, models, folder, seed, prompts)
+    found = data_set(folder, "noisy", rows, write, PROSE, share=share, seed=seed)
+    path = folder / "noisy.jsonl"
+    config = load_config(_real_yaml(models, folder, seed, path, SCORED)).config
+    return scored(path, found, config)
+
+
+def _real_yaml(
+    models: Models, folder: Path, seed: int, data: Path, values: Mapping[str, Any]
+) -> Path:
+    own = {
+        "preset": "npd",
+        "seed": seed,
+        "student": models.student,
+        "teacher": models.teacher,
+        "data.train": data,
+        "data.system": _SYSTEM,
+        "data.heldout_size": 0,
+        "data.max_prompt_tokens": 512,
+        "generate.max_new_tokens": 64,
+        "generate.batch_size": _QUESTIONS,
+        "filter.drop_truncated": False,
+        "score.row_tokens": 2048,
+        "eval.source": "none",
+        "runtime.kind": "inline",
+        "runtime.device": "cpu",
+        "runtime.threads": 1,
+    }
+    return write_run(folder / "run.yaml", own | dict(values))

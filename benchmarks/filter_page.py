@@ -49,10 +49,6 @@ def page(record: Record) -> str:
         "",
         *_detection(found),
         "",
-        "With nothing planted, the same rules cut:",
-        "",
-        *_rules(record["clean"]["rules"], kinds=False),
-        "",
         *_effects(record["cells"]),
     ]
     if "real" in record:
@@ -81,10 +77,14 @@ def _detection(found: Record) -> list[str]:
     lines = [*_counts(found), "", *_rules(plain), ""]
     lines += [
         f"The best of the grid, chosen on seeds {_listed(found['chosen_on'])} (most noise found "
-        "with at most 2 % of the good samples cut); these figures are of the other "
-        f"{found['num_seeds'] - first} seeds:",
+        "with at most 2 % of the good samples cut, with the noise beside them and without); these "
+        f"figures are of the other {found['num_seeds'] - first} seeds:",
         "",
         *_rules(others),
+        "",
+        "Where nothing was planted (the clean samples alone), the same rules cut:",
+        "",
+        *_rules(found["unplanted"], kinds=False),
         "",
         "How the grid's best did on the seeds they were ranked by, and on the others:",
         "",

@@ -33,20 +33,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import filter_rules as fr
 from common import commit, machine, versions
-from filter_data import HOT, SCORED, Made, data_set, scored, write_run
+from filter_data import HOT, SCORED, Made, Models, data_set, real_data, scored
 from filter_page import page
 from ladder import SUM, Bench, one_thread
 from ladder_page import Cell
-from noise import PROSE, WORKING
+from noise import WORKING
 from npd.settings import load_config
 from tasks import MARK, is_right, read_problems
 
 SETTING = replace(SUM, is_new=True)
 SHARE = 0.3
-SYSTEM = "Answer in one short sentence."
-"""The demo's, which its student was warmed up with."""
-QUESTIONS = 80
-"""Of the file, for each seed."""
 _FIRST = {"noisy": SHARE, "clean": 0.0}
 
 
@@ -92,12 +88,15 @@ def study(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = {seed: bench.data(seed, "noisy") for seed in range(args.seeds)}
     detected = detect(made)
     record["sum"] = {"what": "sum", **detected}
-    record["clean"] = detect_clean({s: bench.data(s, "clean") for s in range(args.seeds)}, detected)
     if args.trained:
         bench.train(range(args.trained), detected["chosen"])
     record["cells"] = bench.arms()
     if args.data is not None:
-        real = {s: real_data(args, folder / f"real-{s}", s) for s in range(args.real_seeds)}
+        models = Models(args.student, args.teacher, args.data, args.column)
+        real = {
+            seed: real_data(models, folder / f"real-{seed}", share=SHARE, seed=seed)
+            for seed in range(args.real_seeds)
+        }
         record["real"] = {"what": args.source or args.data.name, **detect(real)}
     return record | {
         "command": _command(args),
@@ -124,27 +123,23 @@ def detect(made: Mapping[int, Made]) -> dict[str, Any]:
     families = {"npd": [*fr.grid()], "any": [*fr.others()]}
     sweep: dict[str, dict[str, tuple[float, float]]] = {}
     chosen = {}
-    for name, rules in families.items():
-        ranked = [(rule, fr.summary(rule, first)) for rule in rules]
+    for name, family in families.items():
+        ranked = [(rule, fr.summary(rule, first)) for rule in family]
         chosen[name] = fr.choose(ranked)
         for rule, figures in ranked:
             sweep[rule.label] = {"chosen_on": figures, "others": fr.summary(rule, others)}
+    rules = [*fr.NAMED, *chosen.values()]
     return {
         "num_seeds": len(made),
         "chosen_on": list(first),
         "chosen": {name: asdict(rule) for name, rule in chosen.items()},
         "counts": [_counts(found) for found in made.values()],
-        "rules": _measured([*fr.NAMED, *chosen.values()], samples),
+        "rules": _measured(rules, samples),
+        "unplanted": _measured(rules, {s: fr.unplanted(found) for s, found in samples.items()}),
         "same_share": _measured(fr.controls(SHARE), samples),
         "auc": {name: _auc(name, samples) for name in fr.STATISTICS},
         "sweep": sweep,
     }
-
-
-def detect_clean(made: Mapping[int, Made], detected: Mapping[str, Any]) -> dict[str, Any]:
-    """What the same rules cut where nothing was planted."""
-    rules = [*fr.NAMED, *(fr.Rule(**rule) for rule in detected["chosen"].values())]
-    return {"rules": _measured(rules, {seed: found.samples for seed, found in made.items()})}
 
 
 def _measured(
@@ -277,48 +272,6 @@ class Study(Bench):
         for some in values:
             merged |= some
         return self._write_config(home, seed, "npd", merged)
-
-
-# -- Real text ---------------------------------------------------------------------------------
-
-
-def real_data(args: argparse.Namespace, folder: Path, seed: int) -> Made:
-    """The demo student's answers to some questions of a file, noise planted, scored."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with args.data.open() as file:
-        lines = list(islice(file, seed * QUESTIONS, (seed + 1) * QUESTIONS))
-    rows = [{"prompt": json.loads(line)[args.column]} for line in lines]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write = partial(_real_yaml, args, folder, seed, prompts)
-    found = data_set(folder, "noisy", rows, write, PROSE, share=SHARE, seed=seed)
-    path = folder / "noisy.jsonl"
-    config = load_config(_real_yaml(args, folder, seed, path, SCORED)).config
-    return scored(path, found, config)
-
-
-def _real_yaml(
-    args: argparse.Namespace, folder: Path, seed: int, data: Path, values: Mapping[str, Any]
-) -> Path:
-    own = {
-        "preset": "npd",
-        "seed": seed,
-        "student": args.student,
-        "teacher": args.teacher,
-        "data.train": data,
-        "data.system": SYSTEM,
-        "data.heldout_size": 0,
-        "data.max_prompt_tokens": 512,
-        "generate.max_new_tokens": 64,
-        "generate.batch_size": QUESTIONS,
-        "filter.drop_truncated": False,
-        "score.row_tokens": 2048,
-        "eval.source": "none",
-        "runtime.kind": "inline",
-        "runtime.device": "cpu",
-        "runtime.threads": 1,
-    }
-    return write_run(folder / "run.yaml", own | dict(values))
 
 
 if __name__ == "__main__":

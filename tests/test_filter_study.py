@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,10 @@ def test_a_limit_and_a_share_cut_the_highest():
         True,
     ]
     assert fr.Rule("", statistic="NLL gap", top=0.25).cut(samples) == [False, False, False, True]
+    outlier = fr.Rule("", statistic="teacher NLL", spread=1.0)
+    # Median 1.5, median deviation 1.
+    assert outlier.cut(samples) == [False, False, False, True]
+    assert not any(replace(outlier, least=3.0).cut(samples))
     assert fr.highest([1.0, 2.0, 2.0], 1) == [False, True, False]
 
 
@@ -176,6 +181,7 @@ def made_up():
              "scored": 12, "clean_right": 0.75},
         ],
         "rules": rules,
+        "unplanted": rules,
         "same_share": {"random": 2 * [fr.measure(samples[0], [True] * 6 + [False] * 6)]},
         "auc": {},
         "sweep": {"nll: x": {"chosen_on": [0.5, 0.01], "others": [0.4, 0.03]}},
@@ -189,7 +195,7 @@ def made_up():
     ]  # fmt: skip
     return {
         "share": 0.3, "hot": 2.0, "setting": {"task": "sum"}, "sum": found, "real": found,
-        "clean": {"rules": rules}, "cells": cells, "command": "x", "commit": "abc",
+        "cells": cells, "command": "x", "commit": "abc",
         "machine": {"cpu": "c", "cores": 2, "memory_gib": 1}, "versions": {"python": "3"},
     }  # fmt: skip
 
