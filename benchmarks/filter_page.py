@@ -26,7 +26,7 @@ LABELS = {
     "teacher_nll": "teacher NLL, the planted share cut",
     "student_nll": "student NLL, the planted share cut",
     "best npd": "best bounds of Δ-IFD",
-    "best any": "best single statistic",
+    "best both": "best rule for both kinds of text",
     "oracle": "oracle: exactly the planted cut",
 }
 

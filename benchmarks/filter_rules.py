@@ -41,7 +41,7 @@ class Labelled:
         return not self.kind and self.is_right is not False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """Who is cut: whom a filter of npd's cuts (`config`), or whose `statistic` is above `limit`,
     or more than `spread` median deviations above the median (and above `least`), or among the

@@ -25,7 +25,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, TypeAlias
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -85,19 +86,25 @@ def study(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All that was measured, as plain JSON values."""
     bench = Study(SETTING, folder)
     record: dict[str, Any] = {"share": SHARE, "hot": HOT, "setting": asdict(SETTING)}
-    made = {seed: bench.data(seed, "noisy") for seed in range(args.seeds)}
-    detected = detect(made)
-    record["sum"] = {"what": "sum", **detected}
-    if args.trained:
-        bench.train(range(args.trained), detected["chosen"])
-    record["cells"] = bench.arms()
+    ours = {seed: bench.data(seed, "noisy") for seed in range(args.seeds)}
+    found = {"sum": {seed: made.samples for seed, made in ours.items()}}
+    record["sum"] = {"what": "sum", "counts": [_counts(made) for made in ours.values()]}
     if args.data is not None:
         models = Models(args.student, args.teacher, args.data, args.column)
         real = {
             seed: real_data(models, folder / f"real-{seed}", share=SHARE, seed=seed)
             for seed in range(args.real_seeds)
         }
-        record["real"] = {"what": args.source or args.data.name, **detect(real)}
+        found["real"] = {seed: made.samples for seed, made in real.items()}
+        record["real"] = {
+            "what": args.source or args.data.name,
+            "counts": [_counts(made) for made in real.values()],
+        }
+    for name, detected in detect(found).items():
+        record[name] |= detected
+    if args.trained:
+        bench.train(range(args.trained), record["sum"]["chosen"])
+    record["cells"] = bench.arms()
     return record | {
         "command": _command(args),
         "commit": commit(),
@@ -115,43 +122,70 @@ def _command(args: argparse.Namespace) -> str:
 # -- Detection ---------------------------------------------------------------------------------
 
 
-def detect(made: Mapping[int, Made]) -> dict[str, Any]:
-    """Every rule on every seed; the best ones chosen on the first half of the seeds."""
-    samples = {seed: found.samples for seed, found in made.items()}
-    first = dict(islice(samples.items(), (len(samples) + 1) // 2))
-    others = {seed: found for seed, found in samples.items() if seed not in first}
-    families = {"npd": [*fr.grid()], "any": [*fr.others()]}
-    sweep: dict[str, dict[str, tuple[float, float]]] = {}
-    chosen = {}
-    for name, family in families.items():
-        ranked = [(rule, fr.summary(rule, first)) for rule in family]
-        chosen[name] = fr.choose(ranked)
-        for rule, figures in ranked:
-            sweep[rule.label] = {"chosen_on": figures, "others": fr.summary(rule, others)}
+Seeds: TypeAlias = Mapping[int, Sequence[fr.Labelled]]
+
+
+def detect(texts: Mapping[str, Seeds]) -> dict[str, dict[str, Any]]:
+    """Every rule on every kind of text and seed; the best chosen on the first half of the seeds.
+
+    `npd`: of the bounds that npd has; `any`: of all rules; `both`: with the highest mean recall
+    over the kinds of text.
+    """
+    families = {"npd": [*fr.grid()], "any": [*fr.grid(), *fr.others()]}
+    halves = {name: _halves(seeds) for name, seeds in texts.items()}
+    figures = {
+        name: {rule: [fr.summary(rule, half) for half in halves[name]] for rule in families["any"]}
+        for name in texts
+    }
+    worst = [(rule, _over([figures[name][rule][0] for name in texts])) for rule in families["any"]]
+    both = fr.choose(worst)
+    found = {}
+    for name, seeds in texts.items():
+        chosen = {
+            family: fr.choose([(rule, figures[name][rule][0]) for rule in rules])
+            for family, rules in families.items()
+        }
+        chosen["both"] = both
+        found[name] = _detected(seeds, chosen) | {
+            "chosen_on": list(halves[name][0]),
+            "sweep": {
+                rule.label: dict(zip(("chosen_on", "others"), pair, strict=True))
+                for rule, pair in figures[name].items()
+            },
+        }
+    return found
+
+
+def _halves(seeds: Seeds) -> tuple[Seeds, Seeds]:
+    first = dict(islice(seeds.items(), (len(seeds) + 1) // 2))
+    return first, {seed: samples for seed, samples in seeds.items() if seed not in first}
+
+
+def _over(figures: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of several kinds of text: the mean of the recalls, the most of the good samples cut."""
+    return mean(recall for recall, _ in figures), max(good_cut for _, good_cut in figures)
+
+
+def _detected(seeds: Seeds, chosen: Mapping[str, fr.Rule]) -> dict[str, Any]:
     rules = [*fr.NAMED, *chosen.values()]
     return {
-        "num_seeds": len(made),
-        "chosen_on": list(first),
+        "num_seeds": len(seeds),
         "chosen": {name: asdict(rule) for name, rule in chosen.items()},
-        "counts": [_counts(found) for found in made.values()],
-        "rules": _measured(rules, samples),
-        "unplanted": _measured(rules, {s: fr.unplanted(found) for s, found in samples.items()}),
-        "same_share": _measured(fr.controls(SHARE), samples),
-        "auc": {name: _auc(name, samples) for name in fr.STATISTICS},
-        "sweep": sweep,
+        "rules": _measured(rules, seeds),
+        "unplanted": _measured(rules, {s: fr.unplanted(found) for s, found in seeds.items()}),
+        "same_share": _measured(fr.controls(SHARE), seeds),
+        "auc": {name: _auc(name, seeds) for name in fr.STATISTICS},
     }
 
 
-def _measured(
-    rules: Sequence[fr.Rule], seeds: Mapping[int, Sequence[fr.Labelled]]
-) -> dict[str, list[dict[str, float | None]]]:
+def _measured(rules: Sequence[fr.Rule], seeds: Seeds) -> dict[str, list[dict[str, float | None]]]:
     return {
         rule.label: [fr.measure(found, rule.cut(found, seed)) for seed, found in seeds.items()]
         for rule in rules
     }
 
 
-def _auc(name: str, seeds: Mapping[int, Sequence[fr.Labelled]]) -> list[dict[str, float]]:
+def _auc(name: str, seeds: Seeds) -> list[dict[str, float]]:
     found = []
     for samples in seeds.values():
         values = fr.STATISTICS[name](samples)
@@ -208,23 +242,24 @@ class Study(Bench):
         noisy, clean = home / "noisy.jsonl", home / "clean.jsonl"
         none = {"filter.name": "none"}
         sure = fr.Rule("", statistic="student NLL", top=SHARE)
-        found = {
+        best, clean_best = (self._best(seed, chosen, data) for data in ("noisy", "clean"))
+        return {
             "none": (noisy, none),
             "oracle": (self._kept(seed, "oracle", None), none),
             "default": (noisy, {}),
+            "best both": best["both"],
             "letter": (noisy, letter),
-            "student_nll": (self._kept(seed, "student_nll", sure), none),
             "random": (noisy, {"filter.name": "random", **keep}),
-            "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
             "clean none": (clean, none),
+            "clean best both": clean_best["both"],
             "clean default": (clean, {}),
             "clean letter": (clean, letter),
-            **self._best(seed, chosen, "noisy"),
+            "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
+            "best npd": best["npd"],
             "quantile": (noisy, {"filter.bounds": "quantile"}),
             "ppl": (noisy, {"filter.ratio": "ppl"}),
+            "student_nll": (self._kept(seed, "student_nll", sure), none),
         }
-        best = self._best(seed, chosen, "clean")
-        return found | {f"clean {name}": arm for name, arm in best.items()}
 
     def _best(
         self, seed: int, chosen: Mapping[str, Any], data: str
