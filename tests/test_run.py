@@ -323,10 +323,10 @@ def test_a_filter_that_keeps_nothing_ends_with_the_reasons(make):
 
 
 @pytest.mark.parametrize("source", ["dataset", "student"])
-@pytest.mark.parametrize("name", ["overlap"])
+@pytest.mark.parametrize("name", ["outlier", "overlap"])
 def test_filters_that_need_no_answer_alone_run_over_any_text(make, source, name):
     keep = 0.8 if name == "overlap" else None
-    chosen = {"name": name, "keep": keep}
+    chosen = {"name": name, "keep": keep, "usual_nll": 0.0, "deviations": 1.0}
     schedule = {"refresh": "never"}
     result = npd.run(
         make(filter=chosen, generate={"source": source}, schedule=schedule), view=QuietView()
