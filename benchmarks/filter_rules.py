@@ -150,6 +150,7 @@ NAMED = (
     Rule("ppl ratio to the letter", {**LETTER, "ratio": "ppl"}),
     Rule("ppl ratio, default", {"ratio": "ppl"}),
     Rule("ppl ratio, quantiles", {"ratio": "ppl", "bounds": "quantile"}),
+    Rule("outlier", {"name": "outlier"}),
 )
 """The filters as npd has them."""
 
