@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, TypeAlias
 
+from filter_rules import MOST_CUT
 from ladder_page import Cell, by_rung, differences, interval
 from noise import KINDS
 
@@ -133,23 +134,26 @@ def _rules(rules: Mapping[str, Sequence[Record]], *, kinds: bool = True) -> list
     return lines
 
 
-def _sweep(sweep: Mapping[str, Mapping[str, Sequence[float]]], most: int = 6) -> list[str]:
-    """The best rules of each family: found and wrongly cut, on both halves of the seeds."""
+def _sweep(sweep: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """The three best of each way to bound Δ-IFD, and the ten best others, one of a kind each."""
     lines = _head(
         "rule", "noise found, % (chosen on)", "good cut, %", "noise found, % (others)",
         "good cut, %",
     )  # fmt: skip
+    allowed = [label for label, halves in sweep.items() if halves["chosen_on"][1] <= MOST_CUT]
+    allowed.sort(key=lambda label: -sweep[label]["chosen_on"][0])
     families: dict[str, list[str]] = {}
-    for label, halves in sweep.items():
-        if halves["chosen_on"][1] <= 0.02:
-            families.setdefault(_family(label), []).append(label)
-    for labels in families.values():
-        labels.sort(key=lambda label: -sweep[label]["chosen_on"][0])
-        is_grid = _family(labels[0]) in ("nll", "ppl", "nll quantiles", "ppl quantiles")
-        for label in labels[: most if is_grid else 1]:
-            cells = (*sweep[label]["chosen_on"], *sweep[label]["others"])
-            lines.append(_row(label, *(f"{100 * value:.1f}" for value in cells)))
+    for label in allowed:
+        families.setdefault(_family(label), []).append(label)
+    npd = [label for name in _NPD for label in families.pop(name, [])[:3]]
+    for label in (*npd, *(labels[0] for labels in [*families.values()][:10])):
+        cells = (*sweep[label]["chosen_on"], *sweep[label]["others"])
+        lines.append(_row(label, *(f"{100 * value:.1f}" for value in cells)))
     return lines
+
+
+# The bounds that `FilterConfig` has.
+_NPD = ("nll", "ppl", "nll quantiles", "ppl quantiles")
 
 
 def _family(label: str) -> str:
