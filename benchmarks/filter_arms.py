@@ -66,12 +66,15 @@ class Arms(Bench):
         noisy, clean = home / "noisy.jsonl", home / "clean.jsonl"
         none = {"filter.name": "none"}
         sure = fr.Rule("", statistic="student NLL", top=SHARE)
+        longer = round(self.setting.epochs / (1.0 - SHARE))
+        steps = {"schedule.epochs": longer, "schedule.reuse": longer}
         best, clean_best = (self._best(seed, chosen, data) for data in ("noisy", "clean"))
         return {
             "none": (noisy, none),
             "oracle": (self._kept(seed, "oracle", None), none),
             "default": (noisy, {}),
             "best both": best["both"],
+            "best both, long": (best["both"][0], best["both"][1] | steps),
             "letter": (noisy, letter),
             "random": (noisy, {"filter.name": "random", **keep}),
             "clean none": (clean, none),
@@ -119,7 +122,7 @@ class Arms(Bench):
             "schedule.epochs": epochs,
             "schedule.reuse": epochs,
         }
-        folder = home / f"arm-{name.replace(' ', '-')}"
+        folder = home / f"arm-{name.replace(',', '').replace(' ', '-')}"
         return self._cell(folder, name, seed, "npd", own | SCORED | values)
 
     def _own(self, home: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ LABELS = {
     "student_nll": "student NLL, the planted share cut",
     "best npd": "best bounds of Δ-IFD",
     "best both": "best rule for both kinds of text",
+    "best both, long": "the same, as many steps as without a filter",
     "oracle": "oracle: exactly the planted cut",
 }
 
