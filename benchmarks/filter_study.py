@@ -37,6 +37,7 @@ from filter_arms import SETTING, SHARE, Arms
 from filter_data import HOT, Made, Models, real_data
 from filter_page import page
 from ladder import one_thread
+from ladder_page import Cell
 
 Seeds: TypeAlias = Mapping[int, Sequence[fr.Labelled]]
 
@@ -100,7 +101,7 @@ def study(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         bench.train(range(args.trained), record["sum"]["chosen"])
     record["cells"] = bench.arms()
     return record | {
-        "command": _command(args),
+        "command": _command(args, record["cells"]),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
@@ -113,9 +114,11 @@ def _compact(record: Mapping[str, Any]) -> str:
     return json.dumps(short, indent=1)
 
 
-def _command(args: argparse.Namespace) -> str:
+def _command(args: argparse.Namespace, cells: Sequence[Cell]) -> str:
+    """What makes all of this, the trainings that were there before too."""
+    trained = max([args.trained, *(cell["seed"] + 1 for cell in cells)])
     real = f" --data FILE --real-seeds {args.real_seeds}" * (args.data is not None)
-    options = f"--seeds {args.seeds} --trained {args.trained}{real}"
+    options = f"--seeds {args.seeds} --trained {trained}{real}"
     return f"python benchmarks/filter_study.py {options}"
 
 

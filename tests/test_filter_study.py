@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import filter_page
 import filter_rules as fr
+import filter_study
 import noise
 from npd.types import FinishReason, SampleStats
 
@@ -161,6 +162,22 @@ def test_the_rule_chosen_finds_most_without_cutting_good_ones():
     figures = [(rule, fr.summary(rule, {0: [*noisy, *good]})) for rule in rules]
     assert figures[0][1] == (0.25, 0.0)
     assert fr.choose(figures).label == "4.0"
+
+
+def test_one_rule_is_chosen_for_all_kinds_of_text_on_the_first_seeds():
+    def text(usual, seeds):
+        good = [sample(i, nll_student=usual * (1 + i / 40)) for i in range(20)]
+        noisy = [sample(i, "hot", nll_student=usual * 9) for i in range(20, 26)]
+        return {seed: [*good, *noisy] for seed in range(seeds)}
+
+    found = filter_study.detect({"sum": text(0.3, 3), "real": text(2.0, 2)})
+    assert (found["sum"]["chosen_on"], found["real"]["chosen_on"]) == ([0, 1], [0])
+    both = found["sum"]["chosen"]["both"]
+    assert both == found["real"]["chosen"]["both"]
+    # A fixed limit that parts good from noisy in one kind does not in the other.
+    assert both["spread"] is not None
+    assert found["sum"]["sweep"][both["label"]] == {"chosen_on": (1.0, 0.0), "others": (1.0, 0.0)}
+    assert [seed["recall"] for seed in found["real"]["rules"]["outlier"]] == [1.0, 1.0]
 
 
 # -- The page ----------------------------------------------------------------------------------
