@@ -165,7 +165,7 @@ def _family(label: str) -> str:
 
 def _statistics(found: Record) -> list[str]:
     lines = _head(
-        "statistic", "noise found, %", *KINDS, "good ones cut, %", "AUC",
+        "statistic", "noise found, %", *KINDS, "good ones cut, %", "clean but wrong cut, %", "AUC",
         *(f"AUC {kind}" for kind in KINDS),
     )  # fmt: skip
     for label, seeds in found["same_share"].items():
@@ -176,6 +176,7 @@ def _statistics(found: Record) -> list[str]:
                 _percent(seeds, "recall"),
                 *(_percent(seeds, kind, bare=True) for kind in KINDS),
                 _percent(seeds, "good_cut", bare=True),
+                _percent(seeds, "wrong_cut", bare=True),
                 *(_area(areas, kind) for kind in ("all", *KINDS)),
             )
         )
