@@ -65,7 +65,6 @@ class Arms(Bench):
         letter = {f"filter.{name}": value for name, value in fr.LETTER.items()}
         noisy, clean = home / "noisy.jsonl", home / "clean.jsonl"
         none = {"filter.name": "none"}
-        sure = fr.Rule("", statistic="student NLL", top=SHARE)
         longer = round(self.setting.epochs / (1.0 - SHARE))
         steps = {"schedule.epochs": longer, "schedule.reuse": longer}
         best, clean_best = (self._best(seed, chosen, data) for data in ("noisy", "clean"))
@@ -82,10 +81,8 @@ class Arms(Bench):
             "clean default": (clean, {}),
             "clean letter": (clean, letter),
             "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
-            "best npd": best["npd"],
             "quantile": (noisy, {"filter.bounds": "quantile"}),
             "ppl": (noisy, {"filter.ratio": "ppl"}),
-            "student_nll": (self._kept(seed, "student_nll", sure), none),
         }
 
     def _best(

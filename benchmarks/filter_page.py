@@ -25,8 +25,6 @@ LABELS = {
     "quantile": "Δ-IFD, quantiles 0.05 to 0.95",
     "ppl": "ppl ratio, default",
     "teacher_nll": "teacher NLL, the planted share cut",
-    "student_nll": "student NLL, the planted share cut",
-    "best npd": "best bounds of Δ-IFD",
     "best both": "best rule for both kinds of text",
     "best both, long": "the same, as many steps as without a filter",
     "oracle": "oracle: exactly the planted cut",
@@ -45,7 +43,7 @@ def page(record: Record) -> str:
         "`truncated` (cut at a random token, ended as if whole), `shuffled` (its steps, or words, "
         "in another order), `off_topic` (the response to another prompt), `hot` (sampled at "
         f"temperature {record['hot']:g}). Good: clean, and right where that can be told. ±: 95 % "
-        "t-interval of the mean over seeds.",
+        "t-interval of the mean over seeds. Rows with fewer seeds: what there was time for.",
         "",
         "## Detection: sums",
         "",
