@@ -1,7 +1,7 @@
 """What the Δ-IFD filter is worth: does it find noise that was planted, and does that help?
 
     make filter-study                          # to benchmarks/results/filter
-    python benchmarks/filter_study.py --folder DIR --seeds 6 --trained 5
+    python benchmarks/filter_study.py --folder DIR --seeds 5 --trained 5
     python benchmarks/filter_study.py --trained 0 --data questions.jsonl
 
 Detection: the ladder's students write, noise is planted into a known share of their texts
@@ -45,14 +45,14 @@ Seeds: TypeAlias = Mapping[int, Sequence[fr.Labelled]]
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=6, help="of detection")
+    parser.add_argument("--seeds", type=int, default=5, help="of detection")
     parser.add_argument("--trained", type=int, default=5, help="seeds of training; 0: none")
     parser.add_argument("--data", type=Path, help="JSONL of questions for the demo's models")
     parser.add_argument("--column", default="question", help="of the file at --data")
     parser.add_argument("--source", default="", help="what the page calls the file at --data")
     parser.add_argument("--teacher", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--student", type=Path, default=Path("runs/demo/warm/student"))
-    parser.add_argument("--real-seeds", type=int, default=4)
+    parser.add_argument("--real-seeds", type=int, default=3, help="of the answers to --data")
     parser.add_argument("--out", type=Path, help="folder for filter.json and filter.md")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
     args = parser.parse_args()
