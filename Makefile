@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench bench-loss soak ladder rl docs clean
+.PHONY: help install vllm demo test lint types check bench bench-loss soak ladder filter-study rl docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,7 +44,6 @@ types: install  ## mypy --strict
 check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
 
 bench-loss: install  ## the loss alone, against its reference and its bars
@@ -54,12 +53,13 @@ soak: install  ## a run under 100 random kill -9, in about 20 minutes
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/faults
 
 ladder: install  ## the paper's ladder in miniature, 5 seeds; goes on where it was stopped
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/ladder.py --folder runs/ladder --out benchmarks/results/ladder
 
 rl: install  ## GRPO from the ladder's students, 5 seeds; goes on where it was stopped
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/rl.py --folder runs/ladder --out benchmarks/results/rl
+
+filter-study: install  ## what the Δ-IFD filter finds of planted noise, and what training gains
+	$(BIN)/python benchmarks/filter_study.py --folder runs/filter-study --out benchmarks/results/filter
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py

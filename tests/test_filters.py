@@ -15,6 +15,7 @@ from npd.filters import (
     bounds,
     build_filter,
     delta_ifd,
+    highest_nll,
     ifd,
     prefilter,
     repeat_share,
@@ -300,6 +301,47 @@ def test_nothing_known_bounds_nothing():
     config = FilterConfig(bounds="quantile")
     assert bounds(config, [stats(nll_student=None)]) == (-math.inf, math.inf)
     assert bounds(config, []) == (-math.inf, math.inf)
+
+
+# --- outliers -----------------------------------------------------------------------------------
+
+
+def with_nlls(*nlls, first_id=0):
+    return [stats(first_id + i, nll_student=nll) for i, nll in enumerate(nlls)]
+
+
+def test_an_outlier_by_hand():
+    config = FilterConfig(name="outlier", deviations=2.0, usual_nll=0.0)
+    # Median 3, distances to it 2, 1, 0, 1 and 6: their median is 1.
+    batch = with_nlls(1.0, 2.0, 3.0, 4.0, 9.0)
+    assert highest_nll(config, batch) == 5.0
+    reasons = [verdict.reason for verdict in build_filter(config, 0).judge(batch, [])]
+    assert reasons == ["", "", "", "", "outlier"]
+    assert highest_nll(config.model_copy(update={"usual_nll": 9.0}), batch) == 9.0
+
+
+def test_an_outlier_is_judged_by_the_student_alone():
+    config = FilterConfig(name="outlier")
+    others = dict.fromkeys(("nll_teacher", "nll_teacher_alone", "nll_student_alone"))
+    batch = [stats(i, **others) for i in range(3)] + [stats(3, nll_student=9.0)]
+    assert kept_ids(build_filter(config, 0).judge(batch, []), batch) == {0, 1, 2}
+
+
+def test_what_is_usual_comes_from_the_recent_history_too():
+    config = FilterConfig(name="outlier", deviations=1.0, usual_nll=0.0, history=3)
+    history = with_nlls(100.0, 100.0, 1.0, 1.0, 1.5, first_id=10)
+    batch = with_nlls(1.5, 3.0)
+    # Of 1, 1, 1.5, 1.5 and 3: median 1.5, deviation 0.5.
+    assert kept_ids(build_filter(config, 0).judge(batch, history), batch) == {0}
+    assert kept_ids(build_filter(config, 0).judge(batch, []), batch) == {0, 1}
+
+
+@pytest.mark.parametrize("gap", [None, math.nan])
+def test_a_sample_without_the_student_s_nll_is_unscored(gap):
+    batch = with_nlls(1.0, gap, 1.0)
+    verdicts = build_filter(FilterConfig(name="outlier"), 0).judge(batch, [])
+    assert [verdict.reason for verdict in verdicts] == ["", "unscored", ""]
+    assert highest_nll(FilterConfig(), with_nlls(gap)) == math.inf
 
 
 def brute_value(name, sample, pool):

@@ -322,6 +322,21 @@ def test_a_filter_that_keeps_nothing_ends_with_the_reasons(make):
         npd.run(make(filter={"low": 50.0, "high": 60.0, "min_nll": 0.0}), view=QuietView())
 
 
+@pytest.mark.parametrize("source", ["dataset", "student"])
+@pytest.mark.parametrize("name", ["outlier", "overlap"])
+def test_filters_that_need_no_answer_alone_run_over_any_text(make, source, name):
+    keep = 0.8 if name == "overlap" else None
+    chosen = {"name": name, "keep": keep, "usual_nll": 0.0, "deviations": 1.0}
+    schedule = {"refresh": "never"}
+    result = npd.run(
+        make(filter=chosen, generate={"source": source}, schedule=schedule), view=QuietView()
+    )
+    rejected = {why for (what, why) in result.data.reasons if what is Outcome.REJECTED}
+    assert rejected == {name}
+    assert all(s.stats.nll_student is not None for s in result.data.samples)
+    assert all(s.stats.nll_student_alone is None for s in result.data.samples)
+
+
 def test_events_are_readable_by_later_code(make):
     result = npd.run(make(), view=QuietView())
     with Ledger.reader(RunLayout(result.directory).ledger_db) as ledger:

@@ -1,8 +1,9 @@
 """Which samples are trained on: pure functions from a sample's scalars to a Verdict.
 
 `prefilter` speaks before the teacher is paid for, a `Filter` after. Δ-IFD is the method's own
-filter; the controls drop as many samples by something simpler, so that its effect can be told from
-mere dropping. Nothing here reads tensors, remembers a call, or depends on the order of a batch.
+filter; `outlier` looks for text that is not the student's; the controls drop as many samples by
+something simpler, so that the effect of Δ-IFD can be told from mere dropping. Nothing here reads
+tensors, remembers a call, or depends on the order of a batch.
 
 IFD, instruction-following difficulty: Li et al. 2308.12032 (ratio of mean NLLs), 2402.00530 (ratio
 of perplexities). Δ-IFD and its bounds: 2605.05940.
@@ -150,6 +151,41 @@ class DeltaIfd:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlier:
+    """Keep what the student finds no harder than is usual for it, whoever wrote it.
+
+    Reasons: `outlier` above `highest_nll`, `unscored` where the student's NLL is missing.
+    """
+
+    config: FilterConfig
+
+    def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
+        """Judge a batch by what is usual in the recent history and itself."""
+        highest = highest_nll(self.config, _pool(batch, history, self.config))
+        return [self._judge_one(stats.nll_student, highest) for stats in batch]
+
+    def _judge_one(self, nll: float | None, highest: float) -> Verdict:
+        if nll is None or math.isnan(nll):
+            return UNSCORED
+        return KEEP if nll <= highest else Verdict(keep=False, reason="outlier")
+
+
+def highest_nll(config: FilterConfig, pool: Sequence[SampleStats]) -> float:
+    """The largest NLL of the student that is usual in `pool`, nats per token.
+
+    `deviations` median absolute deviations above the median, both over the scored samples, and
+    `usual_nll` at least.
+    """
+    nlls = [stats.nll_student for stats in pool if stats.nll_student is not None]
+    known = [nll for nll in nlls if math.isfinite(nll)]
+    if not known:
+        return math.inf
+    middle = statistics.median(known)
+    deviation = statistics.median(abs(nll - middle) for nll in known)
+    return max(middle + config.deviations * deviation, config.usual_nll)
+
+
+@dataclass(frozen=True, slots=True)
 class Control:
     """Keep the samples that rank lowest, as many as `keep` says or as Δ-IFD keeps of the batch.
 
@@ -223,6 +259,7 @@ FILTERS: Mapping[str, Callable[[FilterConfig, int], Filter]] = MappingProxyType(
     {
         "none": lambda config, seed: KeepAll(),
         "delta_ifd": lambda config, seed: DeltaIfd(config),
+        "outlier": lambda config, seed: Outlier(config),
         "random": lambda config, seed: Control(config, _by_chance(seed), seed),
         "teacher_nll": lambda config, seed: Control(config, _by_teacher_nll, seed),
         "overlap": lambda config, seed: Control(config, _by_overlap, seed),

@@ -153,7 +153,7 @@ def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
             "generate.samples_per_prompt: 1",
         ),
         (
-            c.filter.keep is not None and c.filter.name in ("none", "delta_ifd"),
+            c.filter.keep is not None and c.filter.name in ("none", "delta_ifd", "outlier"),
             f"filter.keep is the share a control keeps, and filter.name {c.filter.name} is none: "
             "leave it out, or set filter.name: random",
         ),

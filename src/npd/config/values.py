@@ -71,8 +71,8 @@ class RunValues(Section):
     @property
     def needs_scores(self) -> bool:
         """Whether samples go past the teacher at all (plain SFT: no)."""
-        by_teacher = self.filter.name in ("teacher_nll", "overlap")
-        return self.loss.kd_weight > 0.0 or self.needs_ifd or by_teacher
+        by_score = self.filter.name in ("teacher_nll", "overlap", "outlier")
+        return self.loss.kd_weight > 0.0 or self.needs_ifd or by_score
 
     @property
     def needs_ifd(self) -> bool:
@@ -85,8 +85,9 @@ class RunValues(Section):
     def needs_student_pass(self) -> bool:
         """Whether the snapshot must prefill whole samples (not only answers alone)."""
         untempered = self.generate.source == "student"
-        ask = self.filter.name == "overlap" or (self.needs_ifd and not untempered)
-        return ask or (self.needs_ifd and self.score.student_pass == "always")
+        by_nll = self.needs_ifd or self.filter.name == "outlier"
+        ask = self.filter.name == "overlap" or (by_nll and not untempered)
+        return ask or (by_nll and self.score.student_pass == "always")
 
     @property
     def needs_teacher(self) -> bool:

@@ -22,7 +22,8 @@ class Plan:
         self.ranks = num_ranks
         self._flow = Flow(config)
         self._evaluates = config.eval.source != "none"
-        self._uses_snapshots = config.generate.source == "student" or config.needs_ifd
+        reads_student = config.needs_ifd or config.needs_student_pass
+        self._uses_snapshots = config.generate.source == "student" or reads_student
         self._asks_per_round = 0
         self._total_asks: int | None = None
         self._trainer_busy = self._num_segments = 0

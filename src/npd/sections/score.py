@@ -39,9 +39,12 @@ class ScoreConfig(ServedConfig, _Scoring):
 class FilterConfig(Section):
     """Which samples are trained on. The pre-filters run before the teacher is paid for."""
 
-    name: Literal["none", "delta_ifd", "random", "teacher_nll", "overlap", "length"] = "delta_ifd"
-    """Δ-IFD, or a control that keeps as many by something simpler; with every one, `none` too, the
-    pre-filters below stay on (`drop_truncated`, `min_response_tokens`, `max_repeat`)."""
+    name: Literal["none", "delta_ifd", "outlier", "random", "teacher_nll", "overlap", "length"] = (
+        "delta_ifd"
+    )
+    """Δ-IFD; what the student finds far harder than usual (`outlier`); or a control that keeps as
+    many as Δ-IFD by something simpler; with every one, `none` too, the pre-filters below stay on
+    (`drop_truncated`, `min_response_tokens`, `max_repeat`)."""
     ratio: Literal["nll", "ppl"] = "nll"
     """IFD divides mean NLLs, or perplexities."""
     bounds: Literal["fixed", "quantile"] = "fixed"
@@ -55,11 +58,15 @@ class FilterConfig(Section):
     high_quantile: Share = 0.95
     """Quantile that is the upper bound, with `bounds: quantile`."""
     history: Positive = 512
-    """Most recent scored samples whose quantiles set the bounds."""
+    """Most recent scored samples whose quantiles, or median, set the bounds."""
     tolerance: Annotated[float, Field(ge=0.0)] = 0.05
     """Slack below `low`; 0 is the paper's rule to the letter."""
     min_nll: Annotated[float, Field(ge=0.0)] = 0.05
     """Below this conditional NLL (nats/token, both models) the ratio says nothing: keep."""
+    deviations: Annotated[float, Field(gt=0.0)] = 3.0
+    """`outlier` keeps up to so many median deviations above the median of the student's NLL."""
+    usual_nll: Annotated[float, Field(ge=0.0)] = 0.2
+    """`outlier` keeps up to this NLL of the student (nats/token), whatever the median."""
     keep: Share | None = None
     """Share a control keeps; None keeps as many as delta_ifd would of the same samples."""
     drop_truncated: bool = True

@@ -99,6 +99,14 @@ def _outside(side: str, verb: str) -> Callable[[Settings], str]:
     return remedy
 
 
+def _outlier(config: Settings) -> str:
+    given = config.get("filter", {}).get("deviations")
+    return (
+        f"Look at their texts: the student would hardly write them. Or raise filter.deviations "
+        f"({given})"
+    )
+
+
 def _stale(config: Settings) -> str:
     schedule = config.get("schedule", {})
     return (
@@ -117,5 +125,6 @@ _REMEDIES: Mapping[str, Callable[[Settings], str]] = {
     "repeating": _repeating,
     "degenerate": _outside("low", "Lower"),
     "disconnect": _outside("high", "Raise"),
+    "outlier": _outlier,
     "stale": _stale,
 }

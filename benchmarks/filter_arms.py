@@ -1,0 +1,133 @@
+"""The ladder's students on texts of their own with noise planted, trained behind each filter.
+
+Every arm is a run of npd with the preset `npd` on a data set. Filters that npd has run inside it;
+what others cut is left out of the data set before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import filter_rules as fr
+from filter_data import SCORED, Made, data_set, scored
+from ladder import SUM, Bench
+from ladder_page import Cell
+from noise import WORKING
+from npd.settings import load_config
+from tasks import MARK, is_right, read_problems
+
+SETTING = replace(SUM, is_new=True)
+SHARE = 0.3
+"""Of the responses that get noise."""
+_SHARES = {"noisy": SHARE, "clean": 0.0}
+
+
+class Arms(Bench):
+    """The ladder's bench, its rungs behind noisy data."""
+
+    def data(self, seed: int, name: str) -> Made:
+        """The start student's texts for prompts it has not seen, `noisy` or `clean`, scored."""
+        self.seed(seed, [])
+        home = self.folder / f"seed-{seed}"
+        rows = read_problems(home / "new.jsonl")
+        write = partial(self._run_yaml, home, seed, {"data.train": home / "new.jsonl"})
+        found = data_set(home, name, rows, write, WORKING, share=_SHARES[name], seed=seed)
+        path = home / f"{name}.jsonl"
+        config = load_config(self._run_yaml(home, seed, {"data.train": path}, SCORED)).config
+        answers = {row["prompt"]: row["answer"].removeprefix(MARK) for row in rows}
+        return scored(path, found, config, lambda i, text: is_right(text, answers[found[i].prompt]))
+
+    def train(self, seeds: Sequence[int], chosen: Mapping[str, Any]) -> None:
+        """Train the starts on the noisy texts and the clean ones, behind each rule."""
+        arms = {seed: self._arms(seed, chosen) for seed in seeds}
+        for name in arms[seeds[0]]:
+            for seed in seeds:
+                self._arm(seed, name, *arms[seed][name])
+
+    def arms(self) -> list[Cell]:
+        """Every training that is finished, seed by seed."""
+        homes = sorted(self.folder.glob("seed-*"), key=lambda home: int(home.name[5:]))
+        files = [file for home in homes for file in sorted(home.glob("arm-*/cell.json"))]
+        return [json.loads(file.read_text()) for file in files]
+
+    def _arms(self, seed: int, chosen: Mapping[str, Any]) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """Name -> the data set and what is set of the filter."""
+        home = self.folder / f"seed-{seed}"
+        keep = {"filter.keep": 1.0 - SHARE}
+        letter = {f"filter.{name}": value for name, value in fr.LETTER.items()}
+        noisy, clean = home / "noisy.jsonl", home / "clean.jsonl"
+        none = {"filter.name": "none"}
+        longer = round(self.setting.epochs / (1.0 - SHARE))
+        steps = {"schedule.epochs": longer, "schedule.reuse": longer}
+        best, clean_best = (self._best(seed, chosen, data) for data in ("noisy", "clean"))
+        return {
+            "none": (noisy, none),
+            "oracle": (self._kept(seed, "oracle", None), none),
+            "default": (noisy, {}),
+            "best both": best["both"],
+            "best both, long": (best["both"][0], best["both"][1] | steps),
+            "letter": (noisy, letter),
+            "random": (noisy, {"filter.name": "random", **keep}),
+            "clean none": (clean, none),
+            "clean best both": clean_best["both"],
+            "clean default": (clean, {}),
+            "clean letter": (clean, letter),
+            "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
+            "quantile": (noisy, {"filter.bounds": "quantile"}),
+            "ppl": (noisy, {"filter.ratio": "ppl"}),
+        }
+
+    def _best(
+        self, seed: int, chosen: Mapping[str, Any], data: str
+    ) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """The rules that were chosen; those that npd does not have as a data set cut before."""
+        found = {}
+        for name, values in chosen.items():
+            rule = fr.Rule(**values)
+            path = self.folder / f"seed-{seed}" / f"{data}.jsonl"
+            config = {f"filter.{key}": value for key, value in rule.config.items()}
+            if rule.statistic:
+                path, config = self._kept(seed, name, rule, data), {"filter.name": "none"}
+            found[name] = (path, config)
+        return found
+
+    def _kept(self, seed: int, name: str, rule: fr.Rule | None, data: str = "noisy") -> Path:
+        """The data set without what a rule cuts, or without the planted noise."""
+        home, made = self.folder / f"seed-{seed}", self.data(seed, data)
+        cut = rule.cut(made.samples, seed) if rule else [bool(s.kind) for s in made.samples]
+        left = {s.stats.prompt_index for s, is_cut in zip(made.samples, cut, strict=True) if is_cut}
+        lines = made.path.read_text().splitlines(keepends=True)
+        path = home / f"{data}-{name}.jsonl"
+        path.write_text("".join(line for i, line in enumerate(lines) if i not in left))
+        return path
+
+    def _arm(self, seed: int, name: str, data: Path, values: Mapping[str, Any]) -> Cell:
+        home, epochs = self.folder / f"seed-{seed}", self.setting.epochs
+        own = self._own(home) | {
+            "data.train": data,
+            "train.lr": self.setting.lr,
+            "train.min_lr": self.setting.lr / 10,
+            "train.warmup": 0.05,
+            "schedule.epochs": epochs,
+            "schedule.reuse": epochs,
+        }
+        folder = home / f"arm-{name.replace(',', '').replace(' ', '-')}"
+        return self._cell(folder, name, seed, "npd", own | SCORED | values)
+
+    def _own(self, home: Path) -> dict[str, Any]:
+        student, teacher = home / "start" / "student", self.common / "teacher" / "student"
+        return {"student": student, "teacher": teacher}
+
+    def _run_yaml(self, home: Path, seed: int, *values: Mapping[str, Any]) -> Path:
+        merged = self._own(home)
+        for some in values:
+            merged |= some
+        return self._write_config(home, seed, "npd", merged)
