@@ -1,0 +1,196 @@
+"""The page of `peers_run.py`: three numbers against each peer, where the time goes, the curves.
+
+Pure: cells (what a run measured, plain JSON values) in, text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any, TypeAlias
+
+from pair_out import foot, head, row, spread
+
+Cell: TypeAlias = dict[str, Any]
+
+NAMES = {
+    "npd": "npd, preset `npd`",
+    "distillation": "TRL `DistillationTrainer`",
+    "gkd": "TRL `GKDTrainer`",
+}
+# What is aimed at: the paper's factor for a trainer's speed, three times the samples, a third of
+# the time.
+TARGETS = {"trainer": 8.1, "samples": 3.0, "time": 1 / 3}
+
+
+def target_of(curve: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
+    """The lowest KL after the start and the CPU time of it; None if it is never below the start."""
+    best = min(curve[1:], key=lambda point: point["kl"], default=None)
+    if best is None or best["kl"] >= curve[0]["kl"]:
+        return None
+    return best["kl"], best["seconds"]
+
+
+def reached_at(curve: Sequence[Mapping[str, float]], kl: float) -> float | None:
+    """CPU time at which a curve is first at `kl`, by straight lines between its points."""
+    for before, after in pairwise(curve):
+        if after["kl"] <= kl:
+            share = (before["kl"] - kl) / (before["kl"] - after["kl"])
+            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    return None
+
+
+def speeds(cell: Cell) -> dict[str, float]:
+    """The rates of one run: tokens a second of the trainer, samples an hour of all it took."""
+    hours = cell["seconds"]["step"] / 3600
+    return {
+        "trainer": cell["tokens"] / cell["trainer_seconds"],
+        "samples": cell["samples"] / hours,
+        "fresh": cell["fresh"] / hours,
+    }
+
+
+def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
+    """The Markdown page."""
+    sides = {name: [c for c in cells if c["side"] == name] for name in NAMES}
+    sides = {name: found for name, found in sides.items() if found}
+    lines = [
+        "# Whole runs against TRL, on the real pair",
+        "",
+        "Made by `benchmarks/peers_run.py`; do not edit. What is counted, and how the sides are "
+        "kept alike, is said there. CPU time of one thread; ±: 95 % t-interval over seeds; without "
+        "it, one seed. Ratios are paired by seed, above 1 where npd does more.",
+        "",
+        f"The start: held-out KL {start['kl']:.3f}, fine-tuned on teacher text from a pruned "
+        f"student at {start['start_kl']:.3f}.",
+        "",
+        *_numbers(sides),
+        "",
+        *_ratios(sides),
+        "",
+        *_where(sides),
+        "",
+        *_curves(sides),
+        "",
+        *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head(
+        "", "seeds", "trainer, tokens/s", "samples trained on, an hour", "fresh samples, an hour",
+        "CPU s", "samples trained on", "of them fresh", "held-out KL at the end",
+    )  # fmt: skip
+    for name, cells in sides.items():
+        found = [speeds(cell) for cell in cells]
+        lines.append(
+            row(
+                NAMES[name],
+                str(len(cells)),
+                spread([speed["trainer"] for speed in found]),
+                spread([speed["samples"] for speed in found]),
+                spread([speed["fresh"] for speed in found]),
+                spread([cell["seconds"]["step"] for cell in cells]),
+                f"{mean(cell['samples'] for cell in cells):,.0f}",
+                f"{mean(cell['fresh'] for cell in cells):,.0f}",
+                spread([cell["kl"] for cell in cells], 4),
+            )
+        )
+    return lines
+
+
+def _ratios(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head("npd against", "what", "ratio", "aim", "result")
+    ours = {cell["seed"]: cell for cell in sides.get("npd", ())}
+    for name, cells in sides.items():
+        pairs = [(ours[cell["seed"]], cell) for cell in cells if cell["seed"] in ours]
+        if name == "npd" or not pairs:
+            continue
+        for what, label in (
+            ("trainer", "1. trainer tokens/s"),
+            ("samples", "2. samples trained on, an hour"),
+            ("fresh", "2. fresh samples, an hour"),
+        ):
+            values = [speeds(mine)[what] / speeds(theirs)[what] for mine, theirs in pairs]
+            lines.append(_ratio(name, label, values, TARGETS.get(what)))
+        lines.append(_time(name, pairs))
+    return lines
+
+
+def _ratio(name: str, label: str, values: Sequence[float], aim: float | None) -> str:
+    result = "" if aim is None else "met" if mean(values) >= aim else "MISSED"
+    shown = "" if aim is None else f">= {aim:g}"
+    return row(NAMES[name], label, spread(values), shown, result)
+
+
+def _time(name: str, pairs: Sequence[tuple[Cell, Cell]]) -> str:
+    """CPU time of npd to each peer's lowest KL, as a share of the peer's."""
+    label = "3. CPU time to the peer's lowest KL, share"
+    shares, notes = [], []
+    for mine, theirs in pairs:
+        target = target_of(theirs["curve"])
+        if target is None:
+            notes.append(f"seed {theirs['seed']}: the peer is never below its start")
+            continue
+        kl, seconds = target
+        reached = reached_at(mine["curve"], kl)
+        if reached is None:
+            notes.append(f"seed {theirs['seed']}: npd never at {kl:.4f}")
+        else:
+            shares.append(reached / seconds)
+            notes.append(f"KL {kl:.4f}: {reached:.0f} s against {seconds:.0f} s")
+    is_met = len(shares) == len(pairs) and mean(shares) <= TARGETS["time"]
+    what = f"{spread(shares) if shares else 'none'} ({'; '.join(notes)})"
+    return row(NAMES[name], label, what, "<= 1/3", "met" if is_met else "MISSED")
+
+
+def _where(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Where the time goes: seconds a sample trained on, by part, and what a sample is."""
+    lines = head(
+        "", "part", "share of CPU time, %", "ms a sample trained on", "ms a fresh sample",
+        "tokens a sample", "response tokens a sample",
+    )  # fmt: skip
+    for name, cells in sides.items():
+        for part in parts(cells[0]["seconds"]):
+            shares = [parts(cell["seconds"])[part] / cell["seconds"]["step"] for cell in cells]
+            each = [1000 * parts(c["seconds"])[part] / c["samples"] for c in cells]
+            fresh = [1000 * parts(c["seconds"])[part] / c["fresh"] for c in cells]
+            lines.append(
+                row(
+                    NAMES[name],
+                    part,
+                    f"{100 * mean(shares):.0f}",
+                    f"{mean(each):.0f}",
+                    f"{mean(fresh):.0f}",
+                    f"{mean(c['tokens'] / c['samples'] for c in cells):.0f}",
+                    f"{mean(c['response_tokens'] / c['samples'] for c in cells):.0f}",
+                )
+            )
+    return lines
+
+
+def parts(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by part: all but the whole, and what the named parts leave of it."""
+    named = {name: taken for name, taken in seconds.items() if name != "step"}
+    rest = seconds["step"] - sum(named.values())
+    if "teacher" not in named:
+        return named
+    return {
+        "generate": named["generate"],
+        "teacher's layers": named["teacher"],
+        "student, heads, loss, optimiser": rest,
+    }
+
+
+def _curves(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head("", "seed", "held-out KL at (CPU s, samples trained on)")
+    for name, cells in sides.items():
+        for cell in cells:
+            points = ", ".join(
+                f"{point['kl']:.4f} ({point['seconds']:.0f}, {point['samples']:.0f})"
+                for point in cell["curve"]
+            )
+            lines.append(row(NAMES[name], str(cell["seed"]), points))
+    return lines
