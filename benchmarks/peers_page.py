@@ -73,6 +73,8 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         *_curves(sides),
         "",
+        "- tried for TRL before, two steps each, samples a CPU second: "
+        + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
     ]
     return "\n".join(lines) + "\n"

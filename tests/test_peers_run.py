@@ -52,7 +52,9 @@ def test_the_page_shows_ratios_targets_and_misses():
         made_up("distillation", 0, [(0, 1.0), (90, 0.9)], rate=60),
         made_up("gkd", 0, [(0, 1.0), (90, 0.4)], rate=150),
     ]
-    text = pp.page({"kl": 1.0, "start_kl": 2.0}, cells, about())
+    text = pp.page(
+        {"kl": 1.0, "start_kl": 2.0}, cells, about() | {"tried": [("gkd", "bfloat16", 8, 1.1)]}
+    )
     trl, gkd = "TRL `DistillationTrainer`", "TRL `GKDTrainer`"
     # 500 tokens/s of npd's trainer against 66.7.
     assert f"| {trl} | 1. trainer tokens/s | 7.5 | >= 8.1 | MISSED |" in text
@@ -61,6 +63,7 @@ def test_the_page_shows_ratios_targets_and_misses():
     # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
     assert f"| {trl} | 3. CPU time to the peer's lowest KL, share | 0.139 (KL 0.9000: 12 s " in text
     assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
+    assert "gkd bfloat16 batch 8: 1.1" in text
     # What is left of 90 s after generate and teacher is the rest.
     assert f"| {trl} | student, heads, loss, optimiser | 33 | 500 |" in text
 
