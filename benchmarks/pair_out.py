@@ -52,7 +52,10 @@ def place(args: argparse.Namespace) -> Iterator[Path]:
 def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
     """The pair that the command line names; its models are made if they are not there."""
     if not args.data.is_file():
-        raise DataError(f"--data {args.data}: no such file")
+        raise DataError(
+            f"--data {args.data}: no such file: name a JSONL file with a question a line, such as "
+            "GSM8K's train.jsonl"
+        )
     made = pair.models(args.models or folder / "models")
     return pair.Pair(changed(pair.Setting(), args.set_pair), folder, args.data, args.column, made)
 
