@@ -93,6 +93,7 @@ class Pair:
         self.setting, self.teacher, self._pruned = setting, models.teacher, models.pruned
         self.root = folder / f"pair-{digest(asdict(setting))}"
         self.root.mkdir(parents=True, exist_ok=True)
+        self.chat = Chat.load(models.teacher, system=SYSTEM)
         self._questions = self._fitting(data, column)
 
     @property
@@ -194,8 +195,7 @@ class Pair:
             on_long_prompt="drop",
         )
         found = load_prompts(config).train
-        chat = Chat.load(self.teacher, system=SYSTEM)
-        kept, _ = encode_prompts(found, chat, config)
+        kept, _ = encode_prompts(found, self.chat, config)
         texts = {prompt.index: prompt.text for prompt in found}
         questions = list(dict.fromkeys(texts[prompt.index] for prompt in kept))
         random.Random(0).shuffle(questions)
@@ -240,7 +240,7 @@ def cell(
 
 def line(found: Mapping[str, Any]) -> str:
     """A finished cell in one line, for whoever watches."""
-    names = ("rung", "side", "seed", "start_kl", "kl", "rouge_l", "cpu_seconds")
+    names = ("rung", "side", "seed", "start_kl", "kl", "own_kl", "rouge_l", "cpu_seconds")
     parts = (f"{name} {_short(found[name])}" for name in names if found.get(name) is not None)
     return "  ".join(parts)
 

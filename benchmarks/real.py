@@ -9,29 +9,28 @@ epochs, and trains on each as often, so that rungs differ in who writes, the los
 the refresh only. What is finished stays in `--folder` and is not run again.
 
 Measured afterwards, on prompts that nobody trained on: held-out KL and agreement (npd's, on the
-teacher's greedy responses), and ROUGE-L of the student's greedy responses against those.
+teacher's greedy responses), ROUGE-L of the student's greedy responses against those, and the KL on
+text that the student writes itself at temperature 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import judging
 import npd
 import pair
 import pair_out
 from npd.__main__ import outcome
-from npd.chat import Chat
 from npd.errors import InputError
-from npd.store.shards import read_scored
 from npd.types import Outcome
 from real_page import page
-from rouge import rouge_l
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,16 @@ def bench(args: argparse.Namespace) -> int:
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
         start = made.make_start()
-        start["rouge_l"] = mean_rouge(made, [answer for _, answer in start["answers"]])
+        answers = [answer for _, answer in start["answers"]]
+        start |= {"rouge_l": judging.mean_rouge(made, answers), **_own(made, made.root / "start")}
         home = made.root / f"real-{pair.digest(asdict(setting))}"
         for seed in range(args.seeds):
             for name in args.rungs:
                 _cell(made, setting, seed, name, known[name], home / f"{name}-{seed}")
-        found = pair_out.finished(home)
+        found = [
+            cell | _own(made, home / f"{cell['rung']}-{cell['seed']}")
+            for cell in pair_out.finished(home)
+        ]
     cells = [cell for name in known for cell in found if cell["rung"] == name]
     about = pair_out.about("real.py", args, cells)
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
@@ -124,6 +127,16 @@ def _cell(
     )
 
 
+def _own(made: pair.Pair, home: Path) -> dict[str, Any]:
+    """What the student kept in `home` is on its own text; measured once."""
+
+    def judge() -> dict[str, Any]:
+        return judging.on_own_text(made, home / "student")
+
+    found = pair.cell(home / "own", judge, lambda values: values)
+    return {name: value for name, value in found.items() if name.startswith("own_")}
+
+
 def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:
     """The figures of a finished run; means over all its steps."""
     data, steps = result.data, result.data.steps
@@ -133,7 +146,7 @@ def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> di
     return {
         "rung": name,
         "seed": seed,
-        **judged(made, result.student),
+        **judging.on_teacher_text(made, result.student),
         "steps": len(steps),
         "samples": sum(step["num_samples"] for step in steps),
         "response_tokens": sum(step["response_tokens"] for step in steps),
@@ -143,52 +156,6 @@ def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> di
         "drift": mean(drifts) if drifts else None,
         "drift_end": drifts[-1] if drifts else None,
     }
-
-
-def judged(made: pair.Pair, student: Path) -> dict[str, Any]:
-    """Held-out KL, agreement and ROUGE-L of a saved student, as npd's trainer evaluates."""
-    import torch
-
-    from npd.evaluate import heldout_kl
-    from npd.generate.sampling import Sampling
-    from npd.generate.transformers import generate_with
-    from npd.modeling import decoding, load_model
-    from npd.types import Ask, EncodedPrompt
-
-    setting, chat = made.setting, Chat.load(student, system=pair.SYSTEM)
-    scored = read_scored(made.heldout_scored)
-    model = load_model(student)
-    sampling = Sampling(
-        max_new_tokens=setting.max_response,
-        stop_ids=chat.stop_ids,
-        pad_id=chat.pad_id,
-        temperature=0.0,
-        top_p=1.0,
-        batch_size=64,
-        vocab_size=chat.vocab_size,
-    )
-    asks = [
-        Ask(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
-        for i, s in enumerate(scored)
-    ]
-    with torch.autocast("cpu", torch.bfloat16):
-        match = heldout_kl(model, scored, setting.row_tokens, 512)
-        with decoding(model):
-            written = generate_with(model, asks, sampling, with_logprobs=False)
-    answers = [chat.decode(rollout.response_ids) for rollout in written]
-    return {
-        "kl": match.kl,
-        "agreement": match.agreement,
-        "rouge_l": mean_rouge(made, answers),
-        "answers": answers,
-    }
-
-
-def mean_rouge(made: pair.Pair, answers: Sequence[str]) -> float:
-    """ROUGE-L of answers to the held-out prompts against the teacher's, on average."""
-    chat = Chat.load(made.teacher)
-    teacher = [chat.decode(s.rollout.response_ids) for s in read_scored(made.heldout_scored)]
-    return mean(rouge_l(*texts) for texts in zip(answers, teacher, strict=True))
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ def _outcomes(
     start: Cell, rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]
 ) -> list[str]:
     lines = head(
-        "rung", "seeds", "held-out KL, nats/token", "same top token, %", "ROUGE-L, %",
+        "rung", "seeds", "held-out KL, nats/token", "KL on own text", "same top token, %", "ROUGE-L, %",
         "mean drift, nats/token", "left out, %", "response tokens trained on", "CPU s",
     )  # fmt: skip
     for label, cells in [
@@ -71,6 +71,7 @@ def _outcome(label: str, cells: Sequence[Cell]) -> str:
         label,
         str(len(cells)),
         column("kl", 4),
+        column("own_kl", 4),
         column("agreement", 1, 100),
         column("rouge_l", 1, 100),
         column("drift", 3),
@@ -87,15 +88,21 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     present = list(rows)
     if len(present) < 2:
         return []
-    lines = head("step", "KL, nats/token", "seeds better", "ROUGE-L, points", "seeds better")
+    lines = head(
+        "step", "held-out KL", "seeds better", "KL on own text", "seeds better",
+        "ROUGE-L, points", "seeds better",
+    )  # fmt: skip
     for before, after in [*pairwise(present), (present[0], present[-1])]:
         kl = differences(rows[after], rows[before], "kl")
+        own = differences(rows[after], rows[before], "own_kl")
         rouge = [100 * value for value in differences(rows[after], rows[before], "rouge_l")]
         lines.append(
             row(
                 f"{labels[before]} → {labels[after]}",
                 spread(kl, 4, signed=True),
                 f"{sum(value < 0 for value in kl)} of {len(kl)}",
+                spread(own, 4, signed=True),
+                f"{sum(value < 0 for value in own)} of {len(own)}",
                 spread(rouge, 1, signed=True),
                 f"{sum(value > 0 for value in rouge)} of {len(rouge)}",
             )

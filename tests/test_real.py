@@ -97,6 +97,7 @@ def test_rouge_l_is_symmetric_and_1_only_for_the_same_words(a, b):
 def made_up(rung, seed, kl, rouge_l):
     return {
         "rung": rung, "seed": seed, "kl": kl, "agreement": 0.5, "rouge_l": rouge_l, "drift": None,
+        "own_kl": 2 * kl,
         "rejected": {"delta_low": 3}, "asked": 100, "response_tokens": 1000, "cpu_seconds": 60.0,
         "load": [1.0, 2.0],
     }  # fmt: skip
@@ -118,12 +119,18 @@ def test_the_page_pairs_by_seed_and_says_how_sure_it_is():
     ]  # fmt: skip
     text = real_page.page(start, cells, LABELS, about())
     # Differences -0.3, -0.4, -0.5: 4.303 x 0.1 / sqrt(3) from a table of t.
-    assert "| SFT → NPD | -0.4000 ± 0.2484 | 3 of 3 | +8.3 ± 19.0 | 2 of 3 |" in text
-    assert "| SFT | 3 | 0.8000 ± 0.2484 | 50.0 ± 0.0 | 35.0 ± 12.4 |  | 3.0 ± 0.0 | 1,000 |" in text
+    assert (
+        "| SFT → NPD | -0.4000 ± 0.2484 | 3 of 3 | -0.8000 ± 0.4968 | 3 of 3 | +8.3 ± 19.0 | 2 of 3 |"
+        in text
+    )
+    assert (
+        "| SFT | 3 | 0.8000 ± 0.2484 | 1.6000 ± 0.4968 | 50.0 ± 0.0 | 35.0 ± 12.4 |  | 3.0 ± 0.0 | 1,000 |"
+        in text
+    )
     assert "| as pruned | 1 | 2.0000 |" in text
     assert "load average 1.0 to 2.0" in text
     one = real_page.page(start, cells[:1], LABELS, about())
-    assert "| SFT | 1 | 0.9000 | 50.0 |" in one
+    assert "| SFT | 1 | 0.9000 | 1.8000 | 50.0 |" in one
     assert "→" not in one
 
 
@@ -171,13 +178,16 @@ def test_a_tiny_ladder_runs_once_and_is_kept(room):
         return done
 
     first = run()
-    assert first.stderr.count("cpu_seconds") == 6  # the start and five rungs
+    assert (
+        first.stderr.count("cpu_seconds") == 12
+    )  # the start and five rungs, and each on its own text
     record = json.loads((room / "out" / "real.json").read_text())
     assert [cell["rung"] for cell in record["cells"]] == [
         "sft", "offline", "rollouts", "filter", "npd",
     ]  # fmt: skip
     for cell in record["cells"]:
         assert cell["kl"] >= 0
+        assert cell["own_kl"] >= 0
         assert 0 <= cell["rouge_l"] <= 1
         assert len(cell["answers"]) == 2
         assert cell["asked"] == 8
