@@ -44,8 +44,9 @@ def _outcomes(
     start: Cell, rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]
 ) -> list[str]:
     lines = head(
-        "rung", "seeds", "held-out KL, nats/token", "KL on own text", "same top token, %", "ROUGE-L, %",
-        "mean drift, nats/token", "left out, %", "response tokens trained on", "CPU s",
+        "rung", "seeds", "held-out KL, nats/token", "KL on own text", "same top token, %",
+        "ROUGE-L, %", "mean drift, nats/token", "left out, %", "response tokens trained on",
+        "CPU s",
     )  # fmt: skip
     for label, cells in [
         ("as pruned", [{**_nothing(start), "kl": start["start_kl"]}]),
@@ -92,7 +93,7 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
         "step", "held-out KL", "seeds better", "KL on own text", "seeds better",
         "ROUGE-L, points", "seeds better",
     )  # fmt: skip
-    for before, after in [*pairwise(present), (present[0], present[-1])]:
+    for before, after in dict.fromkeys([*pairwise(present), (present[0], present[-1])]):
         kl = differences(rows[after], rows[before], "kl")
         own = differences(rows[after], rows[before], "own_kl")
         rouge = [100 * value for value in differences(rows[after], rows[before], "rouge_l")]
