@@ -217,8 +217,6 @@ def cell(
     home: Path,
     work: Callable[[], Any],
     measure: Callable[[Any], dict[str, Any]],
-    *,
-    keep_student: bool = True,
 ) -> dict[str, Any]:
     """What `work` measured; done now unless it has been. Of a run the student alone is kept."""
     done = home / "cell.json"
@@ -230,7 +228,7 @@ def cell(
         found["cpu_seconds"] = time.process_time() - started
         found |= {"commit": commit(), "load": [load, os.getloadavg()[0]]}
         layout = RunLayout(home / "run")
-        if keep_student and layout.student.exists():
+        if layout.student.exists():
             shutil.move(layout.student, home / "student")
         shutil.rmtree(layout.root, ignore_errors=True)
         done.write_text(json.dumps(found, indent=1) + "\n")

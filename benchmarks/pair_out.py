@@ -77,6 +77,14 @@ def finished(home: Path) -> list[dict[str, Any]]:
     return sorted(cells, key=lambda found: int(found["seed"]))
 
 
+def own_text(made: pair.Pair, home: Path) -> dict[str, Any]:
+    """What the student kept in `home` is on its own text; measured once."""
+    from judging import on_own_text
+
+    found = pair.cell(home / "own", lambda: on_own_text(made, home / "student"), dict)
+    return {name: value for name, value in found.items() if name.startswith("own_")}
+
+
 def about(
     program: str, args: argparse.Namespace, cells: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:

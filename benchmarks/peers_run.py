@@ -6,7 +6,9 @@
 All start from the same student (`pair.py`), with the same teacher, prompts, longest response,
 temperature, learning rate (constant) and optimiser, and minimise a forward KL. TRL is strictly
 on-policy; npd runs its `npd` preset: each response is trained on three times, one refresh half
-way, top-10 KD with a tenth of CE, Δ-IFD. One thread each, one after another, CPU time of the
+way, top-10 KD with a tenth of CE, Δ-IFD. Its second setting was made after the first had been seen
+(drift far above 0.10): a quarter of the learning rate, and KD alone, on the top 32 and the mass
+outside, which is closer to TRL's full KL. One thread each, one after another, CPU time of the
 process. Counted on no side: imports, loading, saving what is exported, evaluation. Counted of npd:
 writing, scoring, training, publishing snapshots.
 
@@ -18,7 +20,8 @@ Three numbers, each with its name:
    the CPU time of everything counted;
 3. CPU time to a held-out KL: for each peer and seed, the lowest that this peer has at any of its
    evaluations, and when; npd's time to the same KL is interpolated between its evaluations. The
-   same evaluator for all: npd's, on the same held-out text.
+   same evaluator for all: npd's, on the same held-out text, which the teacher wrote. Of the last
+   students the KL on their own text is measured too (`judging.py`): what on-policy text trains.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import pair_out
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.observe.live import LiveState
-from peers_page import page
+from peers_page import NAMES, OURS, page
 
 # Two steps each, before any run: (side, weights, batch, samples a CPU second). Float32 is slower
 # mostly in `generate`; under bfloat16 autocast float32 weights are cast anew for every token.
@@ -47,6 +50,14 @@ TRIED = (
     ("gkd", "bfloat16", 8, 1.089),
     ("gkd", "bfloat16", 16, 1.177),
 )
+# npd's second setting.
+SECOND = {
+    "train.lr": 5e-5,
+    "train.min_lr": 5e-5,
+    "loss.target": "tail",
+    "loss.kd_weight": 1.0,
+    "score.top_k": 32,
+}
 COUNTED = ("generate", "score", "train", "publish")
 
 
@@ -110,10 +121,9 @@ class CpuView:
         return found
 
 
-def run_npd(made: pair.Pair, setting: Setting, seed: int, home: Path) -> dict[str, Any]:
-    """A whole run of npd: what it trained, and the CPU time of its stages."""
-    view = CpuView()
-    values = {
+def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -> dict[str, Any]:
+    """What a run of npd is told on top of its preset."""
+    return {
         "data.train": made.prompts(seed, setting.num_prompts),
         "train.lr": setting.lr,
         "train.min_lr": setting.lr,
@@ -124,7 +134,16 @@ def run_npd(made: pair.Pair, setting: Setting, seed: int, home: Path) -> dict[st
         "schedule.segment_steps": 2,
         "eval.every_steps": setting.eval_steps,
         "eval.num_samples": 0,
+        **(SECOND if is_tail else {}),
     }
+
+
+def run_npd(
+    made: pair.Pair, setting: Setting, seed: int, home: Path, *, is_tail: bool
+) -> dict[str, Any]:
+    """A whole run of npd: what it trained, and the CPU time of its stages."""
+    view = CpuView()
+    values = npd_values(made, setting, seed, is_tail=is_tail)
     data = made.run(home, "npd", seed, values, view).data
     steps, evals = data.steps, data.evals
     seconds = view.seconds()
@@ -143,6 +162,7 @@ def run_npd(made: pair.Pair, setting: Setting, seed: int, home: Path) -> dict[st
         "tokens": sum(step["total_tokens"] for step in steps),
         "response_tokens": sum(step["response_tokens"] for step in steps),
         "fill": sum(step["fill"] for step in steps) / len(steps),
+        "drift": [step["drift"] for step in steps],
         "curve": [
             {"seconds": at, "samples": n, "kl": e["kl"], "agreement": e["agreement"]}
             for at, n, e in zip(moments, sofar, evals, strict=True)
@@ -150,7 +170,7 @@ def run_npd(made: pair.Pair, setting: Setting, seed: int, home: Path) -> dict[st
     }
 
 
-def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str) -> dict[str, Any]:
+def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str, home: Path) -> dict[str, Any]:
     """TRL's trainer until its budget is spent."""
     from peers_trl import PeerSetting, evaluator
     from peers_trl import run_peer as train
@@ -172,12 +192,13 @@ def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str) -> dict[st
             every=setting.every,
         ),
         evaluator(made.heldout_scored, made.setting.row_tokens),
+        home / "student",
     )
     found = asdict(count)
     return found | {"trainer_seconds": count.seconds["step"], "fresh": count.samples}
 
 
-SIDES = ("npd", "distillation", "gkd")
+SIDES = tuple(NAMES)
 
 
 def parse_args() -> argparse.Namespace:
@@ -201,7 +222,11 @@ def bench(args: argparse.Namespace) -> int:
         for seed in range(args.seeds):
             for side in args.sides:
                 _cell(made, setting, seed, side, home / f"{side}-{seed}")
-        cells = pair_out.finished(home)
+        start |= pair_out.own_text(made, made.root / "start")
+        cells = [
+            cell | pair_out.own_text(made, home / f"{cell['side']}-{cell['seed']}")
+            for cell in pair_out.finished(home)
+        ]
     about = pair_out.about("peers_run.py", args, cells)
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
     about["tried"] = TRIED
@@ -213,13 +238,13 @@ def bench(args: argparse.Namespace) -> int:
 
 def _cell(made: pair.Pair, setting: Setting, seed: int, side: str, home: Path) -> None:
     def work() -> dict[str, Any]:
-        if side == "npd":
-            found = run_npd(made, setting, seed, home)
+        if side in OURS:
+            found = run_npd(made, setting, seed, home, is_tail=side == "npd_tail")
         else:
-            found = run_peer(made, setting, seed, side)
+            found = run_peer(made, setting, seed, side, home)
         return {"side": side, "seed": seed, "kl": found["curve"][-1]["kl"], **found}
 
-    pair.cell(home, work, lambda found: found, keep_student=False)
+    pair.cell(home, work, lambda found: found)
 
 
 def main() -> int:

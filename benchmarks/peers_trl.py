@@ -108,8 +108,11 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate) -> Count:
-    """Train with `distillation` or `gkd`; `evaluate` gets the directory of a saved student."""
+def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate, out: Path) -> Count:
+    """Train with `distillation` or `gkd` and save the student in `out`.
+
+    `evaluate` gets the directory of a student saved between steps.
+    """
     warnings.simplefilter("ignore")
     count = Count()
     torch.manual_seed(setting.seed)
@@ -121,6 +124,8 @@ def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate) -> Count:
         trainer = make(setting, count, student, teacher, folder)
         trainer.add_callback(Clock(setting, count, evaluate))
         trainer.train()
+    student.save_pretrained(out)
+    _tokenizer(setting).save_pretrained(out)
     return count
 
 

@@ -89,13 +89,16 @@ def bench(args: argparse.Namespace) -> int:
         made = pair_out.open_pair(args, folder)
         start = made.make_start()
         answers = [answer for _, answer in start["answers"]]
-        start |= {"rouge_l": judging.mean_rouge(made, answers), **_own(made, made.root / "start")}
+        start |= {
+            "rouge_l": judging.mean_rouge(made, answers),
+            **pair_out.own_text(made, made.root / "start"),
+        }
         home = made.root / f"real-{pair.digest(asdict(setting))}"
         for seed in range(args.seeds):
             for name in args.rungs:
                 _cell(made, setting, seed, name, known[name], home / f"{name}-{seed}")
         found = [
-            cell | _own(made, home / f"{cell['rung']}-{cell['seed']}")
+            cell | pair_out.own_text(made, home / f"{cell['rung']}-{cell['seed']}")
             for cell in pair_out.finished(home)
         ]
     cells = [cell for name in known for cell in found if cell["rung"] == name]
@@ -125,16 +128,6 @@ def _cell(
         lambda: made.run(home, rung.preset, seed, values),
         lambda result: measured(made, result, name, seed),
     )
-
-
-def _own(made: pair.Pair, home: Path) -> dict[str, Any]:
-    """What the student kept in `home` is on its own text; measured once."""
-
-    def judge() -> dict[str, Any]:
-        return judging.on_own_text(made, home / "student")
-
-    found = pair.cell(home / "own", judge, lambda values: values)
-    return {name: value for name, value in found.items() if name.startswith("own_")}
 
 
 def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def made_up(side, seed, points, *, rate):
     named = {"generate": 10.0, "score": 15.0, "train": 60.0, "publish": 5.0}
     seconds = named if side == "npd" else {"generate": 40.0, "teacher": 20.0}
     return {
-        "side": side, "seed": seed, "curve": curve(*points), "kl": points[-1][1],
+        "side": side, "seed": seed, "curve": curve(*points), "kl": points[-1][1], "own_kl": 2.0,
         "seconds": {"step": 90.0, **seconds}, "trainer_seconds": 60.0 if side == "npd" else 90.0,
         "tokens": 100 * rate, "response_tokens": 50 * rate, "samples": rate, "steps": 4,
         "fresh": rate // 3 if side == "npd" else rate, "load": [1.0, 3.0],
@@ -53,15 +53,17 @@ def test_the_page_shows_ratios_targets_and_misses():
         made_up("gkd", 0, [(0, 1.0), (90, 0.4)], rate=150),
     ]
     text = pp.page(
-        {"kl": 1.0, "start_kl": 2.0}, cells, about() | {"tried": [("gkd", "bfloat16", 8, 1.1)]}
+        {"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0},
+        cells,
+        about() | {"tried": [("gkd", "bfloat16", 8, 1.1)]},
     )
     trl, gkd = "TRL `DistillationTrainer`", "TRL `GKDTrainer`"
     # 500 tokens/s of npd's trainer against 66.7.
-    assert f"| {trl} | 1. trainer tokens/s | 7.5 | >= 8.1 | MISSED |" in text
-    assert f"| {trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
-    assert f"| {gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
+    assert f"{trl} | 1. trainer tokens/s | 7.5 | >= 8.1 | MISSED |" in text
+    assert f"{trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
+    assert f"{gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
     # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
-    assert f"| {trl} | 3. CPU time to the peer's lowest KL, share | 0.139 (KL 0.9000: 12 s " in text
+    assert f"{trl} | 3. CPU time to the peer's lowest KL, share | 0.139 (KL 0.9000: 12 s " in text
     assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
     assert "gkd bfloat16 batch 8: 1.1" in text
     # What is left of 90 s after generate and teacher is the rest.
@@ -100,14 +102,15 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     assert done.returncode == 0, done.stderr
     record = json.loads((room / "out" / "peers.json").read_text())
     cells = {cell["side"]: cell for cell in record["cells"]}
-    assert set(cells) == {"npd", "distillation", "gkd"}
+    assert set(cells) == {"npd", "npd_tail", "distillation", "gkd"}
     kls = [cell["curve"][0]["kl"] for cell in cells.values()]
     # Before the first step all are the start; TRL's weights were rounded to bfloat16.
-    assert kls == pytest.approx([record["start"]["kl"]] * 3, rel=0.02)
+    assert kls == pytest.approx([record["start"]["kl"]] * 4, rel=0.02)
     for name in ("distillation", "gkd"):
         cell = cells[name]
         assert (cell["steps"], cell["samples"], cell["fresh"]) == (2, 4, 4)
         assert len(cell["curve"]) == 3
+        assert cell["own_kl"] >= 0
         assert 4 <= cell["response_tokens"] <= 4 * 6
         assert cell["seconds"]["step"] > cell["seconds"]["generate"] > 0
         assert cell["seconds"]["teacher"] > 0
@@ -115,9 +118,10 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     prompts = {n: (c["tokens"] - c["response_tokens"]) / c["samples"] for n, c in cells.items()}
     assert prompts["gkd"] == pytest.approx(prompts["npd"], abs=3)
     assert prompts["distillation"] == pytest.approx(prompts["npd"], abs=3)
-    own = cells["npd"]
-    assert own["fresh"] == 12
-    assert own["curve"][-1]["seconds"] <= own["seconds"]["step"]
+    for name in ("npd", "npd_tail"):
+        own = cells[name]
+        assert own["fresh"] == 12
+        assert own["curve"][-1]["seconds"] <= own["seconds"]["step"]
     assert str(room) not in (room / "out" / "peers.json").read_text()
 
 
