@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +224,10 @@ def cell(
     if not done.exists():
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        load, started = os.getloadavg()[0], time.process_time()
+        at, load, started = _commit(), os.getloadavg()[0], time.process_time()
         found = measure(work())
         found["cpu_seconds"] = time.process_time() - started
-        found |= {"commit": commit(), "load": [load, os.getloadavg()[0]]}
+        found |= {"commit": at, "load": [load, os.getloadavg()[0]]}
         layout = RunLayout(home / "run")
         if layout.student.exists():
             shutil.move(layout.student, home / "student")
@@ -234,6 +235,12 @@ def cell(
         done.write_text(json.dumps(found, indent=1) + "\n")
         print(line(found), file=sys.stderr, flush=True)
     return dict(json.loads(done.read_text()))
+
+
+@cache
+def _commit() -> str:
+    """What this process runs, whatever is committed meanwhile."""
+    return commit()
 
 
 def line(found: Mapping[str, Any]) -> str:

@@ -75,6 +75,8 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         *_curves(sides),
         "",
+        "- npd's second setting, made after the first had been seen: "
+        + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
         "- tried for TRL before, two steps each, samples a CPU second: "
         + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),

@@ -229,7 +229,7 @@ def bench(args: argparse.Namespace) -> int:
         ]
     about = pair_out.about("peers_run.py", args, cells)
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
-    about["tried"] = TRIED
+    about |= {"tried": TRIED, "second": SECOND}
     pair_out.publish(
         args.out, "peers", page(start, cells, about), {"start": start, "cells": cells, **about}
     )

@@ -55,7 +55,7 @@ def test_the_page_shows_ratios_targets_and_misses():
     text = pp.page(
         {"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0},
         cells,
-        about() | {"tried": [("gkd", "bfloat16", 8, 1.1)]},
+        about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"train.lr": 1e-5}},
     )
     trl, gkd = "TRL `DistillationTrainer`", "TRL `GKDTrainer`"
     # 500 tokens/s of npd's trainer against 66.7.
