@@ -93,7 +93,8 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
         "step", "held-out KL", "seeds better", "KL on own text", "seeds better",
         "ROUGE-L, points", "seeds better",
     )  # fmt: skip
-    for before, after in dict.fromkeys([*pairwise(present), (present[0], present[-1])]):
+    steps = [*pairwise(present), *({"rollouts", "npd"} <= set(present)) * [("rollouts", "npd")]]
+    for before, after in dict.fromkeys([*steps, (present[0], present[-1])]):
         kl = differences(rows[after], rows[before], "kl")
         own = differences(rows[after], rows[before], "own_kl")
         rouge = [100 * value for value in differences(rows[after], rows[before], "rouge_l")]
