@@ -130,9 +130,16 @@ def _speed_ratios(pairs: Sequence[tuple[Cell, Cell]]) -> list[tuple[str, ...]]:
     ):
         values = [speeds(mine)[what] / speeds(theirs)[what] for mine, theirs in pairs]
         aim = TARGETS.get(what)
-        result = "" if aim is None else "met" if mean(values) >= aim else "MISSED"
+        result = "" if aim is None else _verdict(values, aim)
         lines.append((label, spread(values), "" if aim is None else f">= {aim:g}", result))
     return lines
+
+
+def _verdict(values: Sequence[float], aim: float) -> str:
+    """Met is what every seed meets."""
+    if mean(values) < aim:
+        return "MISSED"
+    return "met" if min(values) >= aim else "met on average, not by every seed"
 
 
 def _time(pairs: Sequence[tuple[Cell, Cell]]) -> tuple[str, ...]:
