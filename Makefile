@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench bench-loss soak ladder filter-study rl docs clean
+.PHONY: help install vllm demo test lint types check bench bench-loss soak ladder filter-study rl real peers docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,15 @@ rl: install  ## GRPO from the ladder's students, 5 seeds; goes on where it was s
 
 filter-study: install  ## what the Δ-IFD filter finds of planted noise, and what training gains
 	$(BIN)/python benchmarks/filter_study.py --folder runs/filter-study --out benchmarks/results/filter
+
+# Questions to train on: a JSONL file with a `question` each.
+DATA ?= gsm8k_train.jsonl
+
+real: install  ## the ladder on the demo's real pair; DATA=FILE names the questions
+	$(BIN)/python benchmarks/real.py --data $(DATA) --folder runs/real --out benchmarks/results/real
+
+peers: install  ## whole runs against TRL's trainers, on the same pair; DATA=FILE
+	$(BIN)/python benchmarks/peers_run.py --data $(DATA) --folder runs/real --out benchmarks/results/peers
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py

@@ -1,0 +1,92 @@
+"""How good a saved student of the real pair is, on prompts that nobody trained on.
+
+On the teacher's text, as npd's trainer evaluates (held-out KL, agreement) and by ROUGE-L; and on
+the student's own text, where a student meets its own mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import pair
+from npd.chat import Chat
+from npd.config import ScoreConfig
+from npd.evaluate import heldout_kl
+from npd.generate.sampling import Sampling
+from npd.generate.transformers import generate_with
+from npd.modeling import decoding, load_model
+from npd.score import build_scorer
+from npd.servers.limits import HELDOUT_TOP_K
+from npd.store.shards import read_scored
+from npd.types import Ask, EncodedPrompt, Rollout, Scored
+from rouge import rouge_l
+
+
+def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
+    """Held-out KL and agreement; ROUGE-L of greedy responses against the teacher's."""
+    scored, model = read_scored(made.heldout_scored), load_model(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        match = heldout_kl(model, scored, made.setting.row_tokens, 512)
+    written = _write(made, model, scored, temperature=0.0)
+    answers = [made.chat.decode(rollout.response_ids) for rollout in written]
+    return {
+        "kl": match.kl,
+        "agreement": match.agreement,
+        "rouge_l": mean_rouge(made, answers),
+        "answers": answers,
+    }
+
+
+def on_own_text(made: pair.Pair, student: Path) -> dict[str, Any]:
+    """KL(teacher || student) and agreement on what the student itself writes, at temperature 1."""
+    model = load_model(student)
+    written = _write(made, model, read_scored(made.heldout_scored), temperature=1.0)
+    scorer = build_scorer(
+        ScoreConfig(top_k=HELDOUT_TOP_K, row_tokens=made.setting.row_tokens),
+        teacher=made.teacher,
+        vocab_size=made.chat.vocab_size,
+        needs_ifd=False,
+        needs_student_pass=False,
+        support="topk",
+        device="cpu",
+        trust_remote_code=False,
+        seed=0,
+    )
+    scored = [item for item in scorer.score(written) if isinstance(item, Scored)]
+    scorer.close()
+    with torch.autocast("cpu", torch.bfloat16):
+        match = heldout_kl(model, scored, made.setting.row_tokens, 512)
+    return {"own_kl": match.kl, "own_agreement": match.agreement, "own_tokens": match.num_tokens}
+
+
+def mean_rouge(made: pair.Pair, answers: Sequence[str]) -> float:
+    """ROUGE-L of answers to the held-out prompts against the teacher's, on average."""
+    teacher = [made.chat.decode(s.rollout.response_ids) for s in read_scored(made.heldout_scored)]
+    return mean(rouge_l(*texts) for texts in zip(answers, teacher, strict=True))
+
+
+def _write(
+    made: pair.Pair, model: Any, scored: Sequence[Scored], *, temperature: float
+) -> list[Rollout]:
+    """The student's responses to the held-out prompts, each with a seed of its own."""
+    chat: Chat = made.chat
+    sampling = Sampling(
+        max_new_tokens=made.setting.max_response,
+        stop_ids=chat.stop_ids,
+        pad_id=chat.pad_id,
+        temperature=temperature,
+        top_p=1.0,
+        batch_size=64,
+        vocab_size=chat.vocab_size,
+    )
+    asks = [
+        Ask(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
+        for i, s in enumerate(scored)
+    ]
+    with torch.autocast("cpu", torch.bfloat16), decoding(model):
+        return list(generate_with(model, asks, sampling, with_logprobs=False))

@@ -1,0 +1,149 @@
+"""What `real.py` and `peers_run.py` share but for the pair: command line, cells on disk, the page.
+
+Promises: no path of the machine gets onto a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pair
+from common import machine, number, versions
+from ladder_page import interval
+from npd.errors import DataError, InputError
+
+S = TypeVar("S")
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of questions")
+    parser.add_argument("--column", default="question", help="its column that holds them")
+    parser.add_argument("--data-name", default=pair.DATA, help="what the page calls the data")
+    parser.add_argument("--models", type=Path, help="where the two models are kept")
+    parser.add_argument("--seeds", type=int, default=2, help="how many")
+    parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="folder for the page and its JSON")
+    parser.add_argument(
+        "--set-pair", nargs="+", default=[], metavar="NAME=VALUE", help="of pair.py's Setting"
+    )
+    return parser
+
+
+@contextmanager
+def place(args: argparse.Namespace) -> Iterator[Path]:
+    """Where to run."""
+    if args.folder is not None:
+        yield args.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="npd-pair-") as directory:
+        yield Path(directory)
+
+
+def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
+    """The pair that the command line names; its models are made if they are not there."""
+    if not args.data.is_file():
+        raise DataError(
+            f"--data {args.data}: no such file: name a JSONL file with a question a line, such as "
+            "GSM8K's train.jsonl"
+        )
+    made = pair.models(args.models or folder / "models")
+    return pair.Pair(changed(pair.Setting(), args.set_pair), folder, args.data, args.column, made)
+
+
+def changed(setting: S, items: Sequence[str]) -> S:
+    """`setting` with `NAME=VALUE` items set, their values as JSON or as they stand."""
+    values: dict[str, Any] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if not hasattr(setting, name):
+            raise InputError(f"no such setting: {name} (there are {', '.join(vars(setting))})")
+        values[name] = type(getattr(setting, name))(value)
+    return replace(setting, **values)  # type: ignore[type-var]
+
+
+def finished(home: Path) -> list[dict[str, Any]]:
+    """The cells in `home`, seed by seed."""
+    cells = [json.loads(path.read_text()) for path in home.glob("*/cell.json")]
+    return sorted(cells, key=lambda found: int(found["seed"]))
+
+
+def own_text(made: pair.Pair, home: Path) -> dict[str, Any]:
+    """What the student kept in `home` is on its own text; measured once."""
+    from judging import on_own_text
+
+    found = pair.cell(home / "own", lambda: on_own_text(made, home / "student"), dict)
+    return {name: value for name, value in found.items() if name.startswith("own_")}
+
+
+def about(
+    program: str, args: argparse.Namespace, cells: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a page says of how it was made: no path of this machine is in it."""
+    seeds = 1 + max(int(found["seed"]) for found in cells)
+    extra = "".join(
+        f" --{name} {' '.join(items)}"
+        for name, items in (("set", args.set), ("set-pair", args.set_pair))
+        if items
+    )
+    return {
+        "command": f"python benchmarks/{program} --data FILE --seeds {seeds}{extra}",
+        "data": args.data_name,
+        "commits": sorted({found["commit"] for found in cells}),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def publish(out: Path | None, name: str, text: str, record: Mapping[str, Any]) -> None:
+    """Print the page; write it and its figures to `out` if it is given."""
+    print(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"{name}.md").write_text(text)
+
+
+def foot(about: Mapping[str, Any], setting: Mapping[str, Any], loads: Sequence[float]) -> list[str]:
+    """The lines at the end of a page: how it was made, where, with what."""
+    host = about["machine"]
+    return [
+        f"- data: {about['data']}",
+        f"- setting: `{' '.join(f'{name}={value}' for name, value in setting.items())}`",
+        f"- command: `{about['command']}`",
+        f"- commits of the runs: {', '.join(about['commits'])}",
+        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; load average "
+        f"{min(loads):.1f} to {max(loads):.1f} during the runs; one thread",
+        f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
+    ]
+
+
+def head(*cells: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [row(*cells), row(*["---"] * len(cells))]
+
+
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: Sequence[float], digits: int | None = None, *, signed: bool = False) -> str:
+    """Mean ± half-width of its 95 % t-interval; three or four figures, or so many `digits`."""
+    if not values:
+        return ""
+    middle, half = interval(values)
+    shown = number(middle) if digits is None else f"{middle:.{digits}f}"
+    shown = f"+{shown}" if signed and middle >= 0 else shown
+    if math.isnan(half):
+        return shown
+    return f"{shown} ± {number(half) if digits is None else f'{half:.{digits}f}'}"

@@ -1,0 +1,213 @@
+"""The page of `peers_run.py`: three numbers against each peer, where the time goes, the curves.
+
+Pure: cells (what a run measured, plain JSON values) in, text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any, TypeAlias
+
+from pair_out import foot, head, row, spread
+
+Cell: TypeAlias = dict[str, Any]
+
+NAMES = {
+    "npd": "npd, preset `npd`",
+    "npd_tail": "npd, second setting",
+    "distillation": "TRL `DistillationTrainer`",
+    "gkd": "TRL `GKDTrainer`",
+}
+OURS = ("npd", "npd_tail")
+# What is aimed at: the paper's factor for a trainer's speed, three times the samples, a third of
+# the time.
+TARGETS = {"trainer": 8.1, "samples": 3.0, "time": 1 / 3}
+
+
+def target_of(curve: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
+    """The lowest KL after the start and the CPU time of it; None if it is never below the start."""
+    best = min(curve[1:], key=lambda point: point["kl"], default=None)
+    if best is None or best["kl"] >= curve[0]["kl"]:
+        return None
+    return best["kl"], best["seconds"]
+
+
+def reached_at(curve: Sequence[Mapping[str, float]], kl: float) -> float | None:
+    """CPU time at which a curve is first at `kl`, by straight lines between its points."""
+    for before, after in pairwise(curve):
+        if after["kl"] <= kl:
+            share = (before["kl"] - kl) / (before["kl"] - after["kl"])
+            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    return None
+
+
+def speeds(cell: Cell) -> dict[str, float]:
+    """The rates of one run: tokens a second of the trainer, samples an hour of all it took."""
+    hours = cell["seconds"]["step"] / 3600
+    return {
+        "trainer": cell["tokens"] / cell["trainer_seconds"],
+        "samples": cell["samples"] / hours,
+        "fresh": cell["fresh"] / hours,
+    }
+
+
+def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
+    """The Markdown page."""
+    sides = {name: [c for c in cells if c["side"] == name] for name in NAMES}
+    sides = {name: found for name, found in sides.items() if found}
+    lines = [
+        "# Whole runs against TRL, on the real pair",
+        "",
+        "Made by `benchmarks/peers_run.py`; do not edit. What is counted, and how the sides are "
+        "kept alike, is said there. CPU time of one thread; ±: 95 % t-interval over seeds; without "
+        "it, one seed. Ratios are paired by seed, above 1 where npd does more.",
+        "",
+        f"The start: held-out KL {start['kl']:.4f}, {start['own_kl']:.4f} on its own text; "
+        f"fine-tuned on teacher text from a pruned student at {start['start_kl']:.3f}.",
+        "",
+        *_numbers(sides),
+        "",
+        *_ratios(sides),
+        "",
+        *_where(sides),
+        "",
+        *_curves(sides),
+        "",
+        "- npd's second setting, made after the first had been seen: "
+        + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
+        "- tried for TRL before, two steps each, samples a CPU second: "
+        + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
+        *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head(
+        "", "seeds", "trainer, tokens/s", "samples trained on, an hour", "fresh samples, an hour",
+        "CPU s", "samples trained on", "of them fresh", "held-out KL at the end",
+        "KL on own text at the end",
+    )  # fmt: skip
+    for name, cells in sides.items():
+        found = [speeds(cell) for cell in cells]
+        lines.append(
+            row(
+                NAMES[name],
+                str(len(cells)),
+                spread([speed["trainer"] for speed in found]),
+                spread([speed["samples"] for speed in found]),
+                spread([speed["fresh"] for speed in found]),
+                spread([cell["seconds"]["step"] for cell in cells]),
+                f"{mean(cell['samples'] for cell in cells):,.0f}",
+                f"{mean(cell['fresh'] for cell in cells):,.0f}",
+                spread([cell["kl"] for cell in cells], 4),
+                spread([cell["own_kl"] for cell in cells], 4),
+            )
+        )
+    return lines
+
+
+def _ratios(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head("", "against", "what", "ratio", "aim", "result")
+    for own in OURS:
+        mine = {cell["seed"]: cell for cell in sides.get(own, ())}
+        for name, cells in sides.items():
+            pairs = [(mine[cell["seed"]], cell) for cell in cells if cell["seed"] in mine]
+            if name not in OURS and pairs:
+                rows = [*_speed_ratios(pairs), _time(pairs)]
+                lines += [row(NAMES[own], NAMES[name], *cells) for cells in rows]
+    return lines
+
+
+def _speed_ratios(pairs: Sequence[tuple[Cell, Cell]]) -> list[tuple[str, ...]]:
+    lines = []
+    for what, label in (
+        ("trainer", "1. trainer tokens/s"),
+        ("samples", "2. samples trained on, an hour"),
+        ("fresh", "2. fresh samples, an hour"),
+    ):
+        values = [speeds(mine)[what] / speeds(theirs)[what] for mine, theirs in pairs]
+        aim = TARGETS.get(what)
+        result = "" if aim is None else _verdict(values, aim)
+        lines.append((label, spread(values), "" if aim is None else f">= {aim:g}", result))
+    return lines
+
+
+def _verdict(values: Sequence[float], aim: float) -> str:
+    """Met is what every seed meets."""
+    if mean(values) < aim:
+        return "MISSED"
+    return "met" if min(values) >= aim else "met on average, not by every seed"
+
+
+def _time(pairs: Sequence[tuple[Cell, Cell]]) -> tuple[str, ...]:
+    """CPU time of npd to each peer's lowest KL, as a share of the peer's."""
+    label = "3. CPU time to the peer's lowest KL, share"
+    shares, notes = [], []
+    for mine, theirs in pairs:
+        target = target_of(theirs["curve"])
+        if target is None:
+            notes.append(f"seed {theirs['seed']}: the peer is never below its start")
+            continue
+        kl, seconds = target
+        reached = reached_at(mine["curve"], kl)
+        if reached is None:
+            notes.append(f"seed {theirs['seed']}: npd never at {kl:.4f}")
+        else:
+            shares.append(reached / seconds)
+            notes.append(f"KL {kl:.4f}: {reached:.0f} s against {seconds:.0f} s")
+    is_met = len(shares) == len(pairs) and mean(shares) <= TARGETS["time"]
+    what = f"{spread(shares) if shares else 'none'} ({'; '.join(notes)})"
+    return label, what, "<= 1/3", "met" if is_met else "MISSED"
+
+
+def _where(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Where the time goes: seconds a sample trained on, by part, and what a sample is."""
+    lines = head(
+        "", "part", "share of CPU time, %", "ms a sample trained on", "ms a fresh sample",
+        "tokens a sample", "response tokens a sample",
+    )  # fmt: skip
+    for name, cells in sides.items():
+        for part in parts(cells[0]["seconds"]):
+            shares = [parts(cell["seconds"])[part] / cell["seconds"]["step"] for cell in cells]
+            each = [1000 * parts(c["seconds"])[part] / c["samples"] for c in cells]
+            fresh = [1000 * parts(c["seconds"])[part] / c["fresh"] for c in cells]
+            lines.append(
+                row(
+                    NAMES[name],
+                    part,
+                    f"{100 * mean(shares):.0f}",
+                    f"{mean(each):.0f}",
+                    f"{mean(fresh):.0f}",
+                    f"{mean(c['tokens'] / c['samples'] for c in cells):.0f}",
+                    f"{mean(c['response_tokens'] / c['samples'] for c in cells):.0f}",
+                )
+            )
+    return lines
+
+
+def parts(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by part: all but the whole, and what the named parts leave of it."""
+    named = {name: taken for name, taken in seconds.items() if name != "step"}
+    rest = seconds["step"] - sum(named.values())
+    if "teacher" not in named:
+        return named
+    return {
+        "generate": named["generate"],
+        "teacher's layers": named["teacher"],
+        "student, heads, loss, optimiser": rest,
+    }
+
+
+def _curves(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+    lines = head("", "seed", "held-out KL at (CPU s, samples trained on)")
+    for name, cells in sides.items():
+        for cell in cells:
+            points = ", ".join(
+                f"{point['kl']:.4f} ({point['seconds']:.0f}, {point['samples']:.0f})"
+                for point in cell["curve"]
+            )
+            lines.append(row(NAMES[name], str(cell["seed"]), points))
+    return lines

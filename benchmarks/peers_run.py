@@ -1,0 +1,257 @@
+"""Whole runs of npd against TRL's `DistillationTrainer` and `GKDTrainer`, on the real pair.
+
+    make peers DATA=gsm8k_train.jsonl
+    python benchmarks/peers_run.py --data FILE [--seeds N] [--folder DIR] [--out DIR]
+
+All start from the same student (`pair.py`), with the same teacher, prompts, longest response,
+temperature, learning rate (constant) and optimiser, and minimise a forward KL. TRL is strictly
+on-policy; npd runs its `npd` preset: each response is trained on three times, one refresh half
+way, top-10 KD with a tenth of CE, Δ-IFD. Its second setting was made after the first had been seen
+(drift far above 0.10): a quarter of the learning rate, and KD alone, on the top 32 and the mass
+outside, which is closer to TRL's full KL. One thread each, one after another, CPU time of the
+process. Counted on no side: imports, loading, saving what is exported, evaluation. Counted of npd:
+writing, scoring, training, publishing snapshots.
+
+Three numbers, each with its name:
+
+1. trainer tokens/s: real tokens trained on over the CPU time of the trainer (TRL: whole steps;
+   npd: its train stage alone);
+2. samples an hour: samples trained on (with reuse), and apart from it fresh ones (written), over
+   the CPU time of everything counted;
+3. CPU time to a held-out KL: for each peer and seed, the lowest that this peer has at any of its
+   evaluations, and when; npd's time to the same KL is interpolated between its evaluations. The
+   same evaluator for all: npd's, on the same held-out text, which the teacher wrote. Of the last
+   students the KL on their own text is measured too (`judging.py`): what on-policy text trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pair
+import pair_out
+from npd.__main__ import outcome
+from npd.errors import InputError
+from npd.observe.live import LiveState
+from peers_page import NAMES, OURS, page
+
+# Two steps each, before any run: (side, weights, batch, samples a CPU second). Float32 is slower
+# mostly in `generate`; under bfloat16 autocast float32 weights are cast anew for every token.
+TRIED = (
+    ("distillation", "bfloat16", 8, 0.793),
+    ("distillation", "float32", 8, 0.599),
+    ("distillation", "bfloat16", 16, 0.923),
+    ("gkd", "bfloat16", 8, 1.089),
+    ("gkd", "bfloat16", 16, 1.177),
+)
+# npd's second setting.
+SECOND = {
+    "train.lr": 5e-5,
+    "train.min_lr": 5e-5,
+    "loss.target": "tail",
+    "loss.kd_weight": 1.0,
+    "score.top_k": 32,
+}
+COUNTED = ("generate", "score", "train", "publish")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of all sides, npd's own schedule, and what TRL is fastest with (`TRIED`)."""
+
+    num_prompts: int = 64
+    lr: float = 2e-4
+    budget: float = 150.0
+    npd_epochs: int = 6
+    npd_reuse: int = 3
+    npd_batch: int = 16
+    eval_steps: int = 4
+    peer_batch: int = 16
+    peer_dtype: str = "bfloat16"
+    peer_most_steps: int = 1000
+    every: float = 35.0
+
+
+class CpuView:
+    """A view of a run that shows nothing: it keeps the CPU time of each worker's calls.
+
+    Of this process, so of all threads; with stages in turn that is the call's own.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float]] = []
+        self._doing: dict[str, tuple[str, float]] = {}
+
+    def update(self, state: LiveState) -> None:
+        """Note which calls began and ended."""
+        now = time.process_time()
+        for worker in state.workers:
+            doing, since = self._doing.get(worker.name, ("idle", 0.0))
+            if doing != worker.doing:
+                if doing != "idle":
+                    self.calls.append((doing, now - since))
+                self._doing[worker.name] = (worker.doing, now)
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def seconds(self) -> dict[str, float]:
+        """CPU seconds by what was done."""
+        found: dict[str, float] = {}
+        for doing, taken in self.calls:
+            found[doing] = found.get(doing, 0.0) + taken
+        return found
+
+    def before_evaluations(self) -> list[float]:
+        """CPU seconds of what is counted before each evaluation."""
+        found, spent = [], 0.0
+        for doing, taken in self.calls:
+            if doing == "evaluate":
+                found.append(spent)
+            spent += taken if doing in COUNTED else 0.0
+        return found
+
+
+def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -> dict[str, Any]:
+    """What a run of npd is told on top of its preset."""
+    return {
+        "data.train": made.prompts(seed, setting.num_prompts),
+        "train.lr": setting.lr,
+        "train.min_lr": setting.lr,
+        "train.batch_size": setting.npd_batch,
+        "schedule.epochs": setting.npd_epochs,
+        "schedule.reuse": setting.npd_reuse,
+        "schedule.refresh": {"at_epochs": [setting.npd_epochs // 2]},
+        "schedule.segment_steps": 2,
+        "eval.every_steps": setting.eval_steps,
+        "eval.num_samples": 0,
+        **(SECOND if is_tail else {}),
+    }
+
+
+def run_npd(
+    made: pair.Pair, setting: Setting, seed: int, home: Path, *, is_tail: bool
+) -> dict[str, Any]:
+    """A whole run of npd: what it trained, and the CPU time of its stages."""
+    view = CpuView()
+    values = npd_values(made, setting, seed, is_tail=is_tail)
+    data = made.run(home, "npd", seed, values, view).data
+    steps, evals = data.steps, data.evals
+    seconds = view.seconds()
+    sofar = [sum(s["num_samples"] for s in steps if s["step"] <= e["step"]) for e in evals]
+    moments = view.before_evaluations()
+    return {
+        "seconds": {
+            "step": sum(seconds.get(name, 0.0) for name in COUNTED),
+            **{name: seconds.get(name, 0.0) for name in COUNTED},
+        },
+        "uncounted": {name: s for name, s in seconds.items() if name not in COUNTED},
+        "trainer_seconds": seconds["train"],
+        "steps": len(steps),
+        "samples": sum(step["num_samples"] for step in steps),
+        "fresh": data.throughput["generate"].samples,
+        "tokens": sum(step["total_tokens"] for step in steps),
+        "response_tokens": sum(step["response_tokens"] for step in steps),
+        "fill": sum(step["fill"] for step in steps) / len(steps),
+        "drift": [step["drift"] for step in steps],
+        "curve": [
+            {"seconds": at, "samples": n, "kl": e["kl"], "agreement": e["agreement"]}
+            for at, n, e in zip(moments, sofar, evals, strict=True)
+        ],
+    }
+
+
+def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str, home: Path) -> dict[str, Any]:
+    """TRL's trainer until its budget is spent."""
+    from peers_trl import PeerSetting, evaluator
+    from peers_trl import run_peer as train
+
+    count = train(
+        name,
+        PeerSetting(
+            student=made.start,
+            teacher=made.teacher,
+            prompts=made.prompts(seed, setting.num_prompts),
+            system=pair.SYSTEM,
+            seed=seed,
+            lr=setting.lr,
+            batch=setting.peer_batch,
+            max_response=made.setting.max_response,
+            budget=setting.budget,
+            most_steps=setting.peer_most_steps,
+            dtype=setting.peer_dtype,
+            every=setting.every,
+        ),
+        evaluator(made.heldout_scored, made.setting.row_tokens),
+        home / "student",
+    )
+    found = asdict(count)
+    return found | {"trainer_seconds": count.seconds["step"], "fresh": count.samples}
+
+
+SIDES = tuple(NAMES)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = pair_out.make_parser(__doc__)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
+    return parser.parse_args()
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run what is missing, side by side for each seed, and write the page."""
+    if importlib.util.find_spec("trl") is None:
+        raise InputError("this needs TRL: pip install 'trl>=1.16' (the `bench` extra)")
+    pair.one_thread()
+    setting = pair_out.changed(Setting(), args.set)
+    with pair_out.place(args) as folder:
+        made = pair_out.open_pair(args, folder)
+        start = made.make_start()
+        home = made.root / f"peers-{pair.digest(asdict(setting))}"
+        for seed in range(args.seeds):
+            for side in args.sides:
+                _cell(made, setting, seed, side, home / f"{side}-{seed}")
+        start |= pair_out.own_text(made, made.root / "start")
+        cells = [
+            cell | pair_out.own_text(made, home / f"{cell['side']}-{cell['seed']}")
+            for cell in pair_out.finished(home)
+        ]
+    about = pair_out.about("peers_run.py", args, cells)
+    about["setting"] = {**asdict(made.setting), **asdict(setting)}
+    about |= {"tried": TRIED, "second": SECOND}
+    pair_out.publish(
+        args.out, "peers", page(start, cells, about), {"start": start, "cells": cells, **about}
+    )
+    return 0
+
+
+def _cell(made: pair.Pair, setting: Setting, seed: int, side: str, home: Path) -> None:
+    def work() -> dict[str, Any]:
+        if side in OURS:
+            found = run_npd(made, setting, seed, home, is_tail=side == "npd_tail")
+        else:
+            found = run_peer(made, setting, seed, side, home)
+        return {"side": side, "seed": seed, "kl": found["curve"][-1]["kl"], **found}
+
+    pair.cell(home, work, lambda found: found)
+
+
+def main() -> int:
+    """The benchmark; a wrong input ends it in one line."""
+    args = parse_args()
+    return outcome(lambda: bench(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The page of `real.py`: each rung, and what it changes against the one before, paired by seed.
+
+Pure: cells (what a run measured, plain JSON values) in, text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+from ladder_page import Cell, by_rung, differences
+from pair_out import foot, head, row, spread
+
+
+def page(
+    start: Cell, cells: Sequence[Cell], labels: Mapping[str, str], about: Mapping[str, Any]
+) -> str:
+    """The Markdown page."""
+    rows = by_rung(cells)
+    setting = about["setting"]
+    lines = [
+        "# The ladder on the real pair",
+        "",
+        "Made by `benchmarks/real.py`; do not edit. What each row is, is said there.",
+        "",
+        "Teacher: SmolLM2-135M-Instruct. Student: 15 of its 30 layers, fine-tuned on the "
+        f"teacher's responses to {setting['warm_prompts']} prompts (start). Held out: "
+        f"{setting['num_heldout']} prompts, the same for all. ±: 95 % t-interval of the mean over "
+        "seeds, each with prompts of its own, sampling and order; without it, one seed. The start "
+        "is the same for all: it is in no interval.",
+        "",
+        *_outcomes(start, rows, labels),
+        "",
+        *_steps(rows, labels),
+        "",
+        *foot(about, setting, [load for cell in cells for load in cell["load"]]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _outcomes(
+    start: Cell, rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]
+) -> list[str]:
+    lines = head(
+        "rung", "seeds", "held-out KL, nats/token", "KL on own text", "same top token, %",
+        "ROUGE-L, %", "mean drift, nats/token", "left out, %", "response tokens trained on",
+        "CPU s",
+    )  # fmt: skip
+    for label, cells in [
+        ("as pruned", [{**_nothing(start), "kl": start["start_kl"]}]),
+        ("start", [start]),
+        *((labels[name], list(found.values())) for name, found in rows.items()),
+    ]:
+        lines.append(_outcome(label, cells))
+    return lines
+
+
+def _nothing(start: Cell) -> Cell:
+    """A row of which only the start's own first evaluation is known."""
+    return {"load": start["load"]}
+
+
+def _outcome(label: str, cells: Sequence[Cell]) -> str:
+    def column(name: str, digits: int, scale: float = 1.0) -> str:
+        known = [scale * cell[name] for cell in cells if cell.get(name) is not None]
+        return spread(known, digits)
+
+    lost = [100 * sum(c["rejected"].values()) / c["asked"] for c in cells if "rejected" in c]
+    return row(
+        label,
+        str(len(cells)),
+        column("kl", 4),
+        column("own_kl", 4),
+        column("agreement", 1, 100),
+        column("rouge_l", 1, 100),
+        column("drift", 3),
+        spread(lost, 1),
+        f"{mean(c['response_tokens'] for c in cells):,.0f}"
+        if "response_tokens" in cells[0]
+        else "",
+        column("cpu_seconds", 0),
+    )
+
+
+def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What each rung brings over the one before, and the last over the first."""
+    present = list(rows)
+    if len(present) < 2:
+        return []
+    lines = head(
+        "step", "held-out KL", "seeds better", "KL on own text", "seeds better",
+        "ROUGE-L, points", "seeds better",
+    )  # fmt: skip
+    steps = [*pairwise(present), *({"rollouts", "npd"} <= set(present)) * [("rollouts", "npd")]]
+    for before, after in dict.fromkeys([*steps, (present[0], present[-1])]):
+        kl = differences(rows[after], rows[before], "kl")
+        own = differences(rows[after], rows[before], "own_kl")
+        rouge = [100 * value for value in differences(rows[after], rows[before], "rouge_l")]
+        lines.append(
+            row(
+                f"{labels[before]} → {labels[after]}",
+                spread(kl, 4, signed=True),
+                f"{sum(value < 0 for value in kl)} of {len(kl)}",
+                spread(own, 4, signed=True),
+                f"{sum(value < 0 for value in own)} of {len(own)}",
+                spread(rouge, 1, signed=True),
+                f"{sum(value > 0 for value in rouge)} of {len(rouge)}",
+            )
+        )
+    return lines

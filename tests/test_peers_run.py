@@ -1,0 +1,133 @@
+"""Times to a KL, the page of made-up cells, and tiny real runs of all sides."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from npd.observe.live import LiveState, WorkerState
+from test_real import about, call, room  # noqa: F401
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import peers_page as pp  # noqa: E402
+from peers_run import CpuView  # noqa: E402
+
+
+def curve(*points):
+    return [{"seconds": at, "kl": kl, "samples": at} for at, kl in points]
+
+
+def test_the_target_is_the_lowest_kl_after_the_start():
+    assert pp.target_of(curve((0, 1.0), (10, 0.8), (20, 0.9))) == (0.8, 10)
+    assert pp.target_of(curve((0, 1.0), (10, 1.1))) is None
+    assert pp.target_of(curve((0, 1.0))) is None
+
+
+def test_the_time_to_a_kl_is_on_a_straight_line_between_evaluations():
+    mine = curve((0, 1.0), (10, 1.2), (20, 0.8), (30, 0.6))
+    assert pp.reached_at(mine, 0.9) == pytest.approx(17.5)
+    assert pp.reached_at(mine, 0.8) == 20
+    assert pp.reached_at(mine, 0.5) is None
+
+
+def made_up(side, seed, points, *, rate):
+    named = {"generate": 10.0, "score": 15.0, "train": 60.0, "publish": 5.0}
+    seconds = named if side == "npd" else {"generate": 40.0, "teacher": 20.0}
+    return {
+        "side": side, "seed": seed, "curve": curve(*points), "kl": points[-1][1], "own_kl": 2.0,
+        "seconds": {"step": 90.0, **seconds}, "trainer_seconds": 60.0 if side == "npd" else 90.0,
+        "tokens": 100 * rate, "response_tokens": 50 * rate, "samples": rate, "steps": 4,
+        "fresh": rate // 3 if side == "npd" else rate, "load": [1.0, 3.0],
+    }  # fmt: skip
+
+
+def test_the_page_shows_ratios_targets_and_misses():
+    cells = [
+        made_up("npd", 0, [(0, 1.0), (50, 0.6), (90, 0.5)], rate=300),
+        made_up("distillation", 0, [(0, 1.0), (90, 0.9)], rate=60),
+        made_up("gkd", 0, [(0, 1.0), (90, 0.4)], rate=150),
+    ]
+    text = pp.page(
+        {"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0},
+        cells,
+        about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"train.lr": 1e-5}},
+    )
+    trl, gkd = "TRL `DistillationTrainer`", "TRL `GKDTrainer`"
+    # 500 tokens/s of npd's trainer against 66.7.
+    assert f"{trl} | 1. trainer tokens/s | 7.5 | >= 8.1 | MISSED |" in text
+    assert f"{trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
+    assert f"{gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
+    # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
+    assert f"{trl} | 3. CPU time to the peer's lowest KL, share | 0.139 (KL 0.9000: 12 s " in text
+    assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
+    assert "gkd bfloat16 batch 8: 1.1" in text
+    # What is left of 90 s after generate and teacher is the rest.
+    assert f"| {trl} | student, heads, loss, optimiser | 33 | 500 |" in text
+
+
+def test_the_view_keeps_cpu_time_by_call():
+    view = CpuView()
+
+    def update(**doing):
+        workers = tuple(WorkerState(name, what, 0.0) for name, what in doing.items())
+        view.update(LiveState(elapsed=0.0, step=0, workers=workers))
+
+    def burn():
+        sum(i * i for i in range(200_000))
+
+    update(trainer="evaluate")
+    update(trainer="idle")
+    update(trainer="idle", generator="generate")
+    burn()
+    update(trainer="idle", generator="idle")
+    update(trainer="evaluate", generator="idle")
+    update(trainer="idle", generator="idle")
+    assert [doing for doing, _ in view.calls] == ["evaluate", "generate", "evaluate"]
+    first, second = view.before_evaluations()
+    assert first == 0
+    assert second == view.seconds()["generate"] > 0
+
+
+@pytest.mark.slow
+def test_tiny_runs_of_all_sides(room):  # noqa: F811
+    pytest.importorskip("trl")
+    settings = ["num_prompts=6", "npd_epochs=2", "npd_reuse=1", "npd_batch=4", "eval_steps=1"]
+    settings += ["peer_batch=2", "peer_most_steps=2", "every=0"]
+    done = call("peers_run.py", room, "--set", *settings, "--out", room / "out")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((room / "out" / "peers.json").read_text())
+    cells = {cell["side"]: cell for cell in record["cells"]}
+    assert set(cells) == {"npd", "npd_tail", "distillation", "gkd"}
+    kls = [cell["curve"][0]["kl"] for cell in cells.values()]
+    # Before the first step all are the start; TRL's weights were rounded to bfloat16.
+    assert kls == pytest.approx([record["start"]["kl"]] * 4, rel=0.02)
+    for name in ("distillation", "gkd"):
+        cell = cells[name]
+        assert (cell["steps"], cell["samples"], cell["fresh"]) == (2, 4, 4)
+        assert len(cell["curve"]) == 3
+        assert cell["own_kl"] >= 0
+        assert 4 <= cell["response_tokens"] <= 4 * 6
+        assert cell["seconds"]["step"] > cell["seconds"]["generate"] > 0
+        assert cell["seconds"]["teacher"] > 0
+    # The same prompts: the tokens that a sample has beside its response.
+    prompts = {n: (c["tokens"] - c["response_tokens"]) / c["samples"] for n, c in cells.items()}
+    assert prompts["gkd"] == pytest.approx(prompts["npd"], abs=3)
+    assert prompts["distillation"] == pytest.approx(prompts["npd"], abs=3)
+    for name in ("npd", "npd_tail"):
+        own = cells[name]
+        assert own["fresh"] == 12
+        assert own["curve"][-1]["seconds"] <= own["seconds"]["step"]
+    assert str(room) not in (room / "out" / "peers.json").read_text()
+
+
+def test_a_missing_file_is_one_line(room):  # noqa: F811
+    pytest.importorskip("trl")
+    done = call("peers_run.py", room, data="missing.jsonl")
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "missing.jsonl: no such file" in done.stderr
