@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, TypeAlias
 
-from pair_out import foot, head, row, spread
+from pair_out import BOUND, FEWER, OWN_KL, foot, head, row, spread
 
 Cell: TypeAlias = dict[str, Any]
 
@@ -74,7 +74,7 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "Made by `benchmarks/peers_run.py`; do not edit. What is counted, and how the sides are "
         "kept alike, is said there. CPU time of one thread; ±: 95 % t-interval over seeds; without "
         "it, one seed. Ratios are npd's over the peer's, paired by seed: of rates (1 and 2) more "
-        "is better, of the time (3) less. Met: by every seed.",
+        f"is better, of the time (3) less. Met: by every seed. {BOUND} {FEWER}",
         "",
         _weights(about["setting"]),
         "",
@@ -111,7 +111,7 @@ def _numbers(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
     lines = head(
         "", "seeds", TRAINER, BARE, "samples trained on, an hour", "fresh samples, an hour",
         "CPU s", "samples trained on", "of them fresh", "held-out KL at the end",
-        "KL on own text at the end",
+        f"{OWN_KL}, at the end",
     )  # fmt: skip
     for name, cells in sides.items():
         found = [speeds(cell) for cell in cells]

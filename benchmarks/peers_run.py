@@ -227,7 +227,8 @@ def bench(args: argparse.Namespace) -> int:
             cell | pair_out.own_text(made, home / f"{cell['side']}-{cell['seed']}")
             for cell in pair_out.finished(home)
         ]
-    about = pair_out.about("peers_run.py", args, cells)
+    sides = [side for side in SIDES if any(cell["side"] == side for cell in cells)]
+    about = pair_out.about("peers_run.py", args, cells, {"sides": sides})
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
     about |= {"tried": TRIED, "second": SECOND}
     pair_out.publish(

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from npd.observe.live import LiveState, WorkerState
-from test_real import about, call, room  # noqa: F401
+from test_real import about, call, complaint, room  # noqa: F401
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import peers_page as pp  # noqa: E402
-from peers_run import CpuView  # noqa: E402
+import peers_run  # noqa: E402
 
 
 def curve(*points):
@@ -100,7 +100,7 @@ def test_met_is_by_every_seed_for_time_too(peer, result):
 
 
 def test_the_view_keeps_cpu_time_by_call():
-    view = CpuView()
+    view = peers_run.CpuView()
 
     def update(**doing):
         workers = tuple(WorkerState(name, what, 0.0) for name, what in doing.items())
@@ -154,9 +154,6 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     assert str(room) not in (room / "out" / "peers.json").read_text()
 
 
-def test_a_missing_file_is_one_line(room):  # noqa: F811
+def test_a_missing_file_is_one_line(complaint):  # noqa: F811
     pytest.importorskip("trl")
-    done = call("peers_run.py", room, data="missing.jsonl")
-    assert done.returncode != 0
-    assert done.stderr.count("\n") == 1
-    assert "missing.jsonl: no such file" in done.stderr
+    assert "missing.jsonl: no such file" in complaint(peers_run.main, data="missing.jsonl")
