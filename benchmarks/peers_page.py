@@ -76,7 +76,7 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "it, one seed. Ratios are npd's over the peer's, paired by seed: of rates (1 and 2) more "
         f"is better, of the time (3) less. Met: by every seed. {BOUND} {FEWER}",
         "",
-        _weights(about["setting"]),
+        _weights(about["setting"], about["tried"]),
         "",
         f"The start: held-out KL {start['kl']:.4f}, {start['own_kl']:.4f} on its own text; "
         f"fine-tuned on teacher text from a pruned student at {start['start_kl']:.3f}.",
@@ -98,12 +98,14 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _weights(setting: Mapping[str, Any]) -> str:
+def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
     """What the sides' weights are, and what can therefore be compared."""
+    dtype = setting["peer_dtype"]
+    why = ", the fastest of those tried" if dtype == max(tried, key=lambda one: one[3])[1] else ""
     return (
-        f"TRL: {setting['peer_dtype']} weights and optimiser state, the fastest of those tried, lr "
-        f"{setting['lr']:g} not tuned; npd: float32 weights, and a second setting, made after the "
-        "first had been seen. Speeds are comparable, KLs are not."
+        f"TRL: {dtype} weights and optimiser state{why}, lr {setting['lr']:g} not tuned; npd: "
+        "float32 weights, and a second setting, made after the first had been seen. Speeds are "
+        "comparable, KLs are not."
     )
 
 
@@ -146,7 +148,7 @@ def _ratios(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
 
 
 def _speed_ratios(pairs: Sequence[tuple[Cell, Cell]]) -> list[tuple[str, ...]]:
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for what, label in (
         ("trainer", f"1. {TRAINER}"),
         ("bare", f"1. {BARE}"),
