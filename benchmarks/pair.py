@@ -3,8 +3,8 @@
 The teacher comes from its PyPI wheel, the student is the demo's, 15 of its 30 layers (81 M
 parameters), fine-tuned once on teacher text (the start). Prompts are questions of a JSONL file,
 shuffled once and dealt out: held out, the start's, and those of each seed, none twice. What is
-finished stays in the folder. All text is short: prompts of at most `Setting.max_prompt` tokens,
-responses of at most `max_response`.
+finished stays in the folder, under a name made of the setting, the questions and the models. All
+text is short: prompts of at most `Setting.max_prompt` tokens, responses of at most `max_response`.
 
 Promises: one thread, stages in turn; a wrong file or column is an error of npd's in one line.
 """
@@ -38,7 +38,6 @@ from npd.prepare import import_gguf, prune_depth, smollm2_gguf
 from npd.settings import load_config, nested
 from npd.store.layout import RunLayout
 
-DATA = "GSM8K train, openai/grade-school-math, MIT"
 # The demo's: left out one at a time, each time the layer whose absence moves the outputs least.
 LAYERS = (0, 1, 2, 8, 9, 10, 11, 12, 21, 22, 23, 24, 27, 28, 29)
 SYSTEM = "Answer in one short sentence."
@@ -63,6 +62,14 @@ class Models:
 
     teacher: Path
     pruned: Path
+
+    def names(self) -> list[str]:
+        """What tells them from others: the directories' names, and what is in them."""
+        return [
+            " ".join([path.name, *(_content(file) for file in sorted(path.glob(pattern)))])
+            for path in (self.teacher, self.pruned)
+            for pattern in ("config.json", "*.safetensors")
+        ]
 
 
 def models(folder: Path) -> Models:
@@ -92,7 +99,8 @@ class Pair:
     ) -> None:
         """`column` of `data`, a JSONL file, holds the questions."""
         self.setting, self.teacher, self._pruned = setting, models.teacher, models.pruned
-        self.root = folder / f"pair-{digest(asdict(setting))}"
+        made_from = {"data": _content(data), "column": column, "models": models.names()}
+        self.root = folder / f"pair-{digest(asdict(setting) | made_from)}"
         self.root.mkdir(parents=True, exist_ok=True)
         self.chat = Chat.load(models.teacher, system=SYSTEM)
         self._questions = self._fitting(data, column)
@@ -252,6 +260,12 @@ def line(found: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _content(path: Path) -> str:
+    """A name for what is in a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,14 @@ import pair
 from common import machine, number, versions
 from ladder_page import interval
 from npd.errors import DataError, InputError
+from npd.servers.limits import HELDOUT_TOP_K
 
 S = TypeVar("S")
+OWN_KL = f"KL on own text (top {HELDOUT_TOP_K} and the rest: a lower bound)"
+BOUND = (
+    f"KLs are over the teacher's top {HELDOUT_TOP_K} ids and one bucket for the rest: lower bounds."
+)
+FEWER = "Rows with fewer seeds: what there was time for."
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -28,7 +35,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of questions")
     parser.add_argument("--column", default="question", help="its column that holds them")
-    parser.add_argument("--data-name", default=pair.DATA, help="what the page calls the data")
+    parser.add_argument("--data-name", help="what the page calls the data; default: FILE's name")
     parser.add_argument("--models", type=Path, help="where the two models are kept")
     parser.add_argument("--seeds", type=int, default=2, help="how many")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
@@ -51,6 +58,8 @@ def place(args: argparse.Namespace) -> Iterator[Path]:
 
 def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
     """The pair that the command line names; its models are made if they are not there."""
+    if args.seeds < 1:
+        raise InputError(f"--seeds {args.seeds}: give at least 1")
     if not args.data.is_file():
         raise DataError(
             f"--data {args.data}: no such file: name a JSONL file with a question a line, such as "
@@ -61,13 +70,19 @@ def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
 
 
 def changed(setting: S, items: Sequence[str]) -> S:
-    """`setting` with `NAME=VALUE` items set, their values as JSON or as they stand."""
+    """`setting` with `NAME=VALUE` items set, each of the kind that its default is of."""
     values: dict[str, Any] = {}
     for item in items:
         name, _, value = item.partition("=")
-        if not hasattr(setting, name):
-            raise InputError(f"no such setting: {name} (there are {', '.join(vars(setting))})")
-        values[name] = type(getattr(setting, name))(value)
+        known = vars(setting)
+        if name not in known:
+            raise InputError(f"no such setting: {name} (there are {', '.join(known)})")
+        kind = type(known[name])
+        try:
+            values[name] = kind(value)
+        except ValueError:
+            kinds = {int: "a whole number", float: "a number"}
+            raise InputError(f"{item}: {name} is {kinds[kind]}, such as {known[name]}") from None
     return replace(setting, **values)  # type: ignore[type-var]
 
 
@@ -86,18 +101,22 @@ def own_text(made: pair.Pair, home: Path) -> dict[str, Any]:
 
 
 def about(
-    program: str, args: argparse.Namespace, cells: Sequence[Mapping[str, Any]]
+    program: str,
+    args: argparse.Namespace,
+    cells: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """What a page says of how it was made: no path of this machine is in it."""
+    """What a page says of how it was made: no path of this machine is in it.
+
+    `chosen`: of an option that takes several names, those whose rows are on the page.
+    """
     seeds = 1 + max(int(found["seed"]) for found in cells)
-    extra = "".join(
-        f" --{name} {' '.join(items)}"
-        for name, items in (("set", args.set), ("set-pair", args.set_pair))
-        if items
-    )
+    named = {} if args.data_name is None else {"data-name": [args.data_name]}
+    options = {**named, **chosen, "set": args.set, "set-pair": args.set_pair}
+    extra = "".join(f" --{name} {shlex.join(items)}" for name, items in options.items() if items)
     return {
         "command": f"python benchmarks/{program} --data FILE --seeds {seeds}{extra}",
-        "data": args.data_name,
+        "data": args.data_name or args.data.name,
         "commits": sorted({found["commit"] for found in cells}),
         "machine": machine(),
         "versions": versions(),

@@ -8,9 +8,11 @@ temperature, learning rate (constant) and optimiser, and minimise a forward KL. 
 on-policy; npd runs its `npd` preset: each response is trained on three times, one refresh half
 way, top-10 KD with a tenth of CE, Δ-IFD. Its second setting was made after the first had been seen
 (drift far above 0.10): a quarter of the learning rate, and KD alone, on the top 32 and the mass
-outside, which is closer to TRL's full KL. One thread each, one after another, CPU time of the
-process. Counted on no side: imports, loading, saving what is exported, evaluation. Counted of npd:
-writing, scoring, training, publishing snapshots.
+outside, which is closer to TRL's full KL. TRL's weights and optimiser state are bfloat16, the
+fastest of `TRIED`, and its learning rate is not tuned; npd's are float32: speeds can be compared,
+KLs cannot. One thread each, one after another, CPU time of the process. Counted on no side:
+imports, loading, saving what is exported, evaluation. Counted of npd: writing, scoring, training,
+publishing snapshots.
 
 Three numbers, each with its name:
 
@@ -227,7 +229,8 @@ def bench(args: argparse.Namespace) -> int:
             cell | pair_out.own_text(made, home / f"{cell['side']}-{cell['seed']}")
             for cell in pair_out.finished(home)
         ]
-    about = pair_out.about("peers_run.py", args, cells)
+    sides = [side for side in SIDES if any(cell["side"] == side for cell in cells)]
+    about = pair_out.about("peers_run.py", args, cells, {"sides": sides})
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
     about |= {"tried": TRIED, "second": SECOND}
     pair_out.publish(

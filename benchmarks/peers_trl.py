@@ -25,7 +25,6 @@ from transformers import TrainerCallback
 from npd.modeling import load_model
 from npd.store.shards import read_scored
 
-MISSING = "this needs TRL: pip install 'trl>=1.16' (the `bench` extra)"
 Evaluate = Callable[[Path], dict[str, float]]
 
 

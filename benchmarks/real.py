@@ -27,6 +27,7 @@ import judging
 import npd
 import pair
 import pair_out
+from ladder_page import by_rung
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.types import Outcome
@@ -102,7 +103,7 @@ def bench(args: argparse.Namespace) -> int:
             for cell in pair_out.finished(home)
         ]
     cells = [cell for name in known for cell in found if cell["rung"] == name]
-    about = pair_out.about("real.py", args, cells)
+    about = pair_out.about("real.py", args, cells, {"rungs": list(by_rung(cells))})
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
     labels = {name: rung.label for name, rung in known.items()}
     record = {"start": start, "cells": cells, **about}

@@ -11,7 +11,9 @@ from statistics import mean
 from typing import Any
 
 from ladder_page import Cell, by_rung, differences
-from pair_out import foot, head, row, spread
+from pair_out import BOUND, FEWER, OWN_KL, foot, head, row, spread
+
+SAME = "identical runs: nothing was rejected"
 
 
 def page(
@@ -29,7 +31,7 @@ def page(
         f"teacher's responses to {setting['warm_prompts']} prompts (start). Held out: "
         f"{setting['num_heldout']} prompts, the same for all. ±: 95 % t-interval of the mean over "
         "seeds, each with prompts of its own, sampling and order; without it, one seed. The start "
-        "is the same for all: it is in no interval.",
+        f"is the same for all: it is in no interval. {BOUND} {FEWER}",
         "",
         *_outcomes(start, rows, labels),
         "",
@@ -44,7 +46,7 @@ def _outcomes(
     start: Cell, rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]
 ) -> list[str]:
     lines = head(
-        "rung", "seeds", "held-out KL, nats/token", "KL on own text", "same top token, %",
+        "rung", "seeds", "held-out KL, nats/token", OWN_KL, "same top token, %",
         "ROUGE-L, %", "mean drift, nats/token", "left out, %", "response tokens trained on",
         "CPU s",
     )  # fmt: skip
@@ -84,17 +86,33 @@ def _outcome(label: str, cells: Sequence[Cell]) -> str:
     )
 
 
+def is_same(before: Mapping[int, Cell], after: Mapping[int, Cell]) -> bool:
+    """Whether two rungs have the same runs, all that was measured alike, and nothing left out."""
+    shared = [(before[seed], after[seed]) for seed in after if seed in before]
+    return bool(shared) and all(
+        not one["rejected"]
+        and not other["rejected"]
+        and all(one[name] == other[name] for name in ("kl", "own_kl", "rouge_l", "drift"))
+        for one, other in shared
+    )
+
+
 def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """What each rung brings over the one before, and the last over the first."""
     present = list(rows)
     if len(present) < 2:
         return []
     lines = head(
-        "step", "held-out KL", "seeds better", "KL on own text", "seeds better",
+        "step", "held-out KL", "seeds better", OWN_KL, "seeds better",
         "ROUGE-L, points", "seeds better",
     )  # fmt: skip
     steps = [*pairwise(present), *({"rollouts", "npd"} <= set(present)) * [("rollouts", "npd")]]
     for before, after in dict.fromkeys([*steps, (present[0], present[-1])]):
+        if is_same(rows[before], rows[after]):
+            step = f"{labels[before]} → {labels[after]}"
+            seeds = sum(seed in rows[before] for seed in rows[after])
+            lines.append(row(step, f"{SAME} (seeds: {seeds})", *[""] * 5))
+            continue
         kl = differences(rows[after], rows[before], "kl")
         own = differences(rows[after], rows[before], "own_kl")
         rouge = [100 * value for value in differences(rows[after], rows[before], "rouge_l")]

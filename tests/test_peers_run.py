@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from npd.observe.live import LiveState, WorkerState
-from test_real import about, call, room  # noqa: F401
+from test_real import about, call, complaint, room  # noqa: F401
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import peers_page as pp  # noqa: E402
-from peers_run import CpuView  # noqa: E402
+import peers_run  # noqa: E402
 
 
 def curve(*points):
@@ -46,20 +46,25 @@ def made_up(side, seed, points, *, rate):
     }  # fmt: skip
 
 
+def page_of(cells):
+    found = about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"train.lr": 1e-5}}
+    found["setting"] |= {"peer_dtype": "bfloat16", "lr": 2e-4}
+    return pp.page({"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0}, cells, found)
+
+
 def test_the_page_shows_ratios_targets_and_misses():
     cells = [
         made_up("npd", 0, [(0, 1.0), (50, 0.6), (90, 0.5)], rate=300),
         made_up("distillation", 0, [(0, 1.0), (90, 0.9)], rate=60),
         made_up("gkd", 0, [(0, 1.0), (90, 0.4)], rate=150),
     ]
-    text = pp.page(
-        {"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0},
-        cells,
-        about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"train.lr": 1e-5}},
-    )
+    text = page_of(cells)
     trl, gkd = "TRL `DistillationTrainer`", "TRL `GKDTrainer`"
     # 500 tokens/s of npd's trainer against 66.7.
-    assert f"{trl} | 1. trainer tokens/s | 7.5 | >= 8.1 | MISSED |" in text
+    assert f"{trl} | 1. trainer tokens/s (TRL: of whole steps) | 7.5 | >= 8.1 | MISSED |" in text
+    # Without generation and teacher TRL has 30 of its 90 seconds, so 200 tokens/s.
+    assert f"{trl} | 1. tokens/s without generation and the teacher's layers | 2.5 |  |  |" in text
+    assert f"| {trl} | 1 | 66.67 | 200 |" in text
     assert f"{trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
     assert f"{gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
     # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
@@ -70,8 +75,32 @@ def test_the_page_shows_ratios_targets_and_misses():
     assert f"| {trl} | student, heads, loss, optimiser | 33 | 500 |" in text
 
 
+def test_a_peer_that_never_improves_sets_no_target_and_the_weights_are_named():
+    text = page_of(
+        [
+            made_up("npd", 0, [(0, 1.0), (90, 0.5)], rate=300),
+            made_up("gkd", 0, [(0, 1.0), (90, 1.1)], rate=60),
+        ]
+    )
+    target = "no target: the peer is never below its start"
+    assert f"| 3. CPU time to the peer's lowest KL, share |  | <= 1/3 | {target} |" in text
+    assert "TRL: bfloat16 weights and optimiser state, the fastest of those tried" in text
+    assert "Speeds are comparable, KLs are not." in text
+
+
+@pytest.mark.parametrize(
+    ("peer", "result"),
+    [((0.8, 0.8), "met"), ((0.8, 0.1), "MISSED"), ((0.9, 0.6), "met on average, not by every")],
+)
+def test_met_is_by_every_seed_for_time_too(peer, result):
+    cells = [made_up("npd", seed, [(0, 1.0), (80, 0.2)], rate=300) for seed in (0, 1)]
+    cells += [made_up("gkd", seed, [(0, 1.0), (90, kl)], rate=60) for seed, kl in enumerate(peer)]
+    line = next(text for text in page_of(cells).splitlines() if "| 3. CPU time" in text)
+    assert f"| <= 1/3 | {result}" in line
+
+
 def test_the_view_keeps_cpu_time_by_call():
-    view = CpuView()
+    view = peers_run.CpuView()
 
     def update(**doing):
         workers = tuple(WorkerState(name, what, 0.0) for name, what in doing.items())
@@ -125,9 +154,6 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     assert str(room) not in (room / "out" / "peers.json").read_text()
 
 
-def test_a_missing_file_is_one_line(room):  # noqa: F811
+def test_a_missing_file_is_one_line(complaint):  # noqa: F811
     pytest.importorskip("trl")
-    done = call("peers_run.py", room, data="missing.jsonl")
-    assert done.returncode != 0
-    assert done.stderr.count("\n") == 1
-    assert "missing.jsonl: no such file" in done.stderr
+    assert "missing.jsonl: no such file" in complaint(peers_run.main, data="missing.jsonl")

@@ -14,10 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npd.errors import DataError
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import pair  # noqa: E402
 import pair_out  # noqa: E402
+import real  # noqa: E402
 import real_page  # noqa: E402
 import rouge  # noqa: E402
 
@@ -40,11 +44,31 @@ def room(tmp_path, tiny_model_dir, tiny_teacher_dir):
     return tmp_path
 
 
-def call(program, room, *arguments, data="questions.jsonl"):
-    command = [sys.executable, BENCHMARKS / program, "--data", room / data]
-    command += ["--models", room / "models", "--folder", room / "runs", "--seeds", "1"]
-    command += ["--set-pair", *TINY, *arguments]
+def arguments_for(room, *arguments, data="questions.jsonl"):
+    found = ["--data", room / data, "--models", room / "models", "--folder", room / "runs"]
+    return list(map(str, [*found, "--seeds", "1", "--set-pair", *TINY, *arguments]))
+
+
+def call(program, room, *arguments):
+    command = [sys.executable, BENCHMARKS / program, *arguments_for(room, *arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+
+
+@pytest.fixture
+def complaint(room, monkeypatch, capsys):
+    """What `main` of a benchmark says of its arguments, in this process, before it trains."""
+
+    def complain(main, *arguments, data="questions.jsonl"):
+        monkeypatch.setattr(pair, "one_thread", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments_for(room, *arguments, data=data)])
+        assert main() != 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert said.startswith("error: ")
+        assert not list((room / "runs").glob("*/start"))
+        return said
+
+    return complain
 
 
 # -- ROUGE-L -----------------------------------------------------------------------------------
@@ -130,6 +154,15 @@ def test_the_page_pairs_by_seed_and_says_how_sure_it_is():
     assert "→" not in one
 
 
+def test_identical_runs_are_called_so():
+    start = {"kl": 1.0, "start_kl": 2.0, "agreement": 0.4, "rouge_l": 0.2, "load": [0.0, 0.0]}
+    cells = [made_up(rung, 0, 0.9, 0.3) | {"rejected": {}} for rung in ("sft", "npd")]
+    text = real_page.page(start, cells, LABELS, about())
+    assert "| SFT → NPD | identical runs: nothing was rejected (seeds: 1) |" in text
+    assert "+0.0000" not in text
+    assert "KL on own text (top 64 and the rest: a lower bound)" in text
+
+
 def test_a_spread_is_shown_with_as_many_figures_as_it_has():
     assert pair_out.spread([], 2) == ""
     assert pair_out.spread([1234.0]) == "1,234"
@@ -139,28 +172,76 @@ def test_a_spread_is_shown_with_as_many_figures_as_it_has():
 # -- Runs ----------------------------------------------------------------------------------------
 
 
-def test_a_missing_file_is_one_line(room):
-    done = call("real.py", room, data="missing.jsonl")
-    assert done.returncode != 0
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: --data")
-    assert "missing.jsonl: no such file" in done.stderr
+def test_a_missing_file_is_one_line(complaint):
+    assert "missing.jsonl: no such file" in complaint(real.main, data="missing.jsonl")
 
 
-def test_a_missing_column_is_one_line_that_names_it(room):
+def test_a_missing_column_is_one_line_that_names_it(room, complaint):
     write_questions(room / "other.jsonl", column="problem")
-    done = call("real.py", room, data="other.jsonl")
-    assert done.returncode != 0
-    assert done.stderr.count("\n") == 1
-    assert "question" in done.stderr
-    assert "problem" in done.stderr
+    said = complaint(real.main, data="other.jsonl")
+    assert "question" in said
+    assert "problem" in said
 
 
-def test_too_few_questions_and_unknown_settings_are_one_line(room):
-    few = call("real.py", room, "--set", "num_prompts=100")
-    assert few.stderr.splitlines()[-1].startswith("error: the data has 16 questions")
-    unknown = call("real.py", room, "--set", "prompts=100")
-    assert unknown.stderr.startswith("error: no such setting: prompts (there are num_prompts")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--set", "prompts=100"), "no such setting: prompts (there are num_prompts"),
+        (("--set", "epochs=abc"), "epochs=abc: epochs is a whole number, such as 4"),
+        (("--set", "lr"), "lr: lr is a number, such as 0.0002"),
+        (("--set", "epochs=3"), "epochs=3: give an even number"),
+        (("--set-pair", "max_prompt=1.5"), "max_prompt=1.5: max_prompt is a whole number"),
+        (("--seeds", "0"), "--seeds 0: give at least 1"),
+    ],
+)
+def test_wrong_settings_are_one_line(complaint, arguments, said):
+    assert f"error: {said}" in complaint(real.main, *arguments)
+
+
+def opened(room, data="questions.jsonl", *, column="question", models="models"):
+    found = pair.Models(room / models / "teacher", room / models / "pruned")
+    setting = pair_out.changed(pair.Setting(), TINY)
+    return pair.Pair(setting, room / "runs", room / data, column, found)
+
+
+def test_other_questions_and_models_have_another_folder(room):
+    write_questions(room / "more.jsonl", count=17)
+    write_questions(room / "same.jsonl")
+    both = ({"question": f"what is {i}?", "other": f"where is {i}?"} for i in range(16))
+    (room / "both.jsonl").write_text("".join(json.dumps(item) + "\n" for item in both))
+    shutil.copytree(room / "models", room / "others")
+    weights = next((room / "others" / "pruned").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b" ")
+    first = opened(room).root
+    assert opened(room, "same.jsonl").root == first
+    others = [
+        opened(room, "more.jsonl").root,
+        opened(room, "both.jsonl").root,
+        opened(room, "both.jsonl", column="other").root,
+        opened(room, models="others").root,
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_too_few_questions_is_an_error_that_says_so(room):
+    with pytest.raises(DataError, match="the data has 16 questions"):
+        opened(room).prompts(0, 100)
+
+
+def about_of(*arguments):
+    args = pair_out.make_parser("").parse_args(["--data", "some/text.jsonl", *arguments])
+    args.set = []
+    cells = [{"seed": 0, "commit": "abc"}, {"seed": 1, "commit": "abc"}]
+    return pair_out.about("real.py", args, cells, {"rungs": ["sft", "npd"]})
+
+
+def test_the_data_are_named_after_their_file_unless_a_name_is_given():
+    plain, named = about_of(), about_of("--data-name", "GSM8K, MIT")
+    command = "python benchmarks/real.py --data FILE --seeds 2"
+    assert plain["data"] == "text.jsonl"
+    assert plain["command"] == f"{command} --rungs sft npd"
+    assert named["data"] == "GSM8K, MIT"
+    assert named["command"] == f"{command} --data-name 'GSM8K, MIT' --rungs sft npd"
 
 
 @pytest.mark.slow
