@@ -57,8 +57,10 @@ def differences(
 
 def _own(ours: Mapping[int, Cell], theirs: Mapping[int, Cell]) -> list[float]:
     """Differences of the KL on own text, where both seeds have it."""
-    have = [{s: c for s, c in cells.items() if "own_kl" in c} for cells in (ours, theirs)]
-    return differences(*have, "own_kl")
+    ours, theirs = (
+        {seed: cell for seed, cell in cells.items() if "own_kl" in cell} for cells in (ours, theirs)
+    )
+    return differences(ours, theirs, "own_kl")
 
 
 def _ratios(ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str) -> list[float]:
