@@ -58,11 +58,11 @@ ladder: install  ## the paper's ladder in miniature, 5 seeds; goes on where it w
 rl: install  ## GRPO from the ladder's students, 5 seeds; goes on where it was stopped
 	$(BIN)/python benchmarks/rl.py --folder runs/ladder --out benchmarks/results/rl
 
-filter-study: install  ## what the Δ-IFD filter finds of planted noise, and what training gains
-	$(BIN)/python benchmarks/filter_study.py --folder runs/filter-study --out benchmarks/results/filter
-
-# Questions to train on: a JSONL file with a `question` each.
+# Questions of real text: a JSONL file with a `question` each.
 DATA ?= gsm8k_train.jsonl
+
+filter-study: install  ## what filters find of planted noise, what training gains; DATA=FILE
+	$(BIN)/python benchmarks/filter_study.py --data $(DATA) --folder runs/filter-study --out benchmarks/results/filter
 
 real: install  ## the ladder on the demo's real pair; DATA=FILE names the questions
 	$(BIN)/python benchmarks/real.py --data $(DATA) --folder runs/real --out benchmarks/results/real

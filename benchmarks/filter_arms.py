@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import filter_rules as fr
 from filter_data import SCORED, Made, data_set, scored
-from ladder import SUM, Bench
+from ladder import SUM, Bench, digest
 from ladder_page import Cell
 from noise import WORKING
 from npd.settings import load_config
@@ -28,6 +28,16 @@ SETTING = replace(SUM, is_new=True)
 SHARE = 0.3
 """Of the responses that get noise."""
 _SHARES = {"noisy": SHARE, "clean": 0.0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a student goes on from: a data set and what is set of a run; `rule`: the chosen one that
+    stands behind both."""
+
+    data: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+    rule: fr.Rule | None = None
 
 
 class Arms(Bench):
@@ -50,16 +60,18 @@ class Arms(Bench):
         arms = {seed: self._arms(seed, chosen) for seed in seeds}
         for name in arms[seeds[0]]:
             for seed in seeds:
-                self._arm(seed, name, *arms[seed][name])
+                self._train(seed, name, arms[seed][name])
 
-    def arms(self) -> list[Cell]:
-        """Every training that is finished, seed by seed."""
+    def arms(self, chosen: Mapping[str, Any]) -> list[Cell]:
+        """Every training that is finished, seed by seed; behind a chosen rule, behind this one."""
         homes = sorted(self.folder.glob("seed-*"), key=lambda home: int(home.name[5:]))
         files = [file for home in homes for file in sorted(home.glob("arm-*/cell.json"))]
-        return [json.loads(file.read_text()) for file in files]
+        cells = [json.loads(file.read_text()) for file in files]
+        labels = (None, chosen["both"]["label"])
+        return [cell for cell in cells if "rule" in cell and cell["rule"] in labels]
 
-    def _arms(self, seed: int, chosen: Mapping[str, Any]) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """Name -> the data set and what is set of the filter."""
+    def _arms(self, seed: int, chosen: Mapping[str, Any]) -> dict[str, Arm]:
+        """By name."""
         home = self.folder / f"seed-{seed}"
         keep = {"filter.keep": 1.0 - SHARE}
         letter = {f"filter.{name}": value for name, value in fr.LETTER.items()}
@@ -67,37 +79,33 @@ class Arms(Bench):
         none = {"filter.name": "none"}
         longer = round(self.setting.epochs / (1.0 - SHARE))
         steps = {"schedule.epochs": longer, "schedule.reuse": longer}
-        best, clean_best = (self._best(seed, chosen, data) for data in ("noisy", "clean"))
+        best, clean_best = (
+            self._behind(seed, fr.Rule(**chosen["both"]), data) for data in ("noisy", "clean")
+        )
         return {
-            "none": (noisy, none),
-            "oracle": (self._kept(seed, "oracle", None), none),
-            "default": (noisy, {}),
-            "best both": best["both"],
-            "best both, long": (best["both"][0], best["both"][1] | steps),
-            "letter": (noisy, letter),
-            "random": (noisy, {"filter.name": "random", **keep}),
-            "clean none": (clean, none),
-            "clean best both": clean_best["both"],
-            "clean default": (clean, {}),
-            "clean letter": (clean, letter),
-            "teacher_nll": (noisy, {"filter.name": "teacher_nll", **keep}),
-            "quantile": (noisy, {"filter.bounds": "quantile"}),
-            "ppl": (noisy, {"filter.ratio": "ppl"}),
+            "none": Arm(noisy, none),
+            "oracle": Arm(self._kept(seed, "oracle", None), none),
+            "default": Arm(noisy),
+            "best both": best,
+            "best both, long": replace(best, values={**best.values, **steps}),
+            "letter": Arm(noisy, letter),
+            "random": Arm(noisy, {"filter.name": "random", **keep}),
+            "clean none": Arm(clean, none),
+            "clean best both": clean_best,
+            "clean default": Arm(clean),
+            "clean letter": Arm(clean, letter),
+            "teacher_nll": Arm(noisy, {"filter.name": "teacher_nll", **keep}),
+            "quantile": Arm(noisy, {"filter.bounds": "quantile"}),
+            "ppl": Arm(noisy, {"filter.ratio": "ppl"}),
         }
 
-    def _best(
-        self, seed: int, chosen: Mapping[str, Any], data: str
-    ) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """The rules that were chosen; those that npd does not have as a data set cut before."""
-        found = {}
-        for name, values in chosen.items():
-            rule = fr.Rule(**values)
-            path = self.folder / f"seed-{seed}" / f"{data}.jsonl"
-            config = {f"filter.{key}": value for key, value in rule.config.items()}
-            if rule.statistic:
-                path, config = self._kept(seed, name, rule, data), {"filter.name": "none"}
-            found[name] = (path, config)
-        return found
+    def _behind(self, seed: int, rule: fr.Rule, data: str) -> Arm:
+        """A rule of npd's set in the run; another's data set cut before."""
+        if rule.statistic:
+            kept = self._kept(seed, f"both-{_key(rule)}", rule, data)
+            return Arm(kept, {"filter.name": "none"}, rule)
+        values = {f"filter.{key}": value for key, value in rule.config.items()}
+        return Arm(self.folder / f"seed-{seed}" / f"{data}.jsonl", values, rule)
 
     def _kept(self, seed: int, name: str, rule: fr.Rule | None, data: str = "noisy") -> Path:
         """The data set without what a rule cuts, or without the planted noise."""
@@ -109,18 +117,20 @@ class Arms(Bench):
         path.write_text("".join(line for i, line in enumerate(lines) if i not in left))
         return path
 
-    def _arm(self, seed: int, name: str, data: Path, values: Mapping[str, Any]) -> Cell:
+    def _train(self, seed: int, name: str, arm: Arm) -> None:
         home, epochs = self.folder / f"seed-{seed}", self.setting.epochs
         own = self._own(home) | {
-            "data.train": data,
+            "data.train": arm.data,
             "train.lr": self.setting.lr,
             "train.min_lr": self.setting.lr / 10,
             "train.warmup": 0.05,
             "schedule.epochs": epochs,
             "schedule.reuse": epochs,
         }
-        folder = home / f"arm-{name.replace(',', '').replace(' ', '-')}"
-        return self._cell(folder, name, seed, "npd", own | SCORED | values)
+        folder = home / arm_folder(name, arm.rule)
+        cell = self._cell(folder, name, seed, "npd", {**own, **SCORED, **arm.values})
+        cell["rule"] = arm.rule.label if arm.rule else None
+        (folder / "cell.json").write_text(json.dumps(cell, indent=1) + "\n")
 
     def _own(self, home: Path) -> dict[str, Any]:
         student, teacher = home / "start" / "student", self.common / "teacher" / "student"
@@ -131,3 +141,13 @@ class Arms(Bench):
         for some in values:
             merged |= some
         return self._write_config(home, seed, "npd", merged)
+
+
+def arm_folder(name: str, rule: fr.Rule | None) -> str:
+    """Where a training is kept: those behind different rules apart."""
+    plain = name.replace(",", "").replace(" ", "-")
+    return f"arm-{plain}" + (f"-{_key(rule)}" if rule else "")
+
+
+def _key(rule: fr.Rule) -> str:
+    return digest(asdict(rule))

@@ -21,6 +21,7 @@ from noise import PROSE, Response, Texts, plant
 from npd import stages
 from npd.chat import Chat
 from npd.config import RunConfig
+from npd.errors import DataError, ModelError
 from npd.filters import prefilter
 from npd.settings import load_config, nested
 from npd.store.shards import read_rollouts, read_scored
@@ -170,12 +171,45 @@ class Models:
     column: str
 
 
+def check(models: Models, num_seeds: int) -> None:
+    """Raises ModelError or DataError, before anything is run, where a model or a question lacks."""
+    for role in ("student", "teacher"):
+        if not (getattr(models, role) / "config.json").is_file():
+            raise ModelError(
+                f"--{role} {getattr(models, role)}: no model there: `make demo` makes the demo's"
+            )
+    for seed in range(num_seeds):
+        found = len(_questions(models, seed))
+        if found < _QUESTIONS:
+            raise DataError(
+                f"--data {models.questions} has {seed * _QUESTIONS + found} questions, "
+                f"{num_seeds} seeds take {num_seeds * _QUESTIONS}: name a larger file, or set "
+                "--real-seeds"
+            )
+
+
+def _questions(models: Models, seed: int) -> list[str]:
+    """Those of a seed, each one's own part of the file. Raises DataError."""
+    file, column, first = models.questions, models.column, seed * _QUESTIONS
+    try:
+        with file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, first, first + _QUESTIONS)]
+    except OSError as error:
+        raise DataError(
+            f"--data {file}: {error.strerror}: name a JSONL file with a question a line"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"--data {file} is not JSONL: {error}") from error
+    for number, row in enumerate(rows, first + 1):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise DataError(f"--data {file}:{number}: no text in column {column!r}: set --column")
+    return [row[column] for row in rows]
+
+
 def real_data(models: Models, folder: Path, *, share: float, seed: int) -> Made:
     """The demo student's answers to some questions of a file, noise planted, scored."""
     folder.mkdir(parents=True, exist_ok=True)
-    with models.questions.open() as file:
-        lines = list(islice(file, seed * _QUESTIONS, (seed + 1) * _QUESTIONS))
-    rows = [{"prompt": json.loads(line)[models.column]} for line in lines]
+    rows = [{"prompt": question} for question in _questions(models, seed)]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write = partial(_real_yaml, models, folder, seed, prompts)

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any, TypeAlias
 
 from filter_rules import MOST_CUT
-from ladder_page import Cell, by_rung, differences, interval
+from ladder_page import Cell, by_rung, differences, head, interval, row
 from noise import KINDS
 
 Record: TypeAlias = Mapping[str, Any]
@@ -26,7 +26,7 @@ LABELS = {
     "ppl": "ppl ratio, default",
     "teacher_nll": "teacher NLL, the planted share cut",
     "best both": "best rule for both kinds of text",
-    "best both, long": "the same, as many steps as without a filter",
+    "best both, long": "the same rule, as many steps as without a filter, post hoc",
     "oracle": "oracle: exactly the planted cut",
 }
 
@@ -117,12 +117,12 @@ def _counts(found: Record) -> list[str]:
 
 def _rules(rules: Mapping[str, Sequence[Record]], *, kinds: bool = True) -> list[str]:
     planted = ("noise found, %", *KINDS, "precision, %") if kinds else ()
-    lines = _head("rule", "cut, %", *planted, "good ones cut, %", "clean but wrong cut, %")
+    lines = head("rule", "cut, %", *planted, "good ones cut, %", "clean but wrong cut, %")
     for label, seeds in rules.items():
         told = [_percent(seeds, "recall"), *(_percent(seeds, k, bare=True) for k in KINDS)]
         told += [_percent(seeds, "precision", bare=True)]
         lines.append(
-            _row(
+            row(
                 label,
                 _percent(seeds, "cut"),
                 *(told if kinds else ()),
@@ -135,7 +135,7 @@ def _rules(rules: Mapping[str, Sequence[Record]], *, kinds: bool = True) -> list
 
 def _sweep(sweep: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """The three best of each way to bound Δ-IFD, and the ten best others, one of a kind each."""
-    lines = _head(
+    lines = head(
         "rule", "noise found, % (chosen on)", "good cut, %", "noise found, % (others)",
         "good cut, %",
     )  # fmt: skip
@@ -147,7 +147,7 @@ def _sweep(sweep: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     npd = [label for name in _NPD for label in families.pop(name, [])[:3]]
     for label in (*npd, *(labels[0] for labels in [*families.values()][:10])):
         cells = (*sweep[label]["chosen_on"], *sweep[label]["others"])
-        lines.append(_row(label, *(f"{100 * value:.1f}" for value in cells)))
+        lines.append(row(label, *(f"{100 * value:.1f}" for value in cells)))
     return lines
 
 
@@ -162,14 +162,14 @@ def _family(label: str) -> str:
 
 
 def _statistics(found: Record) -> list[str]:
-    lines = _head(
+    lines = head(
         "statistic", "noise found, %", *KINDS, "good ones cut, %", "clean but wrong cut, %", "AUC",
         *(f"AUC {kind}" for kind in KINDS),
     )  # fmt: skip
     for label, seeds in found["same_share"].items():
         areas = found["auc"].get(label, [])
         lines.append(
-            _row(
+            row(
                 label,
                 _percent(seeds, "recall"),
                 *(_percent(seeds, kind, bare=True) for kind in KINDS),
@@ -210,7 +210,7 @@ def _table(rows: Mapping[str, Mapping[int, Cell]], bases: Sequence[str]) -> list
     against = [base for base in bases if base in rows]
     heads = [f"minus {LABELS[base].split(',')[0]}, points" for base in against]
     heads += [f"KL minus {LABELS[base].split(',')[0]}" for base in against]
-    lines = _head("filter", "seeds", "trained on, samples", "accuracy, %", *heads, "held-out KL")
+    lines = head("filter", "seeds", "trained on, samples", "accuracy, %", *heads, "held-out KL")
     for name in (*LABELS, *(name for name in rows if name not in LABELS)):
         if name not in rows:
             continue
@@ -219,8 +219,8 @@ def _table(rows: Mapping[str, Mapping[int, Cell]], bases: Sequence[str]) -> list
         paired += [_pair(cells, rows, base, name, "kl", 1, 4) for base in against]
         kept = mean(cell["asked"] - sum(cell["rejected"].values()) for cell in cells.values())
         lines.append(
-            _row(
-                LABELS.get(name, name),
+            row(
+                _label(name, cells),
                 str(len(cells)),
                 f"{kept:,.0f}",
                 _spread([100 * cell["accuracy"] for cell in cells.values()], 1),
@@ -229,6 +229,12 @@ def _table(rows: Mapping[str, Mapping[int, Cell]], bases: Sequence[str]) -> list
             )
         )
     return lines
+
+
+def _label(name: str, cells: Mapping[int, Cell]) -> str:
+    """What the page calls an arm; of one behind a rule that was chosen, which rule that is."""
+    rules = sorted({cell["rule"] for cell in cells.values() if cell.get("rule")})
+    return LABELS.get(name, name) + f" ({'; '.join(rules)})" * bool(rules)
 
 
 def _pair(
@@ -260,14 +266,6 @@ def _spread(values: Sequence[float], digits: int, *, sign: str = "") -> str:
     middle, half = interval(values)
     shown = f"{middle:{sign}.{digits}f}"
     return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"
-
-
-def _head(*cells: str) -> list[str]:
-    return [_row(*cells), _row(*["---"] * len(cells))]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -263,6 +263,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
     ranks = [0.0] * len(values)
     for _, group in itertools.groupby(enumerate(order, 1), key=lambda pair: values[pair[1]]):
         found = list(group)
+        middle = (found[0][0] + found[-1][0]) / 2
         for _, index in found:
-            ranks[index] = statistics.mean(place for place, _ in found)
+            ranks[index] = middle
     return ranks

@@ -1,6 +1,6 @@
 """What the Δ-IFD filter is worth: does it find noise that was planted, and does that help?
 
-    make filter-study                          # to benchmarks/results/filter
+    make filter-study DATA=questions.jsonl     # to benchmarks/results/filter
     python benchmarks/filter_study.py --folder DIR --seeds 5 --trained 5
     python benchmarks/filter_study.py --trained 0 --data questions.jsonl
 
@@ -34,10 +34,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import filter_rules as fr
 from common import commit, machine, versions
 from filter_arms import SETTING, SHARE, Arms
-from filter_data import HOT, Made, Models, real_data
+from filter_data import HOT, Made, Models, check, real_data
 from filter_page import page
 from ladder import one_thread
 from ladder_page import Cell
+from npd.__main__ import outcome
 
 Seeds: TypeAlias = Mapping[int, Sequence[fr.Labelled]]
 
@@ -58,48 +59,56 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.seeds, args.real_seeds) < 2:
         parser.error("rules are chosen on some seeds and confirmed on others: give two at least")
+    if args.trained < 0:
+        parser.error("--trained: give the number of seeds to train, or 0")
     return args
 
 
 def main() -> int:
-    """Run what is missing, write the page."""
+    """The study; a wrong input ends it in one line."""
     args = parse_args()
+    return outcome(lambda: bench(args))
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Run what is missing, write the page."""
+    models = None
+    if args.data is not None:
+        models = Models(args.student, args.teacher, args.data, args.column)
+        check(models, args.real_seeds)
     one_thread()
     with tempfile.TemporaryDirectory(prefix="npd-filter-") as directory:
-        folder = args.folder or Path(directory)
-        record = study(args, folder)
-    text = page(record)
+        kept = _compact(study(args, args.folder or Path(directory), models))
+    text = page(json.loads(kept))  # of what is kept, so that the page can be made of it again
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "filter.json").write_text(_compact(record) + "\n")
+        (args.out / "filter.json").write_text(kept + "\n")
         (args.out / "filter.md").write_text(text)
-    return 0
 
 
-def study(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def study(args: argparse.Namespace, folder: Path, models: Models | None) -> dict[str, Any]:
     """All that was measured, as plain JSON values."""
-    bench = Arms(SETTING, folder)
+    arms = Arms(SETTING, folder)
     record: dict[str, Any] = {"share": SHARE, "hot": HOT, "setting": asdict(SETTING)}
-    ours = {seed: bench.data(seed, "noisy") for seed in range(args.seeds)}
+    ours = {seed: arms.data(seed, "noisy") for seed in range(args.seeds)}
     found = {"sum": {seed: made.samples for seed, made in ours.items()}}
     record["sum"] = {"what": "sum", "counts": [_counts(made) for made in ours.values()]}
-    if args.data is not None:
-        models = Models(args.student, args.teacher, args.data, args.column)
+    if models is not None:
         real = {
             seed: real_data(models, folder / f"real-{seed}", share=SHARE, seed=seed)
             for seed in range(args.real_seeds)
         }
         found["real"] = {seed: made.samples for seed, made in real.items()}
         record["real"] = {
-            "what": args.source or args.data.name,
+            "what": args.source or models.questions.name,
             "counts": [_counts(made) for made in real.values()],
         }
     for name, detected in detect(found).items():
         record[name] |= detected
     if args.trained:
-        bench.train(range(args.trained), record["sum"]["chosen"])
-    record["cells"] = bench.arms()
+        arms.train(range(args.trained), record["sum"]["chosen"])
+    record["cells"] = arms.arms(record["sum"]["chosen"])
     return record | {
         "command": _command(args, record["cells"]),
         "commit": commit(),

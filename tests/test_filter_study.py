@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import filter_arms
 import filter_page
 import filter_rules as fr
 import filter_study
@@ -20,7 +23,6 @@ CLEAN = [
     for n in range(10, 50)
 ]
 HOT = {prompt: f"7{prompt}=3" for prompt, _ in CLEAN}
-PAGE = Path(noise.__file__).parent / "results" / "filter" / "filter.json"
 
 
 def planted(seed=0, share=0.3, clean=CLEAN, texts=noise.WORKING):
@@ -114,7 +116,7 @@ def test_auc_by_hand():
     # Of the four pairs of a noisy and a good one: above, tied, above, above.
     assert fr.auc(samples, [2.0, 3.0, 1.0, 2.0, 9.0]) == pytest.approx(3.5 / 4)
     assert fr.auc(samples, [2.0, 3.0, 1.0, 2.0, 9.0], "hot") == pytest.approx(3.5 / 4)
-    assert fr.auc(samples, [2.0, 3.0, 1.0, 2.0, 9.0], "shuffled") != 0.5
+    assert math.isnan(fr.auc(samples, [2.0, 3.0, 1.0, 2.0, 9.0], "shuffled"))
     assert fr.auc(samples, [1.0, 1.0, 1.0, 1.0, 1.0]) == 0.5
 
 
@@ -203,10 +205,11 @@ def made_up():
         "auc": {},
         "sweep": {"nll: x": {"chosen_on": [0.5, 0.01], "others": [0.4, 0.03]}},
     }  # fmt: skip
-    accuracies = {"none": 0.5, "random": 0.45, "oracle": 0.75, "clean none": 0.8}
+    accuracies = {"none": 0.5, "random": 0.45, "oracle": 0.75, "best both": 0.7, "clean none": 0.8}
     cells = [
         {"rung": rung, "seed": seed, "accuracy": accuracy + seed / 10, "kl": 0.2, "asked": 13,
-         "rejected": {"truncated": 1}, "commit": "abc"}
+         "rejected": {"truncated": 1}, "commit": "abc",
+         "rule": "NLL > 2" if rung == "best both" else None}
         for rung, accuracy in accuracies.items()
         for seed in range(2)
     ]  # fmt: skip
@@ -223,5 +226,73 @@ def test_the_page_says_what_was_measured():
     assert "| nll: x | 50.0 | 1.0 | 40.0 | 3.0 |" in text
     # Paired by seed: 25 points over no filter and 30 over chance, in both seeds.
     assert "+25.0 ± 0.0 | +30.0 ± 0.0" in text
+    assert "| best rule for both kinds of text (NLL > 2) | 2 |" in text
     assert "## Training on the clean texts" in text
     assert "## Detection: real text" in text
+
+
+def test_the_recorded_page_is_what_the_code_makes_of_its_record():
+    home = Path(filter_page.__file__).parent / "results" / "filter"
+    record = json.loads((home / "filter.json").read_text())
+    assert (home / "filter.md").read_text() == filter_page.page(record)
+
+
+# -- Trainings ---------------------------------------------------------------------------------
+
+
+def test_a_training_is_kept_apart_for_each_rule_and_only_the_chosen_one_counts(tmp_path):
+    rules = [fr.Rule(f"NLL > {x}", statistic="teacher NLL", limit=x) for x in (1.0, 2.0)]
+    folders = [filter_arms.arm_folder("best both, long", rule) for rule in rules]
+    assert len({*folders, filter_arms.arm_folder("best both, long", replace(rules[0]))}) == 2
+    bench = filter_arms.Arms(filter_arms.SETTING, tmp_path)
+    for name, rule in [("none", None), *(("best both", rule) for rule in rules)]:
+        home = bench.folder / "seed-0" / filter_arms.arm_folder(name, rule)
+        home.mkdir(parents=True)
+        cell = {"rung": name, "rule": rule.label if rule else None}
+        (home / "cell.json").write_text(json.dumps(cell))
+    found = bench.arms({"both": asdict(rules[1])})
+    assert sorted((cell["rung"], cell["rule"]) for cell in found) == [
+        ("best both", "NLL > 2.0"), ("none", None),
+    ]  # fmt: skip
+
+
+# -- The command line --------------------------------------------------------------------------
+
+
+def run_study(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["filter_study.py", *map(str, words)])
+    return filter_study.main()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "told"),
+    [
+        (None, [], "No such file or directory: name a JSONL file"),
+        (['{"question": "Why?"}', "Why?"], [], "is not JSONL"),
+        (['{"question": "Why?"}', '{"query": "Why?"}'], [], ":2: no text in column 'question'"),
+        (['{"query": "Why?"}'] * 100, ["--column", "query"], "has 100 questions, 3 seeds take 240"),
+        (['{"question": "Why?"}'] * 240, ["--teacher", "none"], "--teacher none: no model there"),
+    ],
+)
+def test_what_real_text_needs_is_asked_for_before_anything_runs(
+    tmp_path, monkeypatch, capsys, lines, words, told
+):
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    if lines is not None:
+        data.write_text("\n".join(lines) + "\n")
+    runs = tmp_path / "runs"
+    models = ["--student", model, "--teacher", model]
+    assert run_study(monkeypatch, "--data", data, "--folder", runs, *models, *words) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("words", [("--seeds", 0), ("--real-seeds", 1), ("--trained", -1)])
+def test_too_few_seeds_are_refused(monkeypatch, words):
+    with pytest.raises(SystemExit) as ended:
+        run_study(monkeypatch, *words)
+    assert ended.value.code == 2

@@ -8,11 +8,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from store_samples import make_rollout
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ladder
 import ladder_page as lp
+from npd.store.layout import RunLayout
+from npd.store.shards import write_rollouts
+from npd.types import Outcome
+from tasks import MARK, make_tokenizer
 
 LADDER = Path(lp.__file__).with_name("ladder.py")
 TINY = [
@@ -81,17 +90,33 @@ def test_a_tiny_ladder_runs_once_and_is_kept(tmp_path):
     assert again.stdout.count("\n") == first.stdout.count("\n")
 
 
-def test_a_run_that_accounts_for_every_kth_sample_is_measured(tmp_path, monkeypatch):
-    import ladder
-    from npd.control import story
+def test_a_run_that_accounts_for_every_third_sample_is_judged_by_those(tmp_path):
+    tokenizer = make_tokenizer()
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    tokenizer.save_pretrained(tmp_path / "student")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i}+1", "answer": f"{MARK}{i + 1}"} for i in range(12)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    monkeypatch.setattr(story, "_MOST_SAMPLES", 5)  # of 12
-    tiny = dict(item.split("=") for item in TINY)
-    values = {name: json.loads(value) for name, value in tiny.items()}
-    values |= {name: ladder.Shape(*values[name]) for name in ("teacher", "student")}
-    cell = ladder.Bench(replace(ladder.SUM, **values), tmp_path).teacher_cell()
-    assert cell["asked"] == 12
-    assert cell["right"] == {"kept": 1.0}
+    def rollout(i):  # of those accounted for 0 and 6 are right, of the others all
+        text = MARK + str(i + 1 if i % 6 == 0 or i % 3 else 0)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        response = {"response_ids": np.array(ids, np.int32), "logprobs": None}
+        return replace(make_rollout(i), prompt_index=i, **response)
+
+    layout = RunLayout(tmp_path / "run")
+    for shard in range(2):
+        rollouts = [rollout(i) for i in range(6 * shard, 6 * shard + 6)]
+        write_rollouts(layout.rollouts(shard), rollouts)
+    kept = (Outcome.TRAINED_OUT, "")
+    verdicts = {0: kept, 3: kept, 6: (Outcome.REJECTED, "low"), 9: kept}
+    samples = [
+        SimpleNamespace(stats=SimpleNamespace(sample_id=i), outcome=outcome, reason=reason)
+        for i, (outcome, reason) in verdicts.items()
+    ]
+    result = SimpleNamespace(directory=layout.root, data=SimpleNamespace(samples=samples))
+    config = SimpleNamespace(student=tmp_path / "student", data=SimpleNamespace(train=prompts))
+    assert ladder.right_shares(result, config) == {"kept": pytest.approx(1 / 3), "low": 1.0}
 
 
 def test_the_figure_has_a_row_for_each_rung_and_is_the_same_each_time(tmp_path):

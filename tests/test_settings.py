@@ -212,7 +212,20 @@ def test_impossible_combination_names_the_source(config_file):
     path = config_file("student: s\nteacher: t\n")
     expected = "run.yaml: set exactly one of schedule.epochs and schedule.steps"
     assert complaint(path).startswith(expected)
-    assert "this run needs a teacher" in complaint("npd", "student=s")
+
+
+@pytest.mark.parametrize(
+    ("preset", "values", "uses"),
+    [
+        ("sft", ["filter.name=outlier", "eval.source=none"], "filter.name outlier"),
+        ("sft", ["filter.name=random", "eval.source=teacher"], "filter.name random, eval.source"),
+        ("seqkd", ["generate.source=teacher", "eval.source=none"], "generate.source teacher"),
+        ("npd", ["filter.name=none", "eval.source=none", "loss.kd_weight=1"], "loss.kd_weight 1"),
+    ],
+)
+def test_a_run_without_its_teacher_is_told_what_asks_for_one(preset, values, uses):
+    said = complaint(preset, "student=s", *values)
+    assert f"this run needs a teacher: set `teacher` or `teachers` (for {uses}" in said
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", " =3", ""])

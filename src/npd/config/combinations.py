@@ -117,12 +117,23 @@ def _size_problems(c: RunValues) -> list[tuple[bool, str]]:
     ]
 
 
+def _teacher_uses(c: RunValues) -> str:
+    """What asks for a teacher."""
+    uses = {
+        f"loss.kd_weight {c.loss.kd_weight:g}": c.loss.kd_weight > 0.0,
+        f"filter.name {c.filter.name}": c.filters_by_scores,
+        "generate.source teacher": c.generate.source == "teacher",
+        "eval.source teacher": c.eval.source == "teacher",
+    }
+    return ", ".join(use for use, is_so in uses.items() if is_so)
+
+
 def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
     return [
         (
             c.needs_teacher and not c.teacher_models,
-            "this run needs a teacher: set `teacher` or `teachers`, or loss.kd_weight: 0 with "
-            "filter.name: none and eval.source: completion (or none)",
+            f"this run needs a teacher: set `teacher` or `teachers` (for {_teacher_uses(c)}), or "
+            "loss.kd_weight: 0 with filter.name: none and eval.source: completion (or none)",
         ),
         (
             c.train.min_lr > c.train.lr,

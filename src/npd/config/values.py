@@ -71,8 +71,12 @@ class RunValues(Section):
     @property
     def needs_scores(self) -> bool:
         """Whether samples go past the teacher at all (plain SFT: no)."""
-        by_score = self.filter.name in ("teacher_nll", "overlap", "outlier")
-        return self.loss.kd_weight > 0.0 or self.needs_ifd or by_score
+        return self.loss.kd_weight > 0.0 or self.filters_by_scores
+
+    @property
+    def filters_by_scores(self) -> bool:
+        """Whether the filter asks for what comes with a teacher's scores."""
+        return self.needs_ifd or self.filter.name in ("teacher_nll", "overlap", "outlier")
 
     @property
     def needs_ifd(self) -> bool:

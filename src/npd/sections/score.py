@@ -42,9 +42,10 @@ class FilterConfig(Section):
     name: Literal["none", "delta_ifd", "outlier", "random", "teacher_nll", "overlap", "length"] = (
         "delta_ifd"
     )
-    """Δ-IFD; what the student finds far harder than usual (`outlier`); or a control that keeps as
-    many as Δ-IFD by something simpler; with every one, `none` too, the pre-filters below stay on
-    (`drop_truncated`, `min_response_tokens`, `max_repeat`)."""
+    """Δ-IFD; what the student finds far harder than usual (`outlier`; told from the scores, so the
+    run needs a teacher); or a control that keeps as many as Δ-IFD by something simpler; with every
+    one, `none` too, the pre-filters below stay on (`drop_truncated`, `min_response_tokens`,
+    `max_repeat`)."""
     ratio: Literal["nll", "ppl"] = "nll"
     """IFD divides mean NLLs, or perplexities."""
     bounds: Literal["fixed", "quantile"] = "fixed"
