@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,9 @@ def test_tries_are_counted_problem_by_problem():
         (r"\boxed{1}, no: \boxed {2}", "2"),
         (r"\boxed{1} #### 2", "2"),
         (r"#### 2 \boxed{1}", "1"),
+        ("#### 42\n\nDone.", "42"),
+        ("####\n42\r\nDone.", "42"),
+        ("####", ""),
         (r"cut off \boxed{\frac{1}{", None),
         ("12", None),
         ("", None),
@@ -132,6 +136,44 @@ def test_a_reward_is_for_the_last_answer_whatever_form_the_columns_have():
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     assert grpo.reward(turns, ["so 1+1=2\n#### 2"] * 4, prompts=[]) == [1.0, 0.0, 1.0, 0.0]
     assert rl.reward(turns, ["####2"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "worth"),
+    [
+        ("#### 1,080", "1080", 1),
+        ("#### 1080", "1,080", 1),
+        ("#### -1,234,567.5", "-1234567.5", 1),
+        ("#### 42\n\nDone.", "42", 1),
+        ("#### 42.", "42", 1),
+        ("#### $42", "42", 1),
+        ("#### $1,080.", "so it is\n#### 1080", 1),
+        (r"\boxed{\$42}", "$42$", 1),
+        ("#### 1,2", "12", 0),
+        ("#### (1,080)", "(1080)", 0),
+        ("#### 4.2", "42", 0),
+        ("####", "####", 0),
+        ("#### .", "$", 0),
+    ],
+)
+def test_signs_around_a_number_are_not_part_of_it(monkeypatch, text, answer, worth):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert grpo.reward([text], [answer]) == [worth]
+
+
+def test_math_verify_is_asked_about_answers_whose_texts_differ(monkeypatch):
+    asked = []
+
+    def verify(gold, target):
+        asked.append((gold, target))
+        return gold == [0.5] == target
+
+    values = {"$0.5$": [0.5], r"$\frac{1}{2}$": [0.5]}
+    stub = SimpleNamespace(parse=lambda text: values.get(text, []), verify=verify)
+    monkeypatch.setitem(sys.modules, "math_verify", stub)
+    texts = [r"\boxed{\frac{1}{2}}.", "#### 0.5", "#### 0.6", "no answer"]
+    assert grpo.reward(texts, ["$0.5$"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert asked == [([0.5], [0.5]), ([0.5], [])]
 
 
 def test_a_prompt_becomes_the_conversation_that_npd_makes_of_it():
@@ -162,12 +204,17 @@ def test_the_student_is_found_in_a_run_and_by_itself(tmp_path):
         ('{"prompt": "1+1", "answer": 2}\n{"prompt": "1+1"}', "line 2: has no 'answer'"),
         ('{"question": "1+1", "answer": "2"}', "line 1: has no 'prompt'"),
         ("[]", "line 1: has no 'prompt'"),
+        ('{"prompt": 5, "answer": 2}', "line 1: 'prompt' is neither text nor a list of messages"),
+        ('\n{"prompt": {}, "answer": 2}', "line 2: 'prompt' is neither"),
+        ('{"prompt": ["a"], "answer": 2}', "line 1: 'prompt' is neither"),
+        ('{"prompt": [{"role": "user"}], "answer": 2}', "line 1: 'prompt' is neither"),
+        ('{"prompt": "1+1", "answer": 2}\n{"prompt": "\xe9"}', "line 2: not UTF-8"),
     ],
 )
 def test_problems_that_cannot_be_used_are_told_in_one_line(tmp_path, text, message):
     path = tmp_path / "problems.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(SystemExit, match=message) as raised:
         grpo.read_problems(path)
     assert "\n" not in str(raised.value)
@@ -177,6 +224,23 @@ def test_an_answer_may_be_a_number_and_other_columns_are_left(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"prompt": "1+1", "answer": 0, "completion": "1+1=2"}\n\n')
     assert grpo.read_problems(path) == [{"prompt": "1+1", "answer": "0"}]
+
+
+def test_only_a_newline_ends_a_record(tmp_path):
+    path, row = tmp_path / "problems.jsonl", {"prompt": "1\u2028+\x851", "answer": "2"}
+    path.write_text(f"{json.dumps(row, ensure_ascii=False)}\r\n" * 2, encoding="utf-8", newline="")
+    assert grpo.read_problems(path) == [row] * 2
+
+
+def test_an_out_that_is_a_file_is_told_in_one_line(tmp_path, monkeypatch):
+    model, problems, out = tmp_path / "model", tmp_path / "problems.jsonl", tmp_path / "out"
+    model.mkdir()
+    for path in (model / "config.json", model / "model.safetensors", out):
+        path.write_text("")
+    problems.write_text('{"prompt": "1+1", "answer": 2}')
+    monkeypatch.setattr(sys, "argv", [*map(str, ("grpo.py", model, problems, out)), "--prompts=1"])
+    with pytest.raises(SystemExit, match=r"^\S+out is not a directory: name a new one$"):
+        grpo.main()
 
 
 def test_without_trl_the_example_says_what_to_install(tmp_path):
