@@ -35,6 +35,7 @@ from ladder import SUM, Bench, digest, one_thread, with_values
 from ladder_page import Cell
 from policy import Tried, greedy_accuracy, try_often
 from rl_page import draw, page
+from rungs import rungs
 from tasks import MARK, TASKS, is_right, problems, read_problems, write_problems
 
 STARTS = ("sft", "npd", "no_filter")
@@ -81,9 +82,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, write the page."""
     args = parse_args()
-    one_thread()
     setting = with_values(replace(SUM, task=args.task, is_new=True), args.set)
     rl = with_values(Rl(), args.rl)
+    unknown = set(args.starts) - set(rungs(setting.epochs, setting.batch))
+    if unknown:
+        sys.exit(f"--starts: no such rung: {', '.join(sorted(unknown))}")
+    if args.seeds < 1:
+        sys.exit(f"--seeds {args.seeds}: at least 1")
+    if rl.samples < 2:
+        sys.exit(f"samples={rl.samples}: a group has at least 2")
+    one_thread()
     with tempfile.TemporaryDirectory(prefix="npd-rl-") as directory:
         bench = Bench(setting, args.folder or Path(directory))
         cells = []

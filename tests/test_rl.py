@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import figures
 import grpo
+import ladder
 import policy
 import rl
 import rl_page
@@ -307,6 +308,73 @@ def test_a_figure_is_the_same_file_twice_and_shows_every_series(tmp_path):
         assert word in text
     assert "<dc:date>" not in text
     assert all(colour.lower() in text for colour in figures.COLOURS[:3])
+
+
+# -- The command line ---------------------------------------------------------------------------
+
+
+def refusal(module, words, monkeypatch):
+    """The line that a benchmark exits with before it makes anything."""
+    monkeypatch.setattr(module, "Bench", None)
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words.split()])
+    with pytest.raises(SystemExit) as raised:
+        module.main()
+    assert isinstance(raised.value.code, str)  # which Python prints, and exits with 1
+    assert "\n" not in raised.value.code
+    return raised.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rl steps=abc", "steps=abc: not a value for steps, which is a whole number above 0"),
+        ("--rl steps=1.5", "steps=1.5: not a value for steps"),
+        ("--rl steps=true", "steps=true: not a value for steps"),
+        ("--rl steps=0", "steps=0: not a value for steps"),
+        ("--rl steps", "steps: not a value for steps"),
+        ("--rl lr=[1]", "lr=[1]: not a value for lr, which is a number, 0 or more"),
+        ("--rl step=1", "step=1: no such name; there are steps, prompts, samples, lr"),
+        ("--rl samples=1", "samples=1: a group has at least 2"),
+        ("--starts bogus sft", "--starts: no such rung: bogus"),
+        ("--seeds 0", "--seeds 0: at least 1"),
+    ],
+)
+def test_a_wrong_word_ends_rl_in_one_line_before_any_training(words, message, monkeypatch):
+    assert refusal(rl, words, monkeypatch).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--set x=1", "x=1: no such name; there are task, levels"),
+        ("--set is_new=1", "is_new=1: not a value for is_new, which is true or false"),
+        ("--set task=sum", "task=sum: not a value for task, which is a text in double quotes"),
+        ("--set levels=[3]", "levels=[3]: not a value for levels, which is two whole numbers"),
+        ("--set teacher=[1]", "teacher=[1]: not a value for teacher, which is layers, width"),
+        ("--set student=3", "student=3: not a value for student"),
+        ("--set start_prompts=0", "start_prompts=0: not a value for start_prompts"),
+    ],
+)
+@pytest.mark.parametrize("module", [rl, ladder])
+def test_a_wrong_setting_ends_both_benchmarks_in_one_line(module, words, message, monkeypatch):
+    assert refusal(module, words, monkeypatch).startswith(message)
+
+
+def test_values_are_read_by_their_kind():
+    words = [
+        "is_new=true",
+        "levels=[2,4]",
+        "student=[1,32]",
+        "start_prompts=null",
+        "lr=1",
+        'task="list"',
+    ]
+    found = with_values(SUM, words)
+    assert found == replace(
+        SUM, is_new=True, levels=(2, 4), student=Shape(1, 32), lr=1, task="list"
+    )
+    assert found.start_prompts is None
+    assert with_values(SUM, ["start_prompts=3"]).start_prompts == 3
 
 
 # -- Two real steps -----------------------------------------------------------------------------
