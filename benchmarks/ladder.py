@@ -60,9 +60,10 @@ class Shape:
 @dataclass(frozen=True)
 class Setting:
     """What is trained on what. `levels`: least and most steps of a problem's working. `is_new`: the
-    rungs train on prompts that the start has not seen, as many as it has. `slips`: share of steps
-    in the teacher's own texts that go wrong and are mended (task `mend`). `start_prompts`: how many
-    prompts the start is trained on, the rungs' first among them; None: the rungs' alone."""
+    rungs train on prompts drawn anew (a few may be the start's), as many as it has. `slips`: share
+    of steps in the teacher's own texts that go wrong and are mended (task `mend`). `start_prompts`:
+    how many prompts the start is trained on, the rungs' first among them; None: the rungs' alone.
+    """
 
     task: str
     levels: tuple[int, int]
@@ -222,7 +223,7 @@ def _value(kind: str, found: Any) -> Any:
 # A third fewer of the teacher's problems, so that all of a short ladder takes under ten minutes.
 _QUICK_TEACHER = 32_000
 # Seeds of new prompts: apart from those of the students and the teacher.
-_NEW = 1_000_000
+NEW = 1_000_000
 
 
 # Held-out problems that a student answers by sampling.
@@ -275,7 +276,7 @@ class Bench:
         home = self.folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
         cells = [self._start(home, seed)]
-        draw = _NEW + seed if self.setting.is_new else seed
+        draw = NEW + seed if self.setting.is_new else seed
         prompts = self._problems(home / "train.jsonl", "train", draw, self.setting.num_prompts)
         for name in names:
             rung = self._rungs[name]

@@ -275,6 +275,10 @@ def record():
              for rung, values in gains.items() for seed, added in enumerate(values)]  # fmt: skip
     return {
         "setting": {"task": "sum", "num_heldout": 1000}, "rl": asdict(rl.Rl()), "cells": cells,
+        "ladder": [{"rung": rung, "seed": seed, "asked": 200, "rejected": {"a": 1, "b": 3}}
+                   for rung in gains for seed in (0, 1)],
+        "seen": [{"teacher": 184, "start": 13, "rungs": 6},
+                 {"teacher": 222, "start": 5, "rungs": 6}],
         "ladder_cpu_seconds": 120.0, "command": "make rl", "versions": {"trl": "1.16.0"},
         "machine": {"cpu": "C", "cores": 2, "memory_gib": 4, "load": [1, 1, 1]},
     }  # fmt: skip
@@ -291,7 +295,31 @@ def test_the_page_pairs_gains_by_seed():
     assert "| +0.0, +4.0 | +1.88" in rows["| what the filter adds to the gain"]
     assert "- CPU time: 6.0 min of GRPO and its evaluations, 2.0 min of the ladder's" in text
     assert "| NPD without filter | 2 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 ± 0.0 | 2 of 2 |" in text
+    assert "| 2 of 2 | +4.36 | 2.0 ± 0.0 | 60 |" in text
     assert "| SFT | after | 53.0 ± 12.7 | 53.0 ± 12.7 | 0.050 ± 0.000 |" in text
+    assert (
+        "(of the 1,920, by chance, 184 to 222 are also in the teacher's training set, 5 to 13 in "
+        "that of the ladder's start and 6 in that of the rungs), 8 samples"
+    ) in text
+
+
+@pytest.mark.parametrize("name", ["rl", "rl-known"])
+def test_a_recorded_page_is_what_its_record_makes(name):
+    folder = ROOT / "benchmarks" / "results" / name
+    assert (
+        rl_page.page(json.loads((folder / "rl.json").read_text())) == (folder / "rl.md").read_text()
+    )
+
+
+def test_problems_that_were_trained_on_before_are_counted_by_content():
+    setting = with_values(SUM, ["levels=[2,2]", "num_prompts=3000", "teacher_problems=100"])
+    settings = with_values(rl.Rl(), ["steps=50", "prompts=20"])
+    found = rl.seen(setting, settings, 0)
+    # Of the 4,095 sums of two numbers nine in ten may be trained on: the start has most of them.
+    assert 700 < found["start"] < 900
+    assert found["rungs"] == found["start"]
+    assert 0 < found["teacher"] < 60
+    assert rl.seen(replace(setting, is_new=True), settings, 0)["rungs"] != found["start"]
 
 
 def test_curves_are_means_of_ten_steps_at_their_middle():
