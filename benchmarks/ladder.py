@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,10 @@ class Shape:
 @dataclass(frozen=True)
 class Setting:
     """What is trained on what. `levels`: least and most steps of a problem's working. `is_new`: the
-    rungs train on prompts that the start has not seen, as many as it has. `slips`: share of steps
-    in the teacher's own texts that go wrong and are mended (task `mend`). `start_prompts`: how many
-    prompts the start is trained on, the rungs' first among them; None: the rungs' alone."""
+    rungs train on prompts drawn anew (a few may be the start's), as many as it has. `slips`: share
+    of steps in the teacher's own texts that go wrong and are mended (task `mend`). `start_prompts`:
+    how many prompts the start is trained on, the rungs' first among them; None: the rungs' alone.
+    """
 
     task: str
     levels: tuple[int, int]
@@ -173,20 +174,56 @@ def one_thread() -> None:
 
 
 def with_values(setting: Any, items: Sequence[str]) -> Any:
-    """A frozen record with some fields set, each as `name=value` (JSON; a Shape as its numbers)."""
-    values = {}
+    """A frozen record with some fields set, each as `name=value` (JSON; a Shape as its numbers).
+
+    Exits with one line where a name is none of the record's, or a value not of the field's kind.
+    """
+    kinds, values = {field.name: str(field.type) for field in fields(setting)}, {}
     for item in items:
         name, _, value = item.partition("=")
-        values[name] = json.loads(value)
-        if name in ("teacher", "student"):
-            values[name] = Shape(*values[name])
+        if name not in kinds:
+            sys.exit(f"{item}: no such name; there are {', '.join(kinds)}")
+        try:
+            values[name] = _value(kinds[name], json.loads(value))
+        except (TypeError, ValueError):
+            sys.exit(f"{item}: not a value for {name}, which is {_KINDS[kinds[name]]}")
     return replace(setting, **values)
+
+
+_KINDS = {
+    "str": "a text in double quotes",
+    "bool": "true or false",
+    "int": "a whole number above 0",
+    "int | None": "a whole number above 0, or null",
+    "float": "a number, 0 or more",
+    "tuple[int, int]": "two whole numbers above 0, as [3,4]",
+    "Shape": "layers, width and perhaps heads, as [3,128,4]",
+}
+
+
+def _value(kind: str, found: Any) -> Any:
+    """What was read from JSON as a value of that kind; ValueError or TypeError if it is none."""
+    if kind in ("Shape", "tuple[int, int]"):
+        numbers = tuple(_value("int", number) for number in found)
+        if kind == "Shape":
+            return Shape(*numbers)
+        is_one = len(numbers) == 2
+        found = numbers
+    elif kind in ("str", "bool"):
+        is_one = type(found).__name__ == kind
+    elif kind == "float":
+        is_one = type(found) in (int, float) and found >= 0
+    else:
+        is_one = (type(found) is int and found > 0) or (kind == "int | None" and found is None)
+    if not is_one:
+        raise ValueError(found)
+    return found
 
 
 # A third fewer of the teacher's problems, so that all of a short ladder takes under ten minutes.
 _QUICK_TEACHER = 32_000
 # Seeds of new prompts: apart from those of the students and the teacher.
-_NEW = 1_000_000
+NEW = 1_000_000
 
 
 # Held-out problems that a student answers by sampling.
@@ -239,7 +276,7 @@ class Bench:
         home = self.folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
         cells = [self._start(home, seed)]
-        draw = _NEW + seed if self.setting.is_new else seed
+        draw = NEW + seed if self.setting.is_new else seed
         prompts = self._problems(home / "train.jsonl", "train", draw, self.setting.num_prompts)
         for name in names:
             rung = self._rungs[name]

@@ -4,9 +4,10 @@
     python benchmarks/rl.py --seeds 1 --folder DIR --rl steps=20 lr=1e-4
 
 For each seed the ladder's rungs are run first (`ladder.py --set is_new=true`: SFT, NPD, NPD without
-filter, each on prompts that the start has not seen), then TRL's GRPO from each student, by
-`examples/grpo.py`: the same new problems in the same order, as many steps, the same sampling; a
-reward of 1 for a right answer. Accuracy is followed on held-out problems; before and after, pass@k
+filter, each on prompts drawn anew), then TRL's GRPO from each student, by `examples/grpo.py`: the
+same problems, another new draw, in the same order, as many steps, the same sampling; a reward of 1
+for a right answer. New draws may repeat what was trained on before; how many of GRPO's problems do
+is counted. Accuracy is followed on held-out problems; before and after, pass@k
 and entropy are measured. What is finished stays in `--folder` and is not run again.
 
 Promises: one thread; held-out problems are the ladder's, and no one trains on them.
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import grpo
 from common import commit, machine, versions
-from ladder import SUM, Bench, digest, one_thread, with_values
+from ladder import NEW, SUM, Bench, Setting, digest, one_thread, with_values
 from ladder_page import Cell
 from policy import Tried, greedy_accuracy, try_often
 from rl_page import draw, page
+from rungs import rungs
 from tasks import MARK, TASKS, is_right, problems, read_problems, write_problems
 
 STARTS = ("sft", "npd", "no_filter")
@@ -81,9 +84,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, write the page."""
     args = parse_args()
-    one_thread()
     setting = with_values(replace(SUM, task=args.task, is_new=True), args.set)
     rl = with_values(Rl(), args.rl)
+    unknown = set(args.starts) - set(rungs(setting.epochs, setting.batch))
+    if unknown:
+        sys.exit(f"--starts: no such rung: {', '.join(sorted(unknown))}")
+    if args.seeds < 1:
+        sys.exit(f"--seeds {args.seeds}: at least 1")
+    if rl.samples < 2:
+        sys.exit(f"samples={rl.samples}: a group has at least 2")
+    one_thread()
     with tempfile.TemporaryDirectory(prefix="npd-rl-") as directory:
         bench = Bench(setting, args.folder or Path(directory))
         cells = []
@@ -98,12 +108,15 @@ def main() -> None:
         "rl": asdict(rl),
         "cells": cells,
         "notes": [LOOK] if (setting, rl) == (replace(SUM, is_new=True), Rl()) else [],
+        "ladder": [c for c in ladder if c["rung"] in args.starts and c["seed"] < args.seeds],
         "ladder_cpu_seconds": sum(spent),
+        "seen": [seen(setting, rl, seed) for seed in range(args.seeds)],
         "command": _command(args),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
     }
+    record = json.loads(json.dumps(record))  # so that the file gives the same page
     text = page(record)
     print(text)
     if args.out is not None:
@@ -119,6 +132,26 @@ def _command(args: argparse.Namespace) -> str:
     changed = "".join(f" {name} {' '.join(values)}" for name, values in given.items() if values)
     what = f"--task {args.task} --seeds {args.seeds} --starts {' '.join(args.starts)}"
     return f"python benchmarks/rl.py {what}{changed}"
+
+
+def seen(setting: Setting, rl: Rl, seed: int) -> dict[str, int]:
+    """Of a seed's GRPO problems, how many the teacher, the start and the rungs were trained on."""
+    start = setting.start_prompts or setting.num_prompts
+    trained = {
+        "teacher": keys(setting, -1, setting.teacher_problems, setting.slips),
+        "start": keys(setting, seed, start),
+        "rungs": keys(setting, NEW + seed if setting.is_new else seed, setting.num_prompts),
+    }
+    asked = keys(setting, _FRESH + seed, rl.steps * rl.prompts)
+    return {whose: len(asked & theirs) for whose, theirs in trained.items()}
+
+
+def keys(setting: Setting, seed: int, count: int, slips: float = 0.0) -> set[str]:
+    """The contents of a draw of `count` training problems."""
+    found = problems(
+        setting.task, "train", seed, setting.levels, is_varied=setting.is_varied, slips=slips
+    )
+    return {problem.key for problem in islice(found, count)}
 
 
 def run(bench: Bench, rl: Rl, seed: int, name: str) -> Cell:

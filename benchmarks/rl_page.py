@@ -66,12 +66,13 @@ def page(record: Mapping[str, Any]) -> str:
         "Made by `benchmarks/rl.py`; do not edit.",
         "",
         f"GRPO (TRL's, by `examples/grpo.py`) from students of the ladder: {rl['steps']} steps of "
-        f"{rl['prompts']} problems that nothing was trained on before, {rl['samples']} samples "
-        "each, the same for all students of a seed; reward 1 for a right answer. Accuracy: greedy "
-        f"answers to {num_heldout:,} held-out problems. ±: 95 % t-interval of the mean over seeds; "
-        "differences are paired by seed.",
+        f"{rl['prompts']} problems, new draws for each seed ({_seen(record)}), "
+        f"{rl['samples']} samples each, the same for all students of a seed; reward 1 for a right "
+        f"answer. Accuracy: greedy answers to {num_heldout:,} held-out problems. ±: 95 % "
+        "t-interval of the mean over seeds; differences are paired by seed. Left out: of the "
+        "samples that a student's distillation asked for, those it was not trained on.",
         "",
-        *_gains(rows),
+        *_gains(rows, by_rung(record["ladder"])),
         "",
         *_claims(rows),
         "",
@@ -107,10 +108,29 @@ def cpu_seconds(record: Mapping[str, Any]) -> dict[str, float]:
     return {"rl": spent / 60, "ladder": record["ladder_cpu_seconds"] / 60}
 
 
-def _gains(rows: Rows) -> list[str]:
+def _seen(record: Mapping[str, Any]) -> str:
+    """How many of GRPO's problems were not new to what came before it."""
+    ranges = []
+    for whose in ("teacher", "start", "rungs"):
+        counts = [seed[whose] for seed in record["seen"]]
+        few, many = min(counts), max(counts)
+        ranges.append(f"{few} to {many}" if few < many else str(few))
+    total = record["rl"]["steps"] * record["rl"]["prompts"]
+    return (
+        f"of the {total:,}, by chance, {ranges[0]} are also in the teacher's training set, "
+        f"{ranges[1]} in that of the ladder's start and {ranges[2]} in that of the rungs"
+    )
+
+
+def left_out(cell: Cell) -> float:
+    """Of the samples that a run asked for, the share that it did not train on."""
+    return float(sum(cell["rejected"].values()) / cell["asked"])
+
+
+def _gains(rows: Rows, ladder: Rows) -> list[str]:
     lines = head(
         "start", "seeds", "accuracy before, %", "after, %", "gain, points", "seeds above 0",
-        "the paper's gain", "CPU s",
+        "the paper's gain", "left out, %", "CPU s",
     )  # fmt: skip
     for name, cells in rows.items():
         found = list(cells.values())
@@ -124,6 +144,7 @@ def _gains(rows: Rows) -> list[str]:
                 points(gains, signed=True),
                 f"{sum(value > 0 for value in gains)} of {len(gains)}",
                 f"{_PAPER_GAIN[name]:+.2f}" if name in _PAPER_GAIN else "",
+                points([left_out(ladder[name][seed]) for seed in cells]),
                 f"{mean(cell['cpu_seconds'] for cell in found):.0f}",
             )
         )

@@ -5,8 +5,9 @@
 
 RUN is a finished run of npd, what `npd export` wrote, or any model directory. Each line of
 PROBLEMS has a `prompt` (text or messages) and an `answer`. A response is worth 1 if its last
-answer, after `####` or in `\\boxed{}`, is that one, else 0: the same text or, where math-verify is
-installed, the same mathematics. An `answer` may be a whole solution that ends so (GSM8K's).
+answer, on the line after `####` or in `\\boxed{}`, is that one, else 0: the same text (a full stop,
+dollar signs and the commas in 1,080 aside) or, where math-verify is installed, the same
+mathematics. An `answer` may be a whole solution that ends so (GSM8K's).
 
 Prompts are read as npd read them: a text becomes a user's message where there is a chat template.
 Give `--system` what the run had as `data.system`. Everything else is TRL's.
@@ -23,18 +24,20 @@ from pathlib import Path
 from typing import Any
 
 MARK = "####"
+_MESSAGE = ("role", "content")
 _BOX = re.compile(r"\\boxed\s*\{")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def last_answer(text: str) -> str | None:
-    """What follows the last mark, or stands in the last box, whichever comes later.
+    """The line that follows the last mark, or what the last box holds, whichever comes later.
 
     >>> last_answer("7+5=12 #### 12"), last_answer("so \\\\boxed{x^{2}}."), last_answer("12")
     ('12', 'x^{2}', None)
     """
     mark, boxes = text.rfind(MARK), [found.end() for found in _BOX.finditer(text)]
     if not boxes or mark > boxes[-1]:
-        return text[mark + len(MARK) :].strip() if mark >= 0 else None
+        return text[mark + len(MARK) :].strip().partition("\n")[0].strip() if mark >= 0 else None
     depth = 1
     for place in range(boxes[-1], len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -43,10 +46,21 @@ def last_answer(text: str) -> str | None:
     return None  # cut off inside of the box
 
 
+def plain(answer: str) -> str:
+    """An answer without the full stop after it, dollar signs around it and commas of thousands.
+
+    >>> plain("$1,080."), plain("(1,080)"), plain("2.50")
+    ('1080', '(1,080)', '2.50')
+    """
+    bare = answer.strip().rstrip(".").removeprefix("\\$").strip("$ ")
+    return bare.replace(",", "") if _THOUSANDS.fullmatch(bare) else bare
+
+
 def is_same(given: str, wanted: str) -> bool:
     """Whether two answers are the same text, or the same mathematics if math-verify can tell."""
-    if given == wanted:
-        return True
+    given, wanted = plain(given), plain(wanted)
+    if not given or given == wanted:
+        return bool(given)
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -78,18 +92,36 @@ def read_problems(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         sys.exit(f"no such file: {path}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            sys.exit(f"{path}, line {number}: not JSON ({error})")
-        for column in ("prompt", "answer"):
-            if not isinstance(row, dict) or row.get(column) in (None, "", []):
-                sys.exit(f"{path}, line {number}: has no {column!r}; each line needs both columns")
-        rows.append({"prompt": row["prompt"], "answer": str(row["answer"])})
+    with path.open("rb") as lines:  # whose lines end at a newline and nowhere else
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_problem(line, f"{path}, line {number}"))
     return rows or sys.exit(f"{path} is empty")
+
+
+def _problem(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        sys.exit(f"{place}: not UTF-8 ({error})")
+    except ValueError as error:
+        sys.exit(f"{place}: not JSON ({error})")
+    for column in ("prompt", "answer"):
+        if not isinstance(row, dict) or row.get(column) in (None, "", []):
+            sys.exit(f"{place}: has no {column!r}; each line needs both columns")
+    if not is_prompt(row["prompt"]):
+        sys.exit(f"{place}: 'prompt' is neither text nor a list of messages (role and content)")
+    return {"prompt": row["prompt"], "answer": str(row["answer"])}
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether it is a text, or messages that each have a role and a content."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(
+        isinstance(message, dict) and all(isinstance(message.get(k), str) for k in _MESSAGE)
+        for message in value
+    )
 
 
 def conversation(prompt: Any, system: str | None) -> list[dict[str, str]]:
@@ -161,6 +193,8 @@ def main() -> None:
         sys.exit(
             f"{args.problems} has {len(problems)} problems: a step takes --prompts {args.prompts}"
         )
+    if args.out.exists() and not args.out.is_dir():
+        sys.exit(f"{args.out} is not a directory: name a new one")
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"{args.out} is not empty: name a new directory")
     trainer = make_trainer(

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import figures
 import grpo
+import ladder
 import policy
 import rl
 import rl_page
@@ -117,6 +119,9 @@ def test_tries_are_counted_problem_by_problem():
         (r"\boxed{1}, no: \boxed {2}", "2"),
         (r"\boxed{1} #### 2", "2"),
         (r"#### 2 \boxed{1}", "1"),
+        ("#### 42\n\nDone.", "42"),
+        ("####\n42\r\nDone.", "42"),
+        ("####", ""),
         (r"cut off \boxed{\frac{1}{", None),
         ("12", None),
         ("", None),
@@ -132,6 +137,44 @@ def test_a_reward_is_for_the_last_answer_whatever_form_the_columns_have():
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     assert grpo.reward(turns, ["so 1+1=2\n#### 2"] * 4, prompts=[]) == [1.0, 0.0, 1.0, 0.0]
     assert rl.reward(turns, ["####2"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "worth"),
+    [
+        ("#### 1,080", "1080", 1),
+        ("#### 1080", "1,080", 1),
+        ("#### -1,234,567.5", "-1234567.5", 1),
+        ("#### 42\n\nDone.", "42", 1),
+        ("#### 42.", "42", 1),
+        ("#### $42", "42", 1),
+        ("#### $1,080.", "so it is\n#### 1080", 1),
+        (r"\boxed{\$42}", "$42$", 1),
+        ("#### 1,2", "12", 0),
+        ("#### (1,080)", "(1080)", 0),
+        ("#### 4.2", "42", 0),
+        ("####", "####", 0),
+        ("#### .", "$", 0),
+    ],
+)
+def test_signs_around_a_number_are_not_part_of_it(monkeypatch, text, answer, worth):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert grpo.reward([text], [answer]) == [worth]
+
+
+def test_math_verify_is_asked_about_answers_whose_texts_differ(monkeypatch):
+    asked = []
+
+    def verify(gold, target):
+        asked.append((gold, target))
+        return gold == [0.5] == target
+
+    values = {"$0.5$": [0.5], r"$\frac{1}{2}$": [0.5]}
+    stub = SimpleNamespace(parse=lambda text: values.get(text, []), verify=verify)
+    monkeypatch.setitem(sys.modules, "math_verify", stub)
+    texts = [r"\boxed{\frac{1}{2}}.", "#### 0.5", "#### 0.6", "no answer"]
+    assert grpo.reward(texts, ["$0.5$"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert asked == [([0.5], [0.5]), ([0.5], [])]
 
 
 def test_a_prompt_becomes_the_conversation_that_npd_makes_of_it():
@@ -162,12 +205,17 @@ def test_the_student_is_found_in_a_run_and_by_itself(tmp_path):
         ('{"prompt": "1+1", "answer": 2}\n{"prompt": "1+1"}', "line 2: has no 'answer'"),
         ('{"question": "1+1", "answer": "2"}', "line 1: has no 'prompt'"),
         ("[]", "line 1: has no 'prompt'"),
+        ('{"prompt": 5, "answer": 2}', "line 1: 'prompt' is neither text nor a list of messages"),
+        ('\n{"prompt": {}, "answer": 2}', "line 2: 'prompt' is neither"),
+        ('{"prompt": ["a"], "answer": 2}', "line 1: 'prompt' is neither"),
+        ('{"prompt": [{"role": "user"}], "answer": 2}', "line 1: 'prompt' is neither"),
+        ('{"prompt": "1+1", "answer": 2}\n{"prompt": "\xe9"}', "line 2: not UTF-8"),
     ],
 )
 def test_problems_that_cannot_be_used_are_told_in_one_line(tmp_path, text, message):
     path = tmp_path / "problems.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(SystemExit, match=message) as raised:
         grpo.read_problems(path)
     assert "\n" not in str(raised.value)
@@ -177,6 +225,23 @@ def test_an_answer_may_be_a_number_and_other_columns_are_left(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"prompt": "1+1", "answer": 0, "completion": "1+1=2"}\n\n')
     assert grpo.read_problems(path) == [{"prompt": "1+1", "answer": "0"}]
+
+
+def test_only_a_newline_ends_a_record(tmp_path):
+    path, row = tmp_path / "problems.jsonl", {"prompt": "1\u2028+\x851", "answer": "2"}
+    path.write_text(f"{json.dumps(row, ensure_ascii=False)}\r\n" * 2, encoding="utf-8", newline="")
+    assert grpo.read_problems(path) == [row] * 2
+
+
+def test_an_out_that_is_a_file_is_told_in_one_line(tmp_path, monkeypatch):
+    model, problems, out = tmp_path / "model", tmp_path / "problems.jsonl", tmp_path / "out"
+    model.mkdir()
+    for path in (model / "config.json", model / "model.safetensors", out):
+        path.write_text("")
+    problems.write_text('{"prompt": "1+1", "answer": 2}')
+    monkeypatch.setattr(sys, "argv", [*map(str, ("grpo.py", model, problems, out)), "--prompts=1"])
+    with pytest.raises(SystemExit, match=r"^\S+out is not a directory: name a new one$"):
+        grpo.main()
 
 
 def test_without_trl_the_example_says_what_to_install(tmp_path):
@@ -210,6 +275,10 @@ def record():
              for rung, values in gains.items() for seed, added in enumerate(values)]  # fmt: skip
     return {
         "setting": {"task": "sum", "num_heldout": 1000}, "rl": asdict(rl.Rl()), "cells": cells,
+        "ladder": [{"rung": rung, "seed": seed, "asked": 200, "rejected": {"a": 1, "b": 3}}
+                   for rung in gains for seed in (0, 1)],
+        "seen": [{"teacher": 184, "start": 13, "rungs": 6},
+                 {"teacher": 222, "start": 5, "rungs": 6}],
         "ladder_cpu_seconds": 120.0, "command": "make rl", "versions": {"trl": "1.16.0"},
         "machine": {"cpu": "C", "cores": 2, "memory_gib": 4, "load": [1, 1, 1]},
     }  # fmt: skip
@@ -226,7 +295,31 @@ def test_the_page_pairs_gains_by_seed():
     assert "| +0.0, +4.0 | +1.88" in rows["| what the filter adds to the gain"]
     assert "- CPU time: 6.0 min of GRPO and its evaluations, 2.0 min of the ladder's" in text
     assert "| NPD without filter | 2 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 ± 0.0 | 2 of 2 |" in text
+    assert "| 2 of 2 | +4.36 | 2.0 ± 0.0 | 60 |" in text
     assert "| SFT | after | 53.0 ± 12.7 | 53.0 ± 12.7 | 0.050 ± 0.000 |" in text
+    assert (
+        "(of the 1,920, by chance, 184 to 222 are also in the teacher's training set, 5 to 13 in "
+        "that of the ladder's start and 6 in that of the rungs), 8 samples"
+    ) in text
+
+
+@pytest.mark.parametrize("name", ["rl", "rl-known"])
+def test_a_recorded_page_is_what_its_record_makes(name):
+    folder = ROOT / "benchmarks" / "results" / name
+    assert (
+        rl_page.page(json.loads((folder / "rl.json").read_text())) == (folder / "rl.md").read_text()
+    )
+
+
+def test_problems_that_were_trained_on_before_are_counted_by_content():
+    setting = with_values(SUM, ["levels=[2,2]", "num_prompts=3000", "teacher_problems=100"])
+    settings = with_values(rl.Rl(), ["steps=50", "prompts=20"])
+    found = rl.seen(setting, settings, 0)
+    # Of the 4,095 sums of two numbers nine in ten may be trained on: the start has most of them.
+    assert 700 < found["start"] < 900
+    assert found["rungs"] == found["start"]
+    assert 0 < found["teacher"] < 60
+    assert rl.seen(replace(setting, is_new=True), settings, 0)["rungs"] != found["start"]
 
 
 def test_curves_are_means_of_ten_steps_at_their_middle():
@@ -243,6 +336,73 @@ def test_a_figure_is_the_same_file_twice_and_shows_every_series(tmp_path):
         assert word in text
     assert "<dc:date>" not in text
     assert all(colour.lower() in text for colour in figures.COLOURS[:3])
+
+
+# -- The command line ---------------------------------------------------------------------------
+
+
+def refusal(module, words, monkeypatch):
+    """The line that a benchmark exits with before it makes anything."""
+    monkeypatch.setattr(module, "Bench", None)
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words.split()])
+    with pytest.raises(SystemExit) as raised:
+        module.main()
+    assert isinstance(raised.value.code, str)  # which Python prints, and exits with 1
+    assert "\n" not in raised.value.code
+    return raised.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rl steps=abc", "steps=abc: not a value for steps, which is a whole number above 0"),
+        ("--rl steps=1.5", "steps=1.5: not a value for steps"),
+        ("--rl steps=true", "steps=true: not a value for steps"),
+        ("--rl steps=0", "steps=0: not a value for steps"),
+        ("--rl steps", "steps: not a value for steps"),
+        ("--rl lr=[1]", "lr=[1]: not a value for lr, which is a number, 0 or more"),
+        ("--rl step=1", "step=1: no such name; there are steps, prompts, samples, lr"),
+        ("--rl samples=1", "samples=1: a group has at least 2"),
+        ("--starts bogus sft", "--starts: no such rung: bogus"),
+        ("--seeds 0", "--seeds 0: at least 1"),
+    ],
+)
+def test_a_wrong_word_ends_rl_in_one_line_before_any_training(words, message, monkeypatch):
+    assert refusal(rl, words, monkeypatch).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--set x=1", "x=1: no such name; there are task, levels"),
+        ("--set is_new=1", "is_new=1: not a value for is_new, which is true or false"),
+        ("--set task=sum", "task=sum: not a value for task, which is a text in double quotes"),
+        ("--set levels=[3]", "levels=[3]: not a value for levels, which is two whole numbers"),
+        ("--set teacher=[1]", "teacher=[1]: not a value for teacher, which is layers, width"),
+        ("--set student=3", "student=3: not a value for student"),
+        ("--set start_prompts=0", "start_prompts=0: not a value for start_prompts"),
+    ],
+)
+@pytest.mark.parametrize("module", [rl, ladder])
+def test_a_wrong_setting_ends_both_benchmarks_in_one_line(module, words, message, monkeypatch):
+    assert refusal(module, words, monkeypatch).startswith(message)
+
+
+def test_values_are_read_by_their_kind():
+    words = [
+        "is_new=true",
+        "levels=[2,4]",
+        "student=[1,32]",
+        "start_prompts=null",
+        "lr=1",
+        'task="list"',
+    ]
+    found = with_values(SUM, words)
+    assert found == replace(
+        SUM, is_new=True, levels=(2, 4), student=Shape(1, 32), lr=1, task="list"
+    )
+    assert found.start_prompts is None
+    assert with_values(SUM, ["start_prompts=3"]).start_prompts == 3
 
 
 # -- Two real steps -----------------------------------------------------------------------------
