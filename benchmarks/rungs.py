@@ -98,10 +98,10 @@ def _sweeps(epochs: int, near: Values) -> dict[str, Rung]:
 
     for weight in (0.0, 0.5, 1.0):
         add(f"lambda={weight:g}", f"λ = {weight:g}", loss__kd_weight=weight)
-    found["offline lambda=1"] = Rung(
+    found["offline-lambda=1"] = Rung(
         "offline top-k KD, λ = 1", "offline_kd", _passes(epochs, epochs) | {"loss.kd_weight": 1.0}
     )
-    found["rollouts lambda=1"] = Rung(
+    found["rollouts-lambda=1"] = Rung(
         "+ packed student rollouts, λ = 1", "npd",
         near | {"schedule.refresh": "never", "filter.name": "none", "loss.kd_weight": 1.0},
     )  # fmt: skip
