@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import filter_rules as fr
 from filter_data import SCORED, Made, data_set, scored
-from ladder import SUM, Bench, digest
+from ladder_bench import Bench
 from ladder_page import Cell
+from ladder_setting import SUM, digest
 from noise import WORKING
 from npd.settings import load_config
 from tasks import MARK, is_right, read_problems

@@ -36,7 +36,7 @@ from common import commit, machine, versions
 from filter_arms import SETTING, SHARE, Arms
 from filter_data import HOT, Made, Models, check, real_data
 from filter_page import page
-from ladder import one_thread
+from ladder_bench import one_thread
 from ladder_page import Cell
 from npd.__main__ import outcome
 

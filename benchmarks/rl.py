@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import grpo
 from common import commit, machine, versions
-from ladder import NEW, SUM, Bench, Setting, digest, one_thread, with_values
+from ladder_bench import NEW, Bench, one_thread
 from ladder_page import Cell
+from ladder_setting import SUM, Setting, digest, with_values
 from policy import Tried, greedy_accuracy, try_often
 from rl_page import draw, page
 from rungs import rungs

@@ -16,7 +16,7 @@ import pytest
 from store_samples import make_rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ladder
+import ladder_cell
 import ladder_page as lp
 from npd.store.layout import RunLayout
 from npd.store.shards import write_rollouts
@@ -116,7 +116,7 @@ def test_a_run_that_accounts_for_every_third_sample_is_judged_by_those(tmp_path)
     ]
     result = SimpleNamespace(directory=layout.root, data=SimpleNamespace(samples=samples))
     config = SimpleNamespace(student=tmp_path / "student", data=SimpleNamespace(train=prompts))
-    assert ladder.right_shares(result, config) == {"kept": pytest.approx(1 / 3), "low": 1.0}
+    assert ladder_cell.right_shares(result, config) == {"kept": pytest.approx(1 / 3), "low": 1.0}
 
 
 def test_the_figure_has_a_row_for_each_rung_and_is_the_same_each_time(tmp_path):

@@ -25,7 +25,8 @@ import ladder
 import policy
 import rl
 import rl_page
-from ladder import SUM, Bench, Shape, with_values
+from ladder_bench import Bench
+from ladder_setting import SUM, Shape, with_values
 from tasks import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
