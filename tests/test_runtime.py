@@ -5,18 +5,20 @@ import itertools
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
 from npd.config import RuntimeConfig
 from npd.errors import ModelError, RunError, WorkerLostError
-from npd.runtime import Reply, build_runtime
+from npd.runtime import Reply, build_runtime, child
 from worker_factories import BrokenFactory, ClosingFactory, ToyFactory
 
 TESTS = Path(__file__).parent
@@ -330,6 +332,22 @@ def test_output_of_every_life_is_appended_to_the_log(tmp_path):
     drive("local", tmp_path, story)
     lines = (tmp_path / "toy.log").read_text().splitlines()
     assert lines == ["first life", "first life", "second life", "second life"]
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_a_listener_whose_socket_is_closed_at_any_moment_ends_quietly(is_told_first):
+    class Closing(socket.socket):
+        def fileno(self):
+            """The number of a file that is closed as soon as somebody has it, or already was."""
+            number = super().fileno()
+            self.close()
+            return number if is_told_first else super().fileno()
+
+    ours, theirs = socket.socketpair()
+    inbox = SimpleQueue()
+    with theirs:
+        child._listen(Closing(fileno=ours.detach()), os.getppid(), inbox)
+    assert inbox.empty()
 
 
 @pytest.mark.parametrize(

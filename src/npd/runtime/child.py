@@ -43,9 +43,13 @@ def main(fd: int, parent: int, name: str, log_file: str) -> None:
 def _listen(channel: socket.socket, parent: int, inbox: SimpleQueue[bytes]) -> None:
     """Produces requests; unblocked by the parent, by its death, and every second."""
     while os.getppid() == parent:
-        if channel.fileno() < 0:
-            return  # the program is ending by itself, and takes longer than a second for it
-        if not select.select([channel], [], [], _PARENT_CHECK_SECONDS)[0]:
+        try:
+            is_ready = select.select([channel], [], [], _PARENT_CHECK_SECONDS)[0]
+        except (OSError, ValueError):
+            if channel.fileno() >= 0:
+                raise
+            return  # closed, at any moment: the program is ending by itself
+        if not is_ready:
             continue
         header = _receive(channel, HEADER.size)
         if not header:
