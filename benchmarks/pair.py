@@ -30,6 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import npd
 from common import commit
+from ladder_setting import digest
 from npd.chat import Chat
 from npd.config import DataConfig
 from npd.data import encode_prompts, load_prompts
@@ -80,15 +81,6 @@ def models(folder: Path) -> Models:
     if not found.pruned.exists():
         prune_depth(found.teacher, found.pruned, LAYERS)
     return found
-
-
-def one_thread() -> None:
-    """Compute on one thread, and without progress bars."""
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
 
 
 class Pair:
@@ -266,8 +258,3 @@ def _content(path: Path) -> str:
     """A name for what is in a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(values: Mapping[str, Any]) -> str:
-    """A short name for a setting."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -146,16 +146,6 @@ def foot(about: Mapping[str, Any], setting: Mapping[str, Any], loads: Sequence[f
     ]
 
 
-def head(*cells: str) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [row(*cells), row(*["---"] * len(cells))]
-
-
-def row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def spread(values: Sequence[float], digits: int | None = None, *, signed: bool = False) -> str:
     """Mean ± half-width of its 95 % t-interval; three or four figures, or so many `digits`."""
     if not values:

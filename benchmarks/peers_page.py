@@ -11,7 +11,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, TypeAlias
 
-from pair_out import BOUND, FEWER, OWN_KL, foot, head, row, spread
+from ladder_page import head, row
+from pair_out import BOUND, FEWER, OWN_KL, foot, spread
 
 Cell: TypeAlias = dict[str, Any]
 

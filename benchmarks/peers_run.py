@@ -38,6 +38,8 @@ from typing import Any
 
 import pair
 import pair_out
+from ladder_bench import one_thread
+from ladder_setting import digest
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.observe.live import LiveState
@@ -215,12 +217,12 @@ def bench(args: argparse.Namespace) -> int:
     """Run what is missing, side by side for each seed, and write the page."""
     if importlib.util.find_spec("trl") is None:
         raise InputError("this needs TRL: pip install 'trl>=1.16' (the `bench` extra)")
-    pair.one_thread()
+    one_thread()
     setting = pair_out.changed(Setting(), args.set)
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
         start = made.make_start()
-        home = made.root / f"peers-{pair.digest(asdict(setting))}"
+        home = made.root / f"peers-{digest(asdict(setting))}"
         for seed in range(args.seeds):
             for side in args.sides:
                 _cell(made, setting, seed, side, home / f"{side}-{seed}")

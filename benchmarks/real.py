@@ -27,7 +27,9 @@ import judging
 import npd
 import pair
 import pair_out
+from ladder_bench import one_thread
 from ladder_page import by_rung
+from ladder_setting import digest
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.types import Outcome
@@ -81,7 +83,7 @@ def parse_args() -> argparse.Namespace:
 
 def bench(args: argparse.Namespace) -> int:
     """Run what is missing, seed by seed, and write the page."""
-    pair.one_thread()
+    one_thread()
     setting = pair_out.changed(Setting(), args.set)
     if setting.epochs % 2:
         raise InputError(f"epochs={setting.epochs}: give an even number, text is written twice")
@@ -94,7 +96,7 @@ def bench(args: argparse.Namespace) -> int:
             "rouge_l": judging.mean_rouge(made, answers),
             **pair_out.own_text(made, made.root / "start"),
         }
-        home = made.root / f"real-{pair.digest(asdict(setting))}"
+        home = made.root / f"real-{digest(asdict(setting))}"
         for seed in range(args.seeds):
             for name in args.rungs:
                 _cell(made, setting, seed, name, known[name], home / f"{name}-{seed}")

@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from ladder_page import Cell, by_rung, differences
-from pair_out import BOUND, FEWER, OWN_KL, foot, head, row, spread
+from ladder_page import Cell, by_rung, differences, head, row
+from pair_out import BOUND, FEWER, OWN_KL, foot, spread
 
 SAME = "identical runs: nothing was rejected"
 

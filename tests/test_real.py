@@ -59,7 +59,7 @@ def complaint(room, monkeypatch, capsys):
     """What `main` of a benchmark says of its arguments, in this process, before it trains."""
 
     def complain(main, *arguments, data="questions.jsonl"):
-        monkeypatch.setattr(pair, "one_thread", lambda: None)
+        monkeypatch.setitem(main.__globals__, "one_thread", lambda: None)
         monkeypatch.setattr(sys, "argv", ["bench", *arguments_for(room, *arguments, data=data)])
         assert main() != 0
         said = capsys.readouterr().err
