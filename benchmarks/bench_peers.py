@@ -63,7 +63,7 @@ from training import (
 )
 
 END, PAD = 1, 2
-MISSING = "bench_peers needs TRL: pip install 'trl>=1.16' (make bench installs it)"
+MISSING = "bench_peers needs TRL: pip install 'trl>=1.16' (make install does)"
 
 
 def words() -> Any:

@@ -23,7 +23,7 @@ import npd
 from common import commit
 from ladder_cell import line, measured, right_shares, tidy
 from ladder_page import Cell
-from ladder_setting import Setting, Shape, digest
+from ladder_setting import ALONE, Setting, Shape, digest
 from npd.settings import load_config, nested
 from own_text import own_text
 from rungs import rungs
@@ -176,12 +176,7 @@ class Bench:
             "eval.max_new_tokens": longest,
             "eval.batch_size": 256,
             "eval.num_samples": self.setting.num_heldout,
-            "checkpoint.every_steps": None,
-            "observe.report": False,
-            "observe.trace": False,
-            "runtime.kind": "inline",
-            "runtime.device": "cpu",
-            "runtime.threads": 1,
+            **ALONE,
         }
         if preset == "on_policy":
             common["schedule.segment_steps"] = 1

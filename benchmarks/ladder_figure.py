@@ -43,7 +43,7 @@ def draw(path: Path, cells: Sequence[Cell], labels: Mapping[str, str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print("no figure: pip install matplotlib (make ladder does)")
+        print("no figure: pip install matplotlib (make install does)")
 
 
 def _column(xlabel: str, values: Mapping[str, list[float]], names: Mapping[str, str]) -> Dots:

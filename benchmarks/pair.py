@@ -30,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import npd
 from common import commit
-from ladder_setting import digest
+from ladder_setting import ALONE, digest
 from npd.chat import Chat
 from npd.config import DataConfig
 from npd.data import encode_prompts, load_prompts
@@ -171,18 +171,14 @@ class Pair:
             "eval.max_new_tokens": setting.max_response,
             "eval.batch_size": 64,
             "eval.num_samples": setting.num_heldout,
-            "checkpoint.every_steps": None,
-            "observe.report": False,
-            "observe.trace": False,
-            "runtime.kind": "inline",
-            "runtime.device": "cpu",
-            "runtime.threads": 1,
+            **ALONE,
         }
         path = home / "run.yaml"
         tree = nested({**common, **values})
         path.write_text(json.dumps(tree, indent=1, default=str) + "\n")
         result = npd.run(load_config(path).config, view=view)
-        assert result.is_done, "interrupted: start the benchmark again, it goes on"
+        if not result.is_done:
+            sys.exit("interrupted: the same command with the same --folder goes on")
         return result
 
     def _fitting(self, data: Path, column: str) -> list[str]:

@@ -217,6 +217,7 @@ def test_impossible_combination_names_the_source(config_file):
 @pytest.mark.parametrize(
     ("preset", "values", "uses"),
     [
+        ("npd", [], "loss.kd_weight 0.9, filter.name delta_ifd"),
         ("sft", ["filter.name=outlier", "eval.source=none"], "filter.name outlier"),
         ("sft", ["filter.name=random", "eval.source=teacher"], "filter.name random, eval.source"),
         ("seqkd", ["generate.source=teacher", "eval.source=none"], "generate.source teacher"),
