@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from process_tree import children
 from tiny_model import CHAT_TEMPLATE, make_model, make_tokenizer, save_model
 
 __all__ = ["CHAT_TEMPLATE", "make_model", "make_tokenizer", "save_model"]
@@ -31,22 +32,16 @@ _LASTING: set[str] = set()
 @pytest.fixture(autouse=True)
 def _nothing_outlives_a_test():
     """No thread and no process a test started is there after it (files: warnings are errors)."""
-    threads, processes = set(threading.enumerate()), set(_children())
+    threads, processes = set(threading.enumerate()), children(os.getpid())
     yield
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
-        orphans = [pid for pid in _children() if pid not in processes | _LASTING]
+        orphans = children(os.getpid()) - processes - _LASTING
         if not left and not orphans:
             return
         time.sleep(0.02)
     raise AssertionError(f"outlived its test: threads {left}, processes {orphans}")
-
-
-def _children() -> list[str]:
-    """Process ids of this process's children (Linux; elsewhere none are seen)."""
-    found = Path("/proc/self/task").glob("*/children")
-    return [pid for file in found for pid in file.read_text().split()]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
+from process_tree import children
 from tiny_run import tiny_settings, write_prompts
 
 # A run of seconds may take minutes on a machine that others use too.
@@ -110,14 +111,13 @@ class Run:
 
 def child_named(parent: int, name: str) -> int | None:
     """The process id of `parent`'s worker called `name`."""
-    for task in Path(f"/proc/{parent}/task").glob("*/children"):
-        for pid in task.read_text().split():
-            try:
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if name.encode() in arguments:
-                return int(pid)
+    for pid in children(parent):
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if name.encode() in arguments:
+            return int(pid)
     return None
 
 

@@ -23,6 +23,7 @@ from npd.store.shards import read_scored, write_rollouts
 from npd.types import FinishReason, Prompt, Rollout
 from npd.workers.scorer import ScorerWorker
 from npd.workers.tasks import ScoreTask, scored_stats
+from process_tree import children
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -181,12 +182,6 @@ def test_an_id_the_server_does_not_know_is_refused(teacher, chat):
     (answer,) = teacher.ask([chat.vocab_size], lambda server, top: server.read([top, 0], 0))
     assert isinstance(answer, Refused)
     assert "out of vocabulary" in answer.cause
-
-
-def children(pid: int | str) -> set[str]:
-    """Process ids of a process's children (Linux)."""
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return {child for file in found for child in file.read_text().split()}
 
 
 def test_a_worker_writes_held_out_text_and_scores_by_one_server(config, chat):
