@@ -16,7 +16,7 @@ import torch
 import pair
 from npd.chat import Chat
 from npd.config import ScoreConfig
-from npd.evaluate import heldout_kl
+from npd.evaluate import Match, heldout_kl
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
 from npd.modeling import decoding, load_model
@@ -30,8 +30,7 @@ from rouge import rouge_l
 def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     """Held-out KL and agreement; ROUGE-L of greedy responses against the teacher's."""
     scored, model = read_scored(made.heldout_scored), load_model(student)
-    with torch.autocast("cpu", torch.bfloat16):
-        match = heldout_kl(model, scored, made.setting.row_tokens, 512)
+    match = _match(made, model, scored)
     written = _write(made, model, scored, temperature=0.0)
     answers = [made.chat.decode(rollout.response_ids) for rollout in written]
     return {
@@ -44,7 +43,18 @@ def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
 
 def on_own_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     """KL(teacher || student) and agreement on what the student itself writes, at temperature 1."""
-    model = load_model(student)
+    return _on_own_text(made, load_model(student))
+
+
+def glance(made: pair.Pair, student: Path) -> dict[str, float]:
+    """Held-out KL and agreement on the teacher's text, and KL on the student's own."""
+    scored, model = read_scored(made.heldout_scored), load_model(student)
+    match = _match(made, model, scored)
+    own = _on_own_text(made, model)
+    return {"kl": match.kl, "agreement": match.agreement, "own_kl": own["own_kl"]}
+
+
+def _on_own_text(made: pair.Pair, model: Any) -> dict[str, Any]:
     written = _write(made, model, read_scored(made.heldout_scored), temperature=1.0)
     scorer = build_scorer(
         ScoreConfig(top_k=HELDOUT_TOP_K, row_tokens=made.setting.row_tokens),
@@ -59,9 +69,13 @@ def on_own_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     )
     scored = [item for item in scorer.score(written) if isinstance(item, Scored)]
     scorer.close()
-    with torch.autocast("cpu", torch.bfloat16):
-        match = heldout_kl(model, scored, made.setting.row_tokens, 512)
+    match = _match(made, model, scored)
     return {"own_kl": match.kl, "own_agreement": match.agreement, "own_tokens": match.num_tokens}
+
+
+def _match(made: pair.Pair, model: Any, scored: Sequence[Scored]) -> Match:
+    with torch.autocast("cpu", torch.bfloat16):
+        return heldout_kl(model, scored, made.setting.row_tokens, 512)
 
 
 def mean_rouge(made: pair.Pair, answers: Sequence[str]) -> float:

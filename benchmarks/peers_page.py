@@ -29,22 +29,24 @@ TARGETS = {"trainer": 8.1, "samples": 3.0, "time": 1 / 3}
 TRAINER = "trainer tokens/s (TRL: of whole steps)"
 BARE = "tokens/s without generation and the teacher's layers"
 REST = "student, heads, loss, optimiser"
+# The name on a curve and the words for it.
+KLS = (("kl", "held-out KL"), ("own_kl", "KL on own text"))
 NO_TARGET = "no target: the peer is never below its start"
 
 
-def target_of(curve: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
-    """The lowest KL after the start and the CPU time of it; None if it is never below the start."""
-    best = min(curve[1:], key=lambda point: point["kl"], default=None)
-    if best is None or best["kl"] >= curve[0]["kl"]:
+def target_of(curve: Sequence[Mapping[str, float]], kl: str) -> tuple[float, float] | None:
+    """The lowest `kl` after the start and the CPU time of it; None if none is below the start."""
+    best = min(curve[1:], key=lambda point: point[kl], default=None)
+    if best is None or best[kl] >= curve[0][kl]:
         return None
-    return best["kl"], best["seconds"]
+    return best[kl], best["seconds"]
 
 
-def reached_at(curve: Sequence[Mapping[str, float]], kl: float) -> float | None:
-    """CPU time at which a curve is first at `kl`, by straight lines between its points."""
+def reached_at(curve: Sequence[Mapping[str, float]], kl: str, value: float) -> float | None:
+    """CPU time at which a curve's `kl` is first at `value`, by straight lines between points."""
     for before, after in pairwise(curve):
-        if after["kl"] <= kl:
-            share = (before["kl"] - kl) / (before["kl"] - after["kl"])
+        if after[kl] <= value:
+            share = (before[kl] - value) / (before[kl] - after[kl])
             return before["seconds"] + share * (after["seconds"] - before["seconds"])
     return None
 
@@ -90,8 +92,14 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         *_curves(sides),
         "",
-        "- npd's second setting, made after the first had been seen: "
+        "- npd's second setting: "
         + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
+        "- learning rates tried, on prompts of their own: held-out KL, KL on own text after so "
+        "many CPU s: "
+        + "; ".join(
+            f"{NAMES[side]} {rate:g}: {kl:.3f}, {own:.3f} ({seconds:.0f})"
+            for side, rate, seconds, kl, own in about["tuned"]
+        ),
         "- tried for TRL before, two steps each, samples a CPU second: "
         + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
@@ -100,13 +108,13 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
 
 
 def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
-    """What the sides' weights are, and what can therefore be compared."""
+    """What the sides' weights and learning rates are."""
     dtype = setting["peer_dtype"]
     why = ", the fastest of those tried" if dtype == max(tried, key=lambda one: one[3])[1] else ""
     return (
-        f"TRL: {dtype} weights and optimiser state{why}, lr {setting['lr']:g} not tuned; npd: "
-        "float32 weights, and a second setting, made after the first had been seen. Speeds are "
-        "comparable, KLs are not."
+        f"TRL: {dtype} weights and optimiser state{why}, learning rate {setting['peer_lr']:g}; "
+        f"npd: float32 weights, {setting['npd_lr']:g}, and {setting['second_lr']:g} with the "
+        "second setting. Rates are the best of those tried for each."
     )
 
 
@@ -143,7 +151,7 @@ def _ratios(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
         for name, cells in sides.items():
             pairs = [(mine[cell["seed"]], cell) for cell in cells if cell["seed"] in mine]
             if name not in OURS and pairs:
-                rows = [*_speed_ratios(pairs), _time(pairs)]
+                rows = [*_speed_ratios(pairs), *(_time(pairs, *kind) for kind in KLS)]
                 lines += [row(NAMES[own], NAMES[name], *cells) for cells in rows]
     return lines
 
@@ -170,26 +178,26 @@ def _verdict(values: Sequence[float], aim: float) -> str:
     return "met" if min(values) >= aim else "met on average, not by every seed"
 
 
-def _time(pairs: Sequence[tuple[Cell, Cell]]) -> tuple[str, ...]:
-    """CPU time of npd to each peer's lowest KL, as a share of the peer's.
+def _time(pairs: Sequence[tuple[Cell, Cell]], kl: str, name: str) -> tuple[str, ...]:
+    """CPU time of npd to each peer's lowest `kl`, as a share of the peer's.
 
     A seed whose peer is never below its start sets no target, and is in no verdict.
     """
-    label = "3. CPU time to the peer's lowest KL, share"
+    label = f"3. CPU time to the peer's lowest {name}, share"
     shares, notes = [], []
     for mine, theirs in pairs:
-        target = target_of(theirs["curve"])
+        target = target_of(theirs["curve"], kl)
         if target is None:
             notes.append(f"seed {theirs['seed']}: {NO_TARGET}")
             continue
-        kl, seconds = target
-        reached = reached_at(mine["curve"], kl)
+        value, seconds = target
+        reached = reached_at(mine["curve"], kl, value)
         if reached is None:
             shares.append(math.inf)
-            notes.append(f"seed {theirs['seed']}: npd never at {kl:.4f}")
+            notes.append(f"seed {theirs['seed']}: npd never at {value:.4f}")
         else:
             shares.append(reached / seconds)
-            notes.append(f"KL {kl:.4f}: {reached:.0f} s against {seconds:.0f} s")
+            notes.append(f"KL {value:.4f}: {reached:.0f} s against {seconds:.0f} s")
     if not shares:
         return label, "", "<= 1/3", NO_TARGET
     known = [share for share in shares if math.isfinite(share)]
@@ -237,11 +245,12 @@ def parts(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _curves(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
-    lines = head("", "seed", "held-out KL at (CPU s, samples trained on)")
+    lines = head("", "seed", "held-out KL, KL on own text at (CPU s, samples trained on)")
     for name, cells in sides.items():
         for cell in cells:
-            points = ", ".join(
-                f"{point['kl']:.4f} ({point['seconds']:.0f}, {point['samples']:.0f})"
+            points = "; ".join(
+                f"{point['kl']:.4f}, {point['own_kl']:.4f} "
+                f"({point['seconds']:.0f}, {point['samples']:.0f})"
                 for point in cell["curve"]
             )
             lines.append(row(NAMES[name], str(cell["seed"]), points))

@@ -4,15 +4,14 @@
     python benchmarks/peers_run.py --data FILE [--seeds N] [--folder DIR] [--out DIR]
 
 All start from the same student (`pair.py`), with the same teacher, prompts, longest response,
-temperature, learning rate (constant) and optimiser, and minimise a forward KL. TRL is strictly
-on-policy; npd runs its `npd` preset: each response is trained on three times, one refresh half
-way, top-10 KD with a tenth of CE, Δ-IFD. Its second setting was made after the first had been seen
-(drift far above 0.10): a quarter of the learning rate, and KD alone, on the top 32 and the mass
-outside, which is closer to TRL's full KL. TRL's weights and optimiser state are bfloat16, the
-fastest of `TRIED`, and its learning rate is not tuned; npd's are float32: speeds can be compared,
-KLs cannot. One thread each, one after another, CPU time of the process. Counted on no side:
-imports, loading, saving what is exported, evaluation. Counted of npd: writing, scoring, training,
-publishing snapshots.
+temperature and optimiser, at a constant learning rate that was tried out for each side (`TUNED`),
+and minimise a forward KL. TRL is strictly on-policy; its weights and optimiser state are of the
+kind that it is fastest with (`TRIED`), npd's weights are float32. npd runs its `npd` preset (each
+response is trained on `npd_reuse` times, one refresh half way, top-10 KD with a tenth of CE,
+Δ-IFD), and a second time with `SECOND`: KD alone, on the top 32 and the mass outside, which is
+closer to TRL's full KL. One thread each, one after another, CPU time of the process. Counted on no
+side: imports, loading, saving what is exported, evaluation. Counted of npd: writing, scoring,
+training, publishing snapshots.
 
 Three numbers, each with its name:
 
@@ -20,10 +19,10 @@ Three numbers, each with its name:
    npd: its train stage alone);
 2. samples an hour: samples trained on (with reuse), and apart from it fresh ones (written), over
    the CPU time of everything counted;
-3. CPU time to a held-out KL: for each peer and seed, the lowest that this peer has at any of its
-   evaluations, and when; npd's time to the same KL is interpolated between its evaluations. The
-   same evaluator for all: npd's, on the same held-out text, which the teacher wrote. Of the last
-   students the KL on their own text is measured too (`judging.py`): what on-policy text trains.
+3. CPU time to a KL: for each peer and seed, the lowest that this peer has at any of its
+   evaluations, and when; npd's time to the same KL is interpolated between its evaluations. Of two
+   KLs, on held-out prompts: on the teacher's text, and on what the student writes itself
+   (`judging.py`), which is what on-policy text trains. The same evaluator for all.
 """
 
 from __future__ import annotations
@@ -31,11 +30,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+from unittest.mock import patch
 
+import judging
 import pair
 import pair_out
 from ladder_bench import one_thread
@@ -43,7 +47,11 @@ from ladder_setting import digest
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.observe.live import LiveState
+from npd.workers.trainer import TrainerWorker
 from peers_page import NAMES, OURS, page
+
+Point: TypeAlias = Mapping[str, float]
+Look: TypeAlias = Callable[[Path], dict[str, float]]
 
 # Two steps each, before any run: (side, weights, batch, samples a CPU second). Float32 is slower
 # mostly in `generate`; under bfloat16 autocast float32 weights are cast anew for every token.
@@ -54,14 +62,11 @@ TRIED = (
     ("gkd", "bfloat16", 8, 1.089),
     ("gkd", "bfloat16", 16, 1.177),
 )
+# What a run at a learning rate ends with, on prompts of its own, 64-token responses (side, rate,
+# CPU seconds, held-out KL, KL on own text).
+TUNED: tuple[tuple[str, float, float, float, float], ...] = ()
 # npd's second setting.
-SECOND = {
-    "train.lr": 5e-5,
-    "train.min_lr": 5e-5,
-    "loss.target": "tail",
-    "loss.kd_weight": 1.0,
-    "score.top_k": 32,
-}
+SECOND = {"loss.target": "tail", "loss.kd_weight": 1.0, "score.top_k": 32}
 COUNTED = ("generate", "score", "train", "publish")
 
 
@@ -70,7 +75,9 @@ class Setting:
     """Sizes of all sides, npd's own schedule, and what TRL is fastest with (`TRIED`)."""
 
     num_prompts: int = 64
-    lr: float = 2e-4
+    npd_lr: float = 5e-5
+    second_lr: float = 5e-5
+    peer_lr: float = 2e-4
     budget: float = 150.0
     npd_epochs: int = 6
     npd_reuse: int = 3
@@ -125,12 +132,30 @@ class CpuView:
         return found
 
 
+@contextmanager
+def looked_at(look: Look) -> Iterator[list[dict[str, float]]]:
+    """What `look` says of each student that a run evaluates but the first, in that same call."""
+    plain, found = TrainerWorker.evaluate, []
+
+    def evaluate(worker: TrainerWorker, step: int, prompts: Any) -> Any:
+        report = plain(worker, step, prompts)
+        if step > 0:
+            with tempfile.TemporaryDirectory() as folder:
+                worker._trainer.save_pretrained(folder)
+                found.append(look(Path(folder)))
+        return report
+
+    with patch.object(TrainerWorker, "evaluate", evaluate):
+        yield found
+
+
 def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -> dict[str, Any]:
     """What a run of npd is told on top of its preset."""
+    lr = setting.second_lr if is_tail else setting.npd_lr
     return {
         "data.train": made.prompts(seed, setting.num_prompts),
-        "train.lr": setting.lr,
-        "train.min_lr": setting.lr,
+        "train.lr": lr,
+        "train.min_lr": lr,
         "train.batch_size": setting.npd_batch,
         "schedule.epochs": setting.npd_epochs,
         "schedule.reuse": setting.npd_reuse,
@@ -143,12 +168,13 @@ def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -
 
 
 def run_npd(
-    made: pair.Pair, setting: Setting, seed: int, home: Path, *, is_tail: bool
+    made: pair.Pair, setting: Setting, seed: int, home: Path, first: Point, *, is_tail: bool
 ) -> dict[str, Any]:
-    """A whole run of npd: what it trained, and the CPU time of its stages."""
+    """A whole run of npd: what it trained, and the CPU time of its stages; `first`: the start."""
     view = CpuView()
     values = npd_values(made, setting, seed, is_tail=is_tail)
-    data = made.run(home, "npd", seed, values, view).data
+    with looked_at(lambda student: judging.glance(made, student)) as looks:
+        data = made.run(home, "npd", seed, values, view).data
     steps, evals = data.steps, data.evals
     seconds = view.seconds()
     sofar = [sum(s["num_samples"] for s in steps if s["step"] <= e["step"]) for e in evals]
@@ -168,15 +194,17 @@ def run_npd(
         "fill": sum(step["fill"] for step in steps) / len(steps),
         "drift": [step["drift"] for step in steps],
         "curve": [
-            {"seconds": at, "samples": n, "kl": e["kl"], "agreement": e["agreement"]}
-            for at, n, e in zip(moments, sofar, evals, strict=True)
+            {"seconds": at, "samples": n, **look}
+            for at, n, look in zip(moments, sofar, [first, *looks], strict=True)
         ],
     }
 
 
-def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str, home: Path) -> dict[str, Any]:
-    """TRL's trainer until its budget is spent."""
-    from peers_trl import PeerSetting, evaluator
+def run_peer(
+    made: pair.Pair, setting: Setting, seed: int, name: str, home: Path, first: Point
+) -> dict[str, Any]:
+    """TRL's trainer until its budget is spent; `first`: what was found of the start."""
+    from peers_trl import PeerSetting
     from peers_trl import run_peer as train
 
     count = train(
@@ -187,7 +215,7 @@ def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str, home: Path
             prompts=made.prompts(seed, setting.num_prompts),
             system=pair.SYSTEM,
             seed=seed,
-            lr=setting.lr,
+            lr=setting.peer_lr,
             batch=setting.peer_batch,
             max_response=made.setting.max_response,
             budget=setting.budget,
@@ -195,10 +223,11 @@ def run_peer(made: pair.Pair, setting: Setting, seed: int, name: str, home: Path
             dtype=setting.peer_dtype,
             every=setting.every,
         ),
-        evaluator(made.heldout_scored, made.setting.row_tokens),
+        lambda student: judging.glance(made, student),
         home / "student",
     )
     found = asdict(count)
+    found["curve"].insert(0, {"seconds": 0.0, "samples": 0, **first})
     return found | {"trainer_seconds": count.seconds["step"], "fresh": count.samples}
 
 
@@ -208,6 +237,7 @@ SIDES = tuple(NAMES)
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = pair_out.make_parser(__doc__)
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     return parser.parse_args()
@@ -222,32 +252,35 @@ def bench(args: argparse.Namespace) -> int:
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
         start = made.make_start()
+        look = pair.cell(
+            made.root / "start" / "look", lambda: judging.glance(made, made.start), dict
+        )
+        first = {name: look[name] for name in ("kl", "agreement", "own_kl")}
         home = made.root / f"peers-{digest(asdict(setting))}"
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             for side in args.sides:
-                _cell(made, setting, seed, side, home / f"{side}-{seed}")
-        start |= pair_out.own_text(made, made.root / "start")
-        cells = [
-            cell | pair_out.own_text(made, home / f"{cell['side']}-{cell['seed']}")
-            for cell in pair_out.finished(home)
-        ]
+                _cell(made, setting, seed, side, home / f"{side}-{seed}", first)
+        cells = pair_out.finished(home)
+    start |= first
     sides = [side for side in SIDES if any(cell["side"] == side for cell in cells)]
     about = pair_out.about("peers_run.py", args, cells, {"sides": sides})
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
-    about |= {"tried": TRIED, "second": SECOND}
-    pair_out.publish(
-        args.out, "peers", page(start, cells, about), {"start": start, "cells": cells, **about}
-    )
+    about |= {"tried": TRIED, "tuned": TUNED, "second": SECOND}
+    record = {"start": start, "cells": cells, **about}
+    pair_out.publish(args.out, "peers", page(start, cells, about), record)
     return 0
 
 
-def _cell(made: pair.Pair, setting: Setting, seed: int, side: str, home: Path) -> None:
+def _cell(
+    made: pair.Pair, setting: Setting, seed: int, side: str, home: Path, first: Point
+) -> None:
     def work() -> dict[str, Any]:
         if side in OURS:
-            found = run_npd(made, setting, seed, home, is_tail=side == "npd_tail")
+            found = run_npd(made, setting, seed, home, first, is_tail=side == "npd_tail")
         else:
-            found = run_peer(made, setting, seed, side, home)
-        return {"side": side, "seed": seed, "kl": found["curve"][-1]["kl"], **found}
+            found = run_peer(made, setting, seed, side, home, first)
+        last = {name: found["curve"][-1][name] for name in ("kl", "own_kl")}
+        return {"side": side, "seed": seed, **last, **found}
 
     pair.cell(home, work, lambda found: found)
 

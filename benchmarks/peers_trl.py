@@ -23,7 +23,6 @@ import torch
 from transformers import TrainerCallback
 
 from npd.modeling import load_model
-from npd.store.shards import read_scored
 
 Evaluate = Callable[[Path], dict[str, float]]
 
@@ -81,9 +80,6 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self._setting, self._count, self._evaluate = setting, count, evaluate
         self._evaluated_at = 0.0
 
-    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
-        self._look(model)
-
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._started = time.process_time()
 
@@ -110,7 +106,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate, out: Path) -> Count:
     """Train with `distillation` or `gkd` and save the student in `out`.
 
-    `evaluate` gets the directory of a student saved between steps.
+    `evaluate` gets the directory of a student saved between steps, the start apart.
     """
     warnings.simplefilter("ignore")
     count = Count()
@@ -126,21 +122,6 @@ def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate, out: Path) -> 
     student.save_pretrained(out)
     _tokenizer(setting).save_pretrained(out)
     return count
-
-
-def evaluator(heldout: Path, row_tokens: int) -> Evaluate:
-    """npd's own held-out KL of a saved student, computed as npd's trainer does."""
-    from npd.evaluate import heldout_kl
-
-    scored = read_scored(heldout)
-
-    def evaluate(folder: Path) -> dict[str, float]:
-        model = load_model(folder, dtype="float32")
-        with torch.autocast("cpu", torch.bfloat16):
-            match = heldout_kl(model, scored, row_tokens, 512)
-        return {"kl": match.kl, "agreement": match.agreement}
-
-    return evaluate
 
 
 def _time_teacher(teacher: Any, count: Count) -> None:

@@ -19,20 +19,22 @@ import peers_run  # noqa: E402
 
 
 def curve(*points):
-    return [{"seconds": at, "kl": kl, "samples": at} for at, kl in points]
+    return [{"seconds": at, "kl": kl, "own_kl": 2 * kl, "samples": at} for at, kl in points]
 
 
 def test_the_target_is_the_lowest_kl_after_the_start():
-    assert pp.target_of(curve((0, 1.0), (10, 0.8), (20, 0.9))) == (0.8, 10)
-    assert pp.target_of(curve((0, 1.0), (10, 1.1))) is None
-    assert pp.target_of(curve((0, 1.0))) is None
+    assert pp.target_of(curve((0, 1.0), (10, 0.8), (20, 0.9)), "kl") == (0.8, 10)
+    assert pp.target_of(curve((0, 1.0), (10, 0.8), (20, 0.9)), "own_kl") == (1.6, 10)
+    assert pp.target_of(curve((0, 1.0), (10, 1.1)), "kl") is None
+    assert pp.target_of(curve((0, 1.0)), "kl") is None
 
 
 def test_the_time_to_a_kl_is_on_a_straight_line_between_evaluations():
     mine = curve((0, 1.0), (10, 1.2), (20, 0.8), (30, 0.6))
-    assert pp.reached_at(mine, 0.9) == pytest.approx(17.5)
-    assert pp.reached_at(mine, 0.8) == 20
-    assert pp.reached_at(mine, 0.5) is None
+    assert pp.reached_at(mine, "kl", 0.9) == pytest.approx(17.5)
+    assert pp.reached_at(mine, "kl", 0.8) == 20
+    assert pp.reached_at(mine, "kl", 0.5) is None
+    assert pp.reached_at(mine, "own_kl", 1.8) == pytest.approx(17.5)
 
 
 def made_up(side, seed, points, *, rate):
@@ -47,8 +49,11 @@ def made_up(side, seed, points, *, rate):
 
 
 def page_of(cells):
-    found = about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"train.lr": 1e-5}}
-    found["setting"] |= {"peer_dtype": "bfloat16", "lr": 2e-4}
+    found = about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"score.top_k": 32}}
+    found["tuned"] = [("gkd", 1e-4, 150, 1.25, 0.5)]
+    found["setting"] |= {
+        "peer_dtype": "bfloat16", "peer_lr": 2e-4, "npd_lr": 5e-5, "second_lr": 1e-4
+    }  # fmt: skip
     return pp.page({"kl": 1.0, "start_kl": 2.0, "own_kl": 3.0}, cells, found)
 
 
@@ -68,8 +73,13 @@ def test_the_page_shows_ratios_targets_and_misses():
     assert f"{trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
     assert f"{gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
     # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
-    assert f"{trl} | 3. CPU time to the peer's lowest KL, share | 0.139 (KL 0.9000: 12 s " in text
+    assert (
+        f"{trl} | 3. CPU time to the peer's lowest held-out KL, share | 0.139 (KL 0.9000: 12 s "
+        in text
+    )
+    assert f"{trl} | 3. CPU time to the peer's lowest KL on own text, share | 0.139 (KL 1.8" in text
     assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
+    assert "TRL `GKDTrainer` 0.0001: 1.250, 0.500 (150)" in text
     assert "gkd bfloat16 batch 8: 1.1" in text
     # What is left of 90 s after generate and teacher is the rest.
     assert f"| {trl} | student, heads, loss, optimiser | 33 | 500 |" in text
@@ -83,9 +93,9 @@ def test_a_peer_that_never_improves_sets_no_target_and_the_weights_are_named():
         ]
     )
     target = "no target: the peer is never below its start"
-    assert f"| 3. CPU time to the peer's lowest KL, share |  | <= 1/3 | {target} |" in text
+    assert f"| 3. CPU time to the peer's lowest held-out KL, share |  | <= 1/3 | {target} |" in text
     assert "TRL: bfloat16 weights and optimiser state, the fastest of those tried" in text
-    assert "Speeds are comparable, KLs are not." in text
+    assert "learning rate 0.0002; npd: float32 weights, 5e-05, and 0.0001 with the second" in text
 
 
 @pytest.mark.parametrize(
@@ -132,9 +142,11 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     record = json.loads((room / "out" / "peers.json").read_text())
     cells = {cell["side"]: cell for cell in record["cells"]}
     assert set(cells) == {"npd", "npd_tail", "distillation", "gkd"}
-    kls = [cell["curve"][0]["kl"] for cell in cells.values()]
-    # Before the first step all are the start; TRL's weights were rounded to bfloat16.
-    assert kls == pytest.approx([record["start"]["kl"]] * 4, rel=0.02)
+    for cell in cells.values():
+        first, last = cell["curve"][0], cell["curve"][-1]
+        assert (first["kl"], first["own_kl"]) == (record["start"]["kl"], record["start"]["own_kl"])
+        assert (last["kl"], last["own_kl"]) == (cell["kl"], cell["own_kl"])
+        assert 0 < abs(last["kl"] - first["kl"]) < 0.5
     for name in ("distillation", "gkd"):
         cell = cells[name]
         assert (cell["steps"], cell["samples"], cell["fresh"]) == (2, 4, 4)
