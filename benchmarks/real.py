@@ -4,9 +4,10 @@
     python benchmarks/real.py --data FILE [--seeds N] [--rungs NAME ...] [--folder DIR] [--out DIR]
 
 All rungs go on from one student (`pair.py`), each seed with prompts of its own that the start has
-not seen. Every rung writes a response to each prompt twice, at the first and at half of the
-epochs, and trains on each as often, so that rungs differ in who writes, the loss, the filter and
-the refresh only. What is finished stays in `--folder` and is not run again.
+not seen. Rungs up to NPD write a response to each prompt twice, at the first and at half of the
+epochs, and train on each as often, so that they differ in who writes, the loss, the filter and the
+refresh only; the last two write anew in each epoch, and before each step. What is finished stays
+in `--folder` and is not run again.
 
 Measured afterwards, on prompts that nobody trained on: held-out KL and agreement (npd's, on the
 teacher's greedy responses), ROUGE-L of the student's greedy responses against those, and the KL on
@@ -43,7 +44,7 @@ class Setting:
     num_prompts: int = 48
     epochs: int = 4
     batch: int = 8
-    lr: float = 2e-4
+    lr: float = 5e-5
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,15 @@ class Rung:
     values: Mapping[str, Any]
 
 
-def rungs(epochs: int) -> dict[str, Rung]:
-    """The ladder, by name; each response is trained on in half of the epochs."""
+def rungs(epochs: int, batch: int) -> dict[str, Rung]:
+    """The ladder, by name; up to NPD each response is trained on in half of the epochs."""
     half = epochs // 2
     twice = {"schedule.epochs": epochs, "schedule.reuse": half, "schedule.refresh": "never"}
     fresh = twice | {"schedule.refresh": {"at_epochs": [half]}}
     plain = {"filter.name": "none"}
+    once = {"schedule.epochs": epochs, "schedule.reuse": 1}
+    often = once | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}}
+    strict = once | {"schedule.window": batch, "generate.shard_size": batch}
     return {
         "sft": Rung("SFT on teacher text", "seqkd", twice),
         "offline": Rung(
@@ -69,12 +73,14 @@ def rungs(epochs: int) -> dict[str, Rung]:
         "rollouts": Rung("+ packed student rollouts", "npd", twice | plain),
         "filter": Rung("+ Δ-IFD", "npd", twice),
         "npd": Rung("+ one refresh (NPD)", "npd", fresh),
+        "every_epoch": Rung("refresh every epoch", "npd", often),
+        "on_policy": Rung("strict on-policy", "on_policy", strict),
     }  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    names = list(rungs(4))
+    names = list(rungs(4, 1))
     parser = pair_out.make_parser(__doc__)
     parser.add_argument("--rungs", nargs="+", choices=names, default=names)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
@@ -87,7 +93,7 @@ def bench(args: argparse.Namespace) -> int:
     setting = pair_out.changed(Setting(), args.set)
     if setting.epochs % 2:
         raise InputError(f"epochs={setting.epochs}: give an even number, text is written twice")
-    known = rungs(setting.epochs)
+    known = rungs(setting.epochs, setting.batch)
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
         start = made.make_start()

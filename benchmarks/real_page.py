@@ -98,16 +98,17 @@ def is_same(before: Mapping[int, Cell], after: Mapping[int, Cell]) -> bool:
 
 
 def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
-    """What each rung brings over the one before, and the last over the first."""
+    """What each rung brings over the one before, and some over others."""
     present = list(rows)
     if len(present) < 2:
         return []
+    others = (("rollouts", "npd"), ("offline", "npd"), ("sft", "npd"), ("npd", "on_policy"))
     lines = head(
         "step", "held-out KL", "seeds better", OWN_KL, "seeds better",
         "ROUGE-L, points", "seeds better",
     )  # fmt: skip
-    steps = [*pairwise(present), *({"rollouts", "npd"} <= set(present)) * [("rollouts", "npd")]]
-    for before, after in dict.fromkeys([*steps, (present[0], present[-1])]):
+    named = [pair for pair in others if set(pair) <= set(present)]
+    for before, after in dict.fromkeys([*pairwise(present), *named]):
         if is_same(rows[before], rows[after]):
             step = f"{labels[before]} → {labels[after]}"
             seeds = sum(seed in rows[before] for seed in rows[after])

@@ -188,7 +188,7 @@ def test_a_missing_column_is_one_line_that_names_it(room, complaint):
     [
         (("--set", "prompts=100"), "no such setting: prompts (there are num_prompts"),
         (("--set", "epochs=abc"), "epochs=abc: epochs is a whole number, such as 4"),
-        (("--set", "lr"), "lr: lr is a number, such as 0.0002"),
+        (("--set", "lr"), "lr: lr is a number, such as 5e-05"),
         (("--set", "epochs=3"), "epochs=3: give an even number"),
         (("--set-pair", "max_prompt=1.5"), "max_prompt=1.5: max_prompt is a whole number"),
         (("--seeds", "0"), "--seeds 0: give at least 1"),
@@ -255,12 +255,11 @@ def test_a_tiny_ladder_runs_once_and_is_kept(room):
         return done
 
     first = run()
-    assert (
-        first.stderr.count("cpu_seconds") == 12
-    )  # the start and five rungs, and each on its own text
+    # The start and seven rungs, and each on its own text.
+    assert first.stderr.count("cpu_seconds") == 16
     record = json.loads((room / "out" / "real.json").read_text())
     assert [cell["rung"] for cell in record["cells"]] == [
-        "sft", "offline", "rollouts", "filter", "npd",
+        "sft", "offline", "rollouts", "filter", "npd", "every_epoch", "on_policy",
     ]  # fmt: skip
     for cell in record["cells"]:
         assert cell["kl"] >= 0
