@@ -66,10 +66,13 @@ def solve_program(problem):
     steps = iter(problem.response.split("####")[0].split(","))
     for line in source.split(";"):
         name, expression = line.split("=")
+        before = dict(values)
         values[name] = eval(expression, {}, values) % 10
         if not expression.isdigit():
-            shown, written, result = next(steps).split("=")
+            shown, copied, written, result = next(steps).split("=")
             assert shown == name
+            assert copied in (expression, expression[::-1])
+            assert written == "".join(str(before.get(part, part)) for part in copied)
             assert eval(written) % 10 == values[name] == int(result)
     assert next(steps, None) is None
     return str(values[asked])
@@ -145,7 +148,7 @@ def plain(task, problem):
         shown = re.sub("[abc]", lambda found: str(values[found[0]]), expression)
         values[name] = eval(shown) % 10
         if not expression.isdigit():
-            steps.append(f"{name}={shown}={values[name]}")
+            steps.append(f"{name}={expression}={shown}={values[name]}")
     return ",".join(steps) + f"####{problem.answer}"
 
 
