@@ -6,8 +6,8 @@
 All rungs go on from one student (`pair.py`), each seed with prompts of its own that the start has
 not seen. Rungs up to NPD write a response to each prompt twice, at the first and at half of the
 epochs, and train on each as often, so that they differ in who writes, the loss, the filter and the
-refresh only; the last two write anew in each epoch, and before each step. What is finished stays
-in `--folder` and is not run again.
+refresh only. Then NPD with another loss (`tail`, λ = 1); the last two write anew in each epoch, and
+before each step. What is finished stays in `--folder` and is not run again.
 
 Measured afterwards, on prompts that nobody trained on: held-out KL and agreement (npd's, on the
 teacher's greedy responses), ROUGE-L of the student's greedy responses against those, and the KL on
@@ -64,6 +64,7 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
     plain = {"filter.name": "none"}
     once = {"schedule.epochs": epochs, "schedule.reuse": 1}
     often = once | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}}
+    tail, alone = {"loss.target": "tail"}, {"loss.kd_weight": 1.0}
     strict = once | {"schedule.window": batch, "generate.shard_size": batch}
     return {
         "sft": Rung("SFT on teacher text", "seqkd", twice),
@@ -73,6 +74,8 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "rollouts": Rung("+ packed student rollouts", "npd", twice | plain),
         "filter": Rung("+ Δ-IFD", "npd", twice),
         "npd": Rung("+ one refresh (NPD)", "npd", fresh),
+        "tail": Rung("NPD, target: tail", "npd", fresh | tail),
+        "tail-lambda=1": Rung("NPD, target: tail, λ = 1", "npd", fresh | tail | alone),
         "every_epoch": Rung("refresh every epoch", "npd", often),
         "on_policy": Rung("strict on-policy", "on_policy", strict),
     }  # fmt: skip

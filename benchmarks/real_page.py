@@ -6,13 +6,19 @@ Pure: cells (what a run measured, plain JSON values) in, text out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import mean
 from typing import Any
 
 from ladder_page import Cell, by_rung, differences, head, row
 from pair_out import BOUND, FEWER, OWN_KL, foot, spread
 
+# Rungs and what each is held against, where both were run.
+STEPS = (
+    ("sft", "offline"), ("offline", "rollouts"), ("rollouts", "filter"), ("filter", "npd"),
+    ("rollouts", "npd"), ("offline", "npd"), ("sft", "npd"), ("npd", "tail"),
+    ("tail", "tail-lambda=1"), ("npd", "tail-lambda=1"), ("npd", "every_epoch"),
+    ("npd", "on_policy"), ("tail-lambda=1", "on_policy"),
+)  # fmt: skip
 SAME = "identical runs: nothing was rejected"
 
 
@@ -102,13 +108,11 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     present = list(rows)
     if len(present) < 2:
         return []
-    others = (("rollouts", "npd"), ("offline", "npd"), ("sft", "npd"), ("npd", "on_policy"))
     lines = head(
         "step", "held-out KL", "seeds better", OWN_KL, "seeds better",
         "ROUGE-L, points", "seeds better",
     )  # fmt: skip
-    named = [pair for pair in others if set(pair) <= set(present)]
-    for before, after in dict.fromkeys([*pairwise(present), *named]):
+    for before, after in [pair for pair in STEPS if set(pair) <= set(present)]:
         if is_same(rows[before], rows[after]):
             step = f"{labels[before]} → {labels[after]}"
             seeds = sum(seed in rows[before] for seed in rows[after])
