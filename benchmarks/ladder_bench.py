@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ class Bench:
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting, self._commit = setting, commit()
         self._rungs = rungs(setting.epochs, setting.batch)
+        drawn = {"texts": _texts(setting)}
         shared = {
             name: value
             for name, value in asdict(setting).items()
             if name.startswith("teacher")
             or name in ("task", "levels", "is_varied", "num_heldout", "slips")
         }
-        self.common = folder / f"{setting.task}-teacher-{digest(shared)}"
-        self.folder = folder / f"{setting.task}-{digest(asdict(setting))}"
+        self.common = folder / f"{setting.task}-teacher-{digest(shared | drawn)}"
+        self.folder = folder / f"{setting.task}-{digest(asdict(setting) | drawn)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.common.mkdir(parents=True, exist_ok=True)
         self.heldout = self._problems(
@@ -215,3 +217,11 @@ class Bench:
             setting.task, split, seed, setting.levels, is_varied=setting.is_varied, slips=slips
         )
         return write_problems(path, found, count)
+
+
+def _texts(setting: Setting) -> list[str]:
+    """A few of the task's texts: what was run on others, by an earlier version, is run again."""
+    found = problems(
+        setting.task, "train", 0, setting.levels, is_varied=setting.is_varied, slips=setting.slips
+    )
+    return [problem.response for problem in islice(found, 20)]

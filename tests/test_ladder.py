@@ -18,6 +18,9 @@ from store_samples import make_rollout
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ladder_cell
 import ladder_page as lp
+import tasks
+from ladder_bench import Bench
+from ladder_setting import SETTINGS, with_values
 from npd.store.layout import RunLayout
 from npd.store.shards import write_rollouts
 from npd.types import Outcome
@@ -88,6 +91,19 @@ def test_a_tiny_ladder_runs_once_and_is_kept(tmp_path):
     again = run()
     assert "seed " not in again.stderr
     assert again.stdout.count("\n") == first.stdout.count("\n")
+
+
+def test_runs_on_an_earlier_version_s_texts_are_not_taken_for_this_one_s(tmp_path, monkeypatch):
+    setting = with_values(SETTINGS["program"], TINY)
+    first, again = Bench(setting, tmp_path), Bench(setting, tmp_path)
+    assert (first.folder, first.common) == (again.folder, again.common)
+    plain = tasks.TASKS["program"]
+    monkeypatch.setitem(
+        tasks.TASKS, "program", lambda *drawn: replace(plain(*drawn), response="other####1")
+    )
+    other = Bench(setting, tmp_path)
+    assert other.folder != first.folder
+    assert other.common != first.common
 
 
 def test_a_run_that_accounts_for_every_third_sample_is_judged_by_those(tmp_path):
