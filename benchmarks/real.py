@@ -146,6 +146,7 @@ def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> di
     """The figures of a finished run; means over all its steps."""
     data, steps = result.data, result.data.steps
     drifts = [step["drift"] for step in steps if step["drift"] is not None]
+    masses = [step["teacher_mass"] for step in steps if step["teacher_mass"] is not None]
     rejected = {why: n for (what, why), n in data.reasons.items() if what is Outcome.REJECTED}
     assert result.student is not None
     return {
@@ -158,6 +159,7 @@ def measured(made: pair.Pair, result: npd.RunResult, name: str, seed: int) -> di
         "total_tokens": sum(step["total_tokens"] for step in steps),
         "asked": data.conservation["asked"],
         "rejected": rejected,
+        "teacher_mass": mean(masses) if masses else None,
         "drift": mean(drifts) if drifts else None,
         "drift_end": drifts[-1] if drifts else None,
     }

@@ -53,7 +53,7 @@ def _outcomes(
 ) -> list[str]:
     lines = head(
         "rung", "seeds", "held-out KL, nats/token", OWN_KL, "same top token, %",
-        "ROUGE-L, %", "mean drift, nats/token", "left out, %", "response tokens trained on",
+        "ROUGE-L, %", "mean drift, nats/token", "teacher's mass in its top-k, %", "left out, %", "response tokens trained on",
         "CPU s",
     )  # fmt: skip
     for label, cells in [
@@ -84,6 +84,7 @@ def _outcome(label: str, cells: Sequence[Cell]) -> str:
         column("agreement", 1, 100),
         column("rouge_l", 1, 100),
         column("drift", 3),
+        column("teacher_mass", 1, 100),
         spread(lost, 1),
         f"{mean(c['response_tokens'] for c in cells):,.0f}"
         if "response_tokens" in cells[0]
