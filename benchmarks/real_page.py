@@ -53,8 +53,8 @@ def _outcomes(
 ) -> list[str]:
     lines = head(
         "rung", "seeds", "held-out KL, nats/token", OWN_KL, "same top token, %",
-        "ROUGE-L, %", "mean drift, nats/token", "teacher's mass in its top-k, %", "left out, %", "response tokens trained on",
-        "CPU s",
+        "ROUGE-L, %", "mean drift, nats/token", "teacher's mass in its top-k, %", "left out, %",
+        "response tokens trained on", "CPU s",
     )  # fmt: skip
     for label, cells in [
         ("as pruned", [{**_nothing(start), "kl": start["start_kl"]}]),

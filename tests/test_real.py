@@ -145,8 +145,8 @@ def test_the_page_pairs_by_seed_and_says_how_sure_it_is():
     # Differences -0.3, -0.4, -0.5: 4.303 x 0.1 / sqrt(3) from a table of t.
     step = "-0.4000 ± 0.2484 | 3 of 3 | -0.8000 ± 0.4969 | 3 of 3 | +8.3 ± 19.0 | 2 of 3 |"
     assert f"| SFT → NPD | {step}" in text
-    rung = "0.8000 ± 0.2484 | 1.6000 ± 0.4969 | 50.0 ± 0.0 | 35.0 ± 12.4 |  | 3.0 ± 0.0 | 1,000 |"
-    assert f"| SFT | 3 | {rung}" in text
+    rung = "0.8000 ± 0.2484 | 1.6000 ± 0.4969 | 50.0 ± 0.0 | 35.0 ± 12.4 |  |  | 3.0 ± 0.0 | 1,000"
+    assert f"| SFT | 3 | {rung} |" in text
     assert "| as pruned | 1 | 2.0000 |" in text
     assert "load average 1.0 to 2.0" in text
     one = real_page.page(start, cells[:1], LABELS, about())
