@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from npd.config import RunConfig
@@ -28,6 +28,8 @@ from npd.wording import counted
 if TYPE_CHECKING:
     from npd.control.plan import Plan
 
+# With less of the teacher inside its top k a student is taught to be surer than its teacher.
+ENOUGH_MASS = 0.9
 _STAGES = ("generate", "score", "train")
 
 
@@ -47,6 +49,8 @@ class Monitor:
         self._trace = TraceWriter(layout.trace_jsonl)
         self._total_steps = config.schedule.steps
         self._ratio, self._needs_scores = config.filter.ratio, config.needs_scores
+        is_cut_off = config.loss.kd_weight > 0 and config.loss.target in ("topk", "renorm")
+        self._support = config.score.top_k if is_cut_off else None
         self._started = time.monotonic()
         self._first_progress: float | None = None
         self._doing: dict[str, WorkerState] = {}
@@ -119,6 +123,7 @@ class Monitor:
                 self._tell_failed(shard, "score", failed)
                 self._tokens["score"] += sum(s.num_tokens for s in stats)
                 self._judged(len(stats), actions)
+                self._tell_narrow(stats)
                 kept = _kept_by_teacher(stats, actions, self._teachers)
                 values = {"delta_median": _delta_median(stats, self._ratio), **kept}
                 self._write(plan.step, values, "score")
@@ -158,6 +163,17 @@ class Monitor:
         if failed:
             count = counted(len(failed), "sample")
             self.message(f"shard {shard}: {stage} failed for {count}: {failed[0][1]}")
+
+    def _tell_narrow(self, stats: Sequence[SampleStats]) -> None:
+        """Say once that a target without a bucket for the rest leaves much of the teacher out."""
+        masses = [s.teacher_mass for s in stats if s.teacher_mass is not None]
+        if self._support is None or not masses or (mass := mean(masses)) >= ENOUGH_MASS:
+            return
+        self.message(
+            f"the teacher's top {self._support} hold {mass:.0%} of its probability on this text, "
+            "and the loss does not see the rest: set loss.target=tail, or raise score.top_k"
+        )
+        self._support = None
 
     def _write(self, step: int, values: dict[str, float | None], kind: str) -> None:
         self._metrics.write(step, values, kind)
