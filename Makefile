@@ -65,10 +65,10 @@ filter-study: install  ## what filters find of planted noise, what training gain
 	$(BIN)/python benchmarks/filter_study.py --data $(DATA) --folder runs/filter-study --out benchmarks/results/filter
 
 real: install  ## the ladder on the demo's real pair; DATA=FILE names the questions
-	$(BIN)/python benchmarks/real.py --data $(DATA) --folder runs/real --out benchmarks/results/real
+	$(BIN)/python benchmarks/real.py --data $(DATA) --seeds 5 --folder runs/real --out benchmarks/results/real
 
 peers: install  ## whole runs against TRL's trainers, on the same pair; DATA=FILE
-	$(BIN)/python benchmarks/peers_run.py --data $(DATA) --folder runs/real --out benchmarks/results/peers
+	$(BIN)/python benchmarks/peers_run.py --data $(DATA) --folder runs/real --set-pair warm_prompts=96 --out benchmarks/results/peers
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py

@@ -94,11 +94,12 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         "- npd's second setting: "
         + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
-        "- learning rates tried, on prompts of their own: held-out KL, KL on own text after so "
-        "many CPU s: "
+        "- learning rates tried before, on other prompts, 64 tokens (prompts of the start): "
+        "held-out KL, KL on own text after so many CPU s: "
         + "; ".join(
-            f"{NAMES[side]} {rate:g}: {kl:.3f}, {own:.3f} ({seconds:.0f})"
-            for side, rate, seconds, kl, own in about["tuned"]
+            f"{NAMES[side]} ({start}){f' {dtype}' if dtype else ''} {rate:g}: {kl:.3f}, {own:.3f} "
+            f"({seconds})"
+            for side, start, rate, dtype, seconds, kl, own in about["tuned"]
         ),
         "- tried for TRL before, two steps each, samples a CPU second: "
         + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
@@ -114,7 +115,8 @@ def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
     return (
         f"TRL: {dtype} weights and optimiser state{why}, learning rate {setting['peer_lr']:g}; "
         f"npd: float32 weights, {setting['npd_lr']:g}, and {setting['second_lr']:g} with the "
-        "second setting. Rates are the best of those tried for each."
+        "second setting. TRL's and the second setting's are the best of those tried on own text; "
+        "the preset has the second setting's."
     )
 
 

@@ -50,7 +50,7 @@ def made_up(side, seed, points, *, rate):
 
 def page_of(cells):
     found = about() | {"tried": [("gkd", "bfloat16", 8, 1.1)], "second": {"score.top_k": 32}}
-    found["tuned"] = [("gkd", 1e-4, 150, 1.25, 0.5)]
+    found["tuned"] = [("gkd", 480, 1e-4, "float32", 150, 1.25, 0.5)]
     found["setting"] |= {
         "peer_dtype": "bfloat16", "peer_lr": 2e-4, "npd_lr": 5e-5, "second_lr": 1e-4
     }  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_page_shows_ratios_targets_and_misses():
     )
     assert f"{trl} | 3. CPU time to the peer's lowest KL on own text, share | 0.139 (KL 1.8" in text
     assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
-    assert "TRL `GKDTrainer` 0.0001: 1.250, 0.500 (150)" in text
+    assert "TRL `GKDTrainer` (480) float32 0.0001: 1.250, 0.500 (150)" in text
     assert "gkd bfloat16 batch 8: 1.1" in text
     # What is left of 90 s after generate and teacher is the rest.
     assert f"| {trl} | student, heads, loss, optimiser | 33 | 500 |" in text
