@@ -220,7 +220,7 @@ class Bench:
 
 
 def _texts(setting: Setting) -> list[str]:
-    """A few of the task's texts: what was run on others, by an earlier version, is run again."""
+    """The first texts of seed 0: what was run on others, by an earlier version, is run again."""
     found = problems(
         setting.task, "train", 0, setting.levels, is_varied=setting.is_varied, slips=setting.slips
     )

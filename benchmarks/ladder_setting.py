@@ -66,7 +66,7 @@ SUM = Setting(
     warm_epochs=40, epochs=8, lr=1e-3,
 )  # fmt: skip
 # `list` is nearly mastered at these sizes; with fewer prompts than these some students of `mend` do
-# not learn to add; nobody has looked at `program`.
+# not learn to add; at these sizes a student of `program` masters it or learns next to nothing.
 SETTINGS = {
     "sum": SUM,
     "mend": replace(SUM, task="mend", slips=0.05, num_prompts=2048, warm_epochs=30),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import mean
 from typing import Any, TypeAlias
 
@@ -43,12 +42,8 @@ def target_of(curve: Sequence[Mapping[str, float]], kl: str) -> tuple[float, flo
 
 
 def reached_at(curve: Sequence[Mapping[str, float]], kl: str, value: float) -> float | None:
-    """CPU time at which a curve's `kl` is first at `value`, by straight lines between points."""
-    for before, after in pairwise(curve):
-        if after[kl] <= value:
-            share = (before[kl] - value) / (before[kl] - after[kl])
-            return before["seconds"] + share * (after["seconds"] - before["seconds"])
-    return None
+    """CPU time of the first evaluation after the start whose `kl` is at most `value`."""
+    return next((point["seconds"] for point in curve[1:] if point[kl] <= value), None)
 
 
 def speeds(cell: Cell) -> dict[str, float]:
@@ -94,11 +89,11 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         "- npd's second setting: "
         + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
-        "- learning rates tried before, on other prompts, 64 tokens (prompts of the start): "
-        "held-out KL, KL on own text after so many CPU s: "
+        "- learning rates tried before, one run each, 64 tokens (prompts of the start): held-out "
+        "KL, KL on own text after so many CPU s: "
         + "; ".join(
-            f"{NAMES[side]} ({start}){f' {dtype}' if dtype else ''} {rate:g}: {kl:.3f}, {own:.3f} "
-            f"({seconds})"
+            f"{NAMES.get(side, side)} ({start}){f' {dtype}' if dtype else ''} {rate:g}: {kl:.3f}, "
+            f"{own:.3f} ({seconds})"
             for side, start, rate, dtype, seconds, kl, own in about["tuned"]
         ),
         "- tried for TRL before, two steps each, samples a CPU second: "
@@ -115,8 +110,8 @@ def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
     return (
         f"TRL: {dtype} weights and optimiser state{why}, learning rate {setting['peer_lr']:g}; "
         f"npd: float32 weights, {setting['npd_lr']:g}, and {setting['second_lr']:g} with the "
-        "second setting. TRL's and the second setting's are the best of those tried on own text; "
-        "the preset has the second setting's."
+        "second setting, which was made after the preset had been seen. Speeds are comparable; of "
+        "KLs remember that, and that rates were chosen by few runs of some sides (see below)."
     )
 
 

@@ -77,7 +77,7 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "tail": Rung("NPD, target: tail", "npd", fresh | tail),
         "tail-lambda=1": Rung("NPD, target: tail, λ = 1", "npd", fresh | tail | alone),
         "every_epoch": Rung("refresh every epoch", "npd", often),
-        "on_policy": Rung("strict on-policy", "on_policy", strict),
+        "on_policy": Rung("strict on-policy (λ = 1, no filter)", "on_policy", strict),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ STEPS = (
     ("sft", "offline"), ("offline", "rollouts"), ("rollouts", "filter"), ("filter", "npd"),
     ("rollouts", "npd"), ("offline", "npd"), ("sft", "npd"), ("npd", "tail"),
     ("tail", "tail-lambda=1"), ("npd", "tail-lambda=1"), ("npd", "every_epoch"),
-    ("npd", "on_policy"), ("tail-lambda=1", "on_policy"),
+    ("npd", "on_policy"),
 )  # fmt: skip
 SAME = "identical runs: nothing was rejected"
 
@@ -105,7 +105,7 @@ def is_same(before: Mapping[int, Cell], after: Mapping[int, Cell]) -> bool:
 
 
 def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
-    """What each rung brings over the one before, and some over others."""
+    """What rungs bring over others (`STEPS`)."""
     present = list(rows)
     if len(present) < 2:
         return []

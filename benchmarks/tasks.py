@@ -171,9 +171,8 @@ OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
 def _program(rng: random.Random, level: int, is_varied: bool) -> Problem:
     """Three variables, `level` assignments of a sum or product of two of them, one is asked for.
 
-    A step repeats its line, then with values: `a=b+c=3+4=7`. (Values alone, `a=3+4=7`, are too
-    much at once for models of these sizes: a teacher learned to be right in 45 %.) Where
-    `is_varied`, the operands may be written in either order.
+    A step repeats its line, then with values: `a=b+c=3+4=7`; values alone are too much at once for
+    models of these sizes. Where `is_varied`, the operands may be written in either order.
     """
     values = {name: rng.randint(0, 9) for name in "abc"}
     lines = [f"{name}={value}" for name, value in values.items()]

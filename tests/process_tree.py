@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 
 def children(pid: int | str) -> set[str]:
     """Process ids of a process's children, all that there are although its threads come and go.
 
-    A thread that ends between being listed and being read leaves its children to another one:
-    they are read anew.
+    A thread that ends leaves its children to another, which may have been read already: where one
+    ended meanwhile all are read anew.
     """
-    while True:
-        found = Path(f"/proc/{pid}/task").glob("*/children")
+    found: set[str] = set()
+    is_whole = False
+    while not is_whole:
         try:
-            return {child for file in found for child in file.read_text().split()}
-        except OSError:
-            if not Path(f"/proc/{pid}").exists():
-                return set()
+            threads = os.listdir(f"/proc/{pid}/task")
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        read = [_of_thread(f"/proc/{pid}/task/{thread}/children") for thread in threads]
+        is_whole = None not in read
+        found = {child for own in read for child in own or ()}
+    return found
+
+
+def _of_thread(path: str) -> list[str] | None:
+    """Those that a thread started or was left; None if it has ended."""
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None

@@ -29,12 +29,12 @@ def test_the_target_is_the_lowest_kl_after_the_start():
     assert pp.target_of(curve((0, 1.0)), "kl") is None
 
 
-def test_the_time_to_a_kl_is_on_a_straight_line_between_evaluations():
-    mine = curve((0, 1.0), (10, 1.2), (20, 0.8), (30, 0.6))
-    assert pp.reached_at(mine, "kl", 0.9) == pytest.approx(17.5)
+def test_the_time_to_a_kl_is_that_of_the_first_evaluation_there():
+    mine = curve((0, 0.5), (10, 1.2), (20, 0.8), (30, 0.6))
+    assert pp.reached_at(mine, "kl", 0.9) == 20
     assert pp.reached_at(mine, "kl", 0.8) == 20
     assert pp.reached_at(mine, "kl", 0.5) is None
-    assert pp.reached_at(mine, "own_kl", 1.8) == pytest.approx(17.5)
+    assert pp.reached_at(mine, "own_kl", 1.3) == 30
 
 
 def made_up(side, seed, points, *, rate):
@@ -72,12 +72,9 @@ def test_the_page_shows_ratios_targets_and_misses():
     assert f"| {trl} | 1 | 66.67 | 200 |" in text
     assert f"{trl} | 2. samples trained on, an hour | 5 | >= 3 | met |" in text
     assert f"{gkd} | 2. fresh samples, an hour | 0.667 |  |  |" in text
-    # KL 0.9 is a quarter of the way to 0.6, at 12.5 of 90 seconds.
-    assert (
-        f"{trl} | 3. CPU time to the peer's lowest held-out KL, share | 0.139 (KL 0.9000: 12 s "
-        in text
-    )
-    assert f"{trl} | 3. CPU time to the peer's lowest KL on own text, share | 0.139 (KL 1.8" in text
+    # npd's first evaluation below 0.9 is at 50 of 90 seconds; KL on own text is twice as high.
+    for what in ("held-out KL, share | 0.556 (KL 0.9000", "KL on own text, share | 0.556 (KL 1.80"):
+        assert f"{trl} | 3. CPU time to the peer's lowest {what}" in text
     assert "| none (seed 0: npd never at 0.4000) | <= 1/3 | MISSED |" in text
     assert "TRL `GKDTrainer` (480) float32 0.0001: 1.250, 0.500 (150)" in text
     assert "gkd bfloat16 batch 8: 1.1" in text
@@ -96,6 +93,7 @@ def test_a_peer_that_never_improves_sets_no_target_and_the_weights_are_named():
     assert f"| 3. CPU time to the peer's lowest held-out KL, share |  | <= 1/3 | {target} |" in text
     assert "TRL: bfloat16 weights and optimiser state, the fastest of those tried" in text
     assert "learning rate 0.0002; npd: float32 weights, 5e-05, and 0.0001 with the second" in text
+    assert "made after the preset had been seen" in text
 
 
 @pytest.mark.parametrize(
@@ -103,7 +101,10 @@ def test_a_peer_that_never_improves_sets_no_target_and_the_weights_are_named():
     [((0.8, 0.8), "met"), ((0.8, 0.1), "MISSED"), ((0.9, 0.6), "met on average, not by every")],
 )
 def test_met_is_by_every_seed_for_time_too(peer, result):
-    cells = [made_up("npd", seed, [(0, 1.0), (80, 0.2)], rate=300) for seed in (0, 1)]
+    cells = [
+        made_up("npd", seed, [(0, 1.0), (20, 0.7), (38, 0.5), (80, 0.2)], rate=300)
+        for seed in (0, 1)
+    ]
     cells += [made_up("gkd", seed, [(0, 1.0), (90, kl)], rate=60) for seed, kl in enumerate(peer)]
     line = next(text for text in page_of(cells).splitlines() if "| 3. CPU time" in text)
     assert f"| <= 1/3 | {result}" in line
@@ -162,6 +163,10 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
     for name in ("npd", "npd_tail"):
         own = cells[name]
         assert own["fresh"] == 12
+        # What was looked at is the student that the run itself evaluated, step by step.
+        looks = [point["kl"] for point in own["curve"]]
+        assert looks == pytest.approx(own["run_kl"], rel=0.01)
+        assert len(set(looks)) == len(looks)
         assert own["curve"][-1]["seconds"] <= own["seconds"]["step"]
     assert str(room) not in (room / "out" / "peers.json").read_text()
 

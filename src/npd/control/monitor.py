@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from statistics import mean, median
+from statistics import median
 from typing import TYPE_CHECKING
 
 from npd.config import RunConfig
@@ -28,8 +28,11 @@ from npd.wording import counted
 if TYPE_CHECKING:
     from npd.control.plan import Plan
 
-# With less of the teacher inside its top k a student is taught to be surer than its teacher.
+# The share of the teacher's probability that its top k should hold. A student at the least loss of
+# `topk` or `renorm` gives all of its own to them: 1 / 0.9 times too much, 0.1 nats a token.
 ENOUGH_MASS = 0.9
+# Response tokens before it is judged.
+_MASS_TOKENS = 512
 _STAGES = ("generate", "score", "train")
 
 
@@ -51,6 +54,7 @@ class Monitor:
         self._ratio, self._needs_scores = config.filter.ratio, config.needs_scores
         is_cut_off = config.loss.kd_weight > 0 and config.loss.target in ("topk", "renorm")
         self._support = config.score.top_k if is_cut_off else None
+        self._mass, self._mass_tokens = 0.0, 0
         self._started = time.monotonic()
         self._first_progress: float | None = None
         self._doing: dict[str, WorkerState] = {}
@@ -165,15 +169,21 @@ class Monitor:
             self.message(f"shard {shard}: {stage} failed for {count}: {failed[0][1]}")
 
     def _tell_narrow(self, stats: Sequence[SampleStats]) -> None:
-        """Say once that a target without a bucket for the rest leaves much of the teacher out."""
-        masses = [s.teacher_mass for s in stats if s.teacher_mass is not None]
-        if self._support is None or not masses or (mass := mean(masses)) >= ENOUGH_MASS:
+        """Say, once a start, that the loss leaves out much of the teacher on what was scored."""
+        for s in stats:
+            if s.teacher_mass is not None:
+                self._mass += s.teacher_mass * s.response_tokens
+                self._mass_tokens += s.response_tokens
+        if self._support is None or self._mass_tokens < _MASS_TOKENS:
             return
-        self.message(
-            f"the teacher's top {self._support} hold {mass:.0%} of its probability on this text, "
-            "and the loss does not see the rest: set loss.target=tail, or raise score.top_k"
-        )
-        self._support = None
+        mass = self._mass / self._mass_tokens
+        if mass < ENOUGH_MASS:
+            self.message(
+                f"the teacher's top {self._support} hold {mass:.1%} of its probability on this "
+                "text, and the loss does not see the rest: set loss.target=tail, or raise "
+                "score.top_k"
+            )
+            self._support = None
 
     def _write(self, step: int, values: dict[str, float | None], kind: str) -> None:
         self._metrics.write(step, values, kind)
