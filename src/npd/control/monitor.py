@@ -180,8 +180,8 @@ class Monitor:
         if mass < ENOUGH_MASS:
             self.message(
                 f"the teacher's top {self._support} hold {mass:.1%} of its probability on this "
-                "text, and the loss does not see the rest: set loss.target=tail, or raise "
-                "score.top_k"
+                "text and the loss does not see the rest: a student grows surer than its teacher; "
+                "if it is to be sampled from, compare with loss.target=tail"
             )
             self._support = None
 
