@@ -1,0 +1,76 @@
+"""Right workings of sums, the first thing wrong in others, and the command on a tiny ladder."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import tasks
+import workings
+from ladder_bench import Bench
+from ladder_setting import SETTINGS, with_values
+from test_ladder import TINY
+
+
+def test_the_task_s_own_workings_are_right():
+    drawn = tasks.problems("sum", "train", 0, (2, 4), is_varied=True)
+    for problem in islice(drawn, 200):
+        assert workings.kind_of(problem.prompt, problem.response) == "right"
+
+
+@pytest.mark.parametrize(
+    ("response", "kind"),
+    [
+        ("16+55=71,71+12=83####83", "right"),
+        # The digits of 15 and 56 are those of 16 and 55, and so is the sum.
+        ("15+56=71,71+12=83####83", "operand"),
+        ("16+16=32,32+12=44####44", "operand"),
+        ("16+55=72,72+12=84####84", "addition"),
+        ("16+55=71####71", "steps"),
+        ("16+55=71,71+12=83", "steps"),
+        ("16+55=71,71+12####83", "form"),
+        ("16+55=71,71+12=83####84", "final"),
+        ("", "steps"),
+    ],
+)
+def test_the_first_thing_wrong_is_named(response, kind):
+    assert workings.kind_of("16+55+12", response) == kind
+
+
+def test_a_right_number_is_not_a_right_working():
+    problems = [{"prompt": "16+55+12", "answer": "####83"}] * 2
+    texts = ["16+55=71,71+12=83####83", "15+56=71,71+12=83####83"]
+    number, right, operand, *others = workings.shares(problems, texts)
+    assert (number, right, operand) == ("100.0", "50.0", "50.0")
+    assert set(others) == {"0.0"}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder with one student of random weights, in place of a ladder's."""
+    setting = with_values(SETTINGS["sum"], TINY)
+    monkeypatch.setitem(workings.SETTINGS, "sum", setting)
+    bench = Bench(setting, tmp_path)
+    home = bench.folder / "seed-0" / "npd"
+    home.mkdir(parents=True)
+    bench._model(home / "student", setting.student, 0)
+    return tmp_path
+
+
+def test_the_command_has_a_row_for_each_student(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["workings.py", "--folder", str(tiny), "--seeds", "1"])
+    assert workings.main() == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    seed, rung, _, *kinds = [cell.strip() for cell in line.strip("|").split("|")]
+    assert (seed, rung) == ("0", "npd")
+    assert sum(map(float, kinds)) == pytest.approx(100, abs=0.5)
+
+
+def test_an_empty_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["workings.py", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="run make ladder first"):
+        workings.main()
