@@ -9,6 +9,7 @@ that is how its users meet it. The two take turns, and the ratio is of paired ro
 CPU time, on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --batch 32 --asks 64 --rounds 2
+    python benchmarks/bench_generate.py --device cuda --shape qwen2.5-1.5b --layers 28 --batch 128
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 
 from common import (
+    SHAPES,
+    SMALL,
     VOCAB,
     Bar,
     Figure,
@@ -113,13 +116,13 @@ def _generate(model: Any, asks: list[Ask], limits: list[int]) -> int:
     from transformers import StoppingCriteriaList
 
     width = max(len(ask.prompt.prompt_ids) for ask in asks)
-    ids = torch.zeros(len(asks), width, dtype=torch.long)
+    ids = torch.zeros(len(asks), width, dtype=torch.long, device=model.device)
     mask = torch.zeros_like(ids)
     for row, ask in enumerate(asks):
         length = len(ask.prompt.prompt_ids)
         ids[row, width - length :] = torch.from_numpy(ask.prompt.prompt_ids.astype(np.int64))
         mask[row, width - length :] = 1
-    most = torch.tensor(limits)
+    most = torch.tensor(limits, device=model.device)
     written = torch.zeros_like(most)
 
     def is_done(ids: torch.Tensor, scores: Any) -> torch.Tensor:
@@ -175,11 +178,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", nargs="+", choices=["equal", "log-normal", "groups"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default=SMALL)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="default: cpu on a CPU")
     quick = {"layers": 2, "batch": 4, "asks": 16, "new": 8, "mean": 10, "longest": 30, "rounds": 1}
     args = parse(parser, quick)
+    args.clock = args.clock or ("cpu" if args.device == "cpu" else "wall")
     torch.set_num_threads(1)
-    model = random_model(args.layers, args.dtype, eos_token_id=None, pad_token_id=0)
+    model = random_model(
+        *(args.layers, args.dtype),
+        **{"shape": args.shape, "device": args.device, "eos_token_id": None, "pad_token_id": 0},
+    )
     chosen = works(args)
     found = {
         name: compare(model, chosen[name], args.rounds, args.clock) for name in args.work or chosen

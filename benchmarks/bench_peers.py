@@ -1,14 +1,15 @@
 """TRL's `DistillationTrainer` against npd's trainer, and where the factor comes from.
 
-Both train a random Llama of SmolLM2-135M's width with `--layers` layers towards one with
-`--teacher-layers`, on the same prompts and the same response lengths: log-normal, `--response` at
-most. What is counted is real tokens, prompt and response, a second of the training process's own
-CPU time, one thread. TRL runs as its users meet it: `trainer.train()`, text prompts, transformers'
-`generate`, teacher in the step, timed by a callback from the begin of a step to its end. Random
-weights never end a text, so the student's `generate` forces the end token at each row's length.
-npd's trainer reads the same samples, written and scored by other workers, from Arrow shards. That
-is the paper's quantity (trainer throughput); it is not the speed of a run, whose other workers cost
-time as well. The rows between the two take one thing out at a time:
+Both train a random Llama of `--shape` (SmolLM2-135M's) with `--layers` layers towards one of
+`--teacher-shape` with `--teacher-layers`, on the same prompts and the same response lengths:
+log-normal, `--response` at most. What is counted is real tokens, prompt and response, a second of
+the training process's own CPU time, one thread (with `--device cuda`, of wall time to the device's
+end). TRL runs as its users meet it: `trainer.train()`, text prompts, transformers' `generate`,
+teacher in the step, timed by a callback from the begin of a step to its end. Random weights never
+end a text, so the student's `generate` forces the end token at each row's length. npd's trainer
+reads the same samples, written and scored by other workers, from Arrow shards. That is the paper's
+quantity (trainer throughput); it is not the speed of a run, whose other workers cost time as well.
+The rows between the two take one thing out at a time:
 
     trl            generation, teacher, padded student
     trl, no text   the same trainer handed ready responses instead of generating
@@ -20,15 +21,20 @@ time as well. The rows between the two take one thing out at a time:
 TRL is given what favours it: bfloat16 weights for the student too (its updates round away, but
 float32 ones are cast anew for every token that its `generate` writes), no recomputed activations,
 forward KL, fused AdamW, `--accumulate` micro-batches of `--batch` written together. Its steps
-follow each other, after a short one to warm up; npd's own loops take turns after them.
+follow each other, after a short one to warm up; npd's own loops take turns after them (on a GPU
+each by itself, for its memory). TRL can also generate with vLLM, which is not measured: `trl, no
+text` is what would be left if that took no time at all.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_peers.py
+    python benchmarks/bench_peers.py --device cuda --shape qwen2.5-1.5b --layers 28 \
+        --teacher-shape qwen2.5-7b --teacher-layers 28 --samples 128 --batch 16 --accumulate 8 \
+        --row-tokens 8192
 """
 
 from __future__ import annotations
 
+import gc
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,14 +44,18 @@ from typing import Any
 import torch
 
 from common import (
+    SHAPES,
+    SMALL,
     VOCAB,
     Bar,
     Figure,
     Spread,
+    clock_of,
     make_parser,
     parse,
     publish,
     random_model,
+    seconds,
     speeds,
     take_turns,
 )
@@ -85,8 +95,8 @@ def ending_model(base: Any, lengths: Sequence[int]) -> Any:
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Ending(LogitsProcessor):  # type: ignore[misc]
-        def __init__(self, start: int, rows: Sequence[int]) -> None:
-            self._last = torch.tensor(rows) + start - 1
+        def __init__(self, start: int, rows: Sequence[int], device: torch.device) -> None:
+            self._last = torch.tensor(rows, device=device) + start - 1
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             is_last = input_ids.shape[1] >= self._last
@@ -99,7 +109,8 @@ def ending_model(base: Any, lengths: Sequence[int]) -> Any:
         def generate(self, input_ids: torch.Tensor, **options: Any) -> Any:
             start = self.calls * len(input_ids)
             type(self).calls += 1
-            ending = Ending(input_ids.shape[1], lengths[start : start + len(input_ids)])
+            rows = lengths[start : start + len(input_ids)]
+            ending = Ending(input_ids.shape[1], rows, input_ids.device)
             processors = LogitsProcessorList([ending])
             return super().generate(input_ids, logits_processor=processors, **options)
 
@@ -107,8 +118,8 @@ def ending_model(base: Any, lengths: Sequence[int]) -> Any:
     return base
 
 
-def make_clock() -> Any:
-    """A callback that keeps the CPU time of each step."""
+def make_clock(clock: str) -> Any:
+    """A callback that keeps the time of each step, by `clock`."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -116,10 +127,10 @@ def make_clock() -> Any:
             self.seconds: list[float] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._started = time.process_time()
+            self._started = seconds(clock)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.process_time() - self._started)
+            self.seconds.append(seconds(clock) - self._started)
 
     return Clock()
 
@@ -127,7 +138,7 @@ def make_clock() -> Any:
 def trl_steps(
     args: Any, samples: Sequence[Scored], directory: Path, *, generates: bool
 ) -> tuple[list[float], float]:
-    """CPU seconds of TRL's steps on all samples, each round; its mean response as a check."""
+    """Seconds of TRL's steps on all samples, each round; its mean response as a check."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -149,11 +160,11 @@ def trl_steps(
             return [[*ids[:-1], END] for ids in responses[start : start + len(prompt_ids)]]
 
     prompts = [" ".join(map(str, rollout.prompt_ids)) for rollout in fed]
-    clock = make_clock()
-    student = load_plain(directory / "student", args.student_dtype).train()
+    clock = make_clock(clock_of(args.device))
+    student = load_plain(directory / "student", args.student_dtype, args.device).train()
     trainer = (DistillationTrainer if generates else Handed)(
         model=ending_model(student, list(map(len, responses))),
-        teacher_model=load_plain(directory / "teacher", "bfloat16"),
+        teacher_model=make_teacher(args),
         args=DistillationConfig(
             output_dir=str(directory / "trl"),
             per_device_train_batch_size=args.batch,
@@ -162,7 +173,7 @@ def trl_steps(
             max_completion_length=args.response,
             beta=0.0,
             bf16=args.student_dtype == "float32",
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             gradient_checkpointing=False,
             shuffle_dataset=False,
             save_strategy="no",
@@ -182,26 +193,32 @@ def trl_steps(
     return rounds, sum(lengths[:each]) / each
 
 
-def load_plain(path: Path, dtype: str) -> Any:
+def load_plain(path: Path, dtype: str, device: str) -> Any:
     """A model as transformers gives it, with SDPA."""
-    return load_model(path, dtype=dtype, packed=False)
+    return load_model(path, dtype=dtype, device=device, packed=False)
+
+
+def make_teacher(args: Any) -> Any:
+    """The same each time, without a way over the disk: it may be large."""
+    return random_model(
+        args.teacher_layers, "bfloat16", shape=args.teacher_shape, device=args.device
+    )
 
 
 def own_steps(args: Any, samples: Sequence[Scored], directory: Path) -> dict[str, list[float]]:
-    """CPU seconds of our own steps, in turn."""
+    """Seconds of our own steps, in turn; on a GPU one after another, each alone there."""
     shards, loss = Shards(directory, samples), LossConfig()
-    batches = padded(samples, args.batch, "cpu")
+    batches = padded(samples, args.batch, args.device)
     config = TrainConfig(row_tokens=args.row_tokens)
-    teacher = load_plain(directory / "teacher", "bfloat16")
 
     def padded_step(teacher: Any) -> Callable[[], None]:
-        model = load_plain(directory / "student", "float32").train()
+        model = load_plain(directory / "student", "float32", args.device).train()
         return padded_loop(model, batches, config, loss, teacher)
 
     def packed_step(row_tokens: int) -> Callable[[], None]:
         config = TrainConfig(row_tokens=row_tokens)
         trainer = Trainer(
-            config, loss, student=directory / "student", read=shards.read, device="cpu"
+            config, loss, student=directory / "student", read=shards.read, device=args.device
         )
         segment = make_segment(samples, row_tokens)
 
@@ -213,22 +230,35 @@ def own_steps(args: Any, samples: Sequence[Scored], directory: Path) -> dict[str
 
     batch_tokens = sum(s.rollout.num_tokens for s in samples) * args.batch // len(samples)
     longest = max(s.rollout.num_tokens for s in samples)
-    loops = {
-        "padded+teacher": padded_step(teacher),
-        "padded": padded_step(None),
-        "small rows": packed_step(max(longest, batch_tokens)),
-        "npd": packed_step(args.row_tokens),
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        "padded+teacher": lambda: padded_step(make_teacher(args)),
+        "padded": lambda: padded_step(None),
+        "small rows": lambda: packed_step(max(longest, batch_tokens)),
+        "npd": lambda: packed_step(args.row_tokens),
     }
-    return take_turns(loops, args.rounds, "cpu")
+    if args.device == "cpu":
+        return take_turns({name: make() for name, make in makers.items()}, args.rounds, "cpu")
+    found: dict[str, list[float]] = {}
+    for name, make in makers.items():
+        found |= take_turns({name: make()}, args.rounds, "wall")
+        free()
+    return found
 
 
-def figures_of(seconds: dict[str, list[float]], tokens: int) -> list[Figure]:
+def free() -> None:
+    """Give back the memory of a GPU that nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def figures_of(taken: dict[str, list[float]], tokens: int) -> list[Figure]:
     """The whole factor, and each of its parts."""
 
     def figure(what: str, ours: str, theirs: str, against: str, bar: Bar | None = None) -> Figure:
         # Steps of the two were not in turn, so the ratio's spread is that of all pairs.
-        pairs = [b / a for a in seconds[ours] for b in seconds[theirs]]
-        speed, other = speeds(tokens, seconds[ours]), speeds(tokens, seconds[theirs])
+        pairs = [b / a for a in taken[ours] for b in taken[theirs]]
+        speed, other = speeds(tokens, taken[ours]), speeds(tokens, taken[theirs])
         return Figure(what, "tokens/s", speed, against, other, Spread.of(pairs), bar)
 
     trl = "TRL DistillationTrainer, whole step"
@@ -252,6 +282,9 @@ def parse_args() -> Any:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("row-tokens", 4096), ("rounds", 2), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shape", choices=list(SHAPES), default=SMALL)
+    parser.add_argument("--teacher-shape", choices=list(SHAPES), default=SMALL)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--student-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     small = {"layers": 2, "teacher_layers": 2, "samples": 4, "response": 32, "batch": 4}
     return parse(parser, {**small, "accumulate": 1, "rounds": 1})
@@ -269,23 +302,26 @@ def main() -> None:
     samples = random_samples(args.samples, args.prompt, args.response)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        random_model(args.layers, "float32").save_pretrained(directory / "student")
-        random_model(args.teacher_layers, "bfloat16").save_pretrained(directory / "teacher")
-        seconds: dict[str, list[float]] = {}
-        seconds["trl"], mean_length = trl_steps(args, samples, directory, generates=True)
-        seconds["trl, no text"], _ = trl_steps(args, samples, directory, generates=False)
-        seconds |= own_steps(args, samples, directory)
+        model = random_model(args.layers, "float32", shape=args.shape, device=args.device)
+        model.save_pretrained(directory / "student")
+        del model
+        found: dict[str, list[float]] = {}
+        found["trl"], mean_length = trl_steps(args, samples, directory, generates=True)
+        free()
+        found["trl, no text"], _ = trl_steps(args, samples, directory, generates=False)
+        free()
+        found |= own_steps(args, samples, directory)
     tokens = sum(sample.rollout.num_tokens for sample in samples)
     details = {
         "trl": trl.__version__,
-        "seconds": seconds,
+        "seconds": found,
         "tokens": tokens,
         "mean_response": sum(len(s.rollout.response_ids) for s in samples) / len(samples),
         "mean_response_trl_says": mean_length,
         "padded_fill": padded_fill(samples, args.batch),
         "padded_fill_of_1000_shuffles": padded_fill(samples, args.batch, 1000),
     }
-    publish(args, figures_of(seconds, tokens), details)
+    publish(args, figures_of(found, tokens), details)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ import pyarrow as pa
 import torch
 
 from common import (
+    SHAPES,
+    SMALL,
     VOCAB,
     Bar,
     Figure,
@@ -133,8 +135,8 @@ def measure(
         top_k=args.top_k, row_tokens=args.row_tokens, head_chunk=args.head_chunk, dtype=args.dtype
     )
     common = {
-        "teacher": directory, "vocab_size": VOCAB, "needs_student_pass": False, "support": "topk",
-        "device": device, "trust_remote_code": False, "seed": 0,
+        "teacher": directory, "vocab_size": SHAPES[args.shape][0], "needs_student_pass": False,
+        "support": "topk", "device": device, "trust_remote_code": False, "seed": 0,
     }  # fmt: skip
     plain = build_scorer(config, needs_ifd=False, **common)
     with_ifd = build_scorer(config, needs_ifd=True, **common)
@@ -280,11 +282,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--head-chunk", type=int, default=512)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--shape", choices=list(SHAPES), default=SMALL)
     parser.add_argument("--device", default="auto")
     args = parse(parser, {"layers": 2, "samples": 4, "rounds": 1})
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        random_model(args.layers, "bfloat16").save_pretrained(directory)
+        device = resolve_device(args.device)
+        model = random_model(args.layers, "bfloat16", shape=args.shape, device=device)
+        model.save_pretrained(directory)
+        del model
         seconds, tokens = measure(args, Path(directory))
         sizes = storage(Path(directory), args.prompt, args.response)
     figures = figures_of(seconds, tokens) + storage_figures(sizes)

@@ -20,7 +20,7 @@ The bound is the matrix products the model needs (no padding, head at responses 
 the best matrix product measured beside them: its share is what GPU people call MFU.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_train.py --layers 30 --rounds 4
-    python benchmarks/bench_train.py --device cuda --samples 512 --row-tokens 32768
+    python benchmarks/bench_train.py --device cuda --shape qwen2.5-1.5b --layers 28 --samples 256
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from typing import Any
 import torch
 
 from common import (
+    SHAPES,
+    SMALL,
     Bar,
     Figure,
     faster,
@@ -133,6 +135,7 @@ def parse_args() -> Any:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--chunk", type=int, default=LossConfig().chunk)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--shape", choices=list(SHAPES), default=SMALL)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], help="default: cpu on a CPU")
     parser.add_argument("--full", action="store_true", help="the `full` bare loop too")
@@ -150,7 +153,9 @@ def main() -> None:
     segment = make_segment(samples, args.row_tokens)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        random_model(args.layers, "float32").save_pretrained(directory)
+        model = random_model(args.layers, "float32", shape=args.shape, device=args.device)
+        model.save_pretrained(directory)
+        del model
         shards = Shards(directory, samples)
         trainer, loops = make_loops(args, samples, shards, segment, directory)
         report = trainer.train(segment).steps[0]
@@ -159,7 +164,7 @@ def main() -> None:
         rates.append(matmul_rate(args.device, args.dtype, args.clock))
         shards.open_anew()
         rows = timed(lambda: build_rows(segment, shards.read, args.device), args.clock)
-    flops = step_flops(llama_config(args.layers), samples)
+    flops = step_flops(llama_config(args.layers, shape=args.shape), samples)
     details = {
         "seconds": seconds,
         "read_and_build_share": rows / statistics.median(seconds["npd"]),

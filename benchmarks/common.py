@@ -129,16 +129,27 @@ def markdown(figures: Sequence[Figure]) -> str:
 
 
 def timed(run: Callable[[], object], clock: str) -> float:
-    """Seconds of one call: `cpu` is this process's own work, which neighbours on the machine hardly
-    change; `wall` includes what a device was asked to do."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
+    """Seconds of one call, by `seconds(clock)`."""
     gc.collect()
-    started = now()
+    started = seconds(clock)
     run()
+    return seconds(clock) - started
+
+
+def seconds(clock: str) -> float:
+    """A time, in seconds: `cpu` is this process's own work, which neighbours on the machine hardly
+    change; `wall` includes what a device was asked to do until now."""
+    if clock == "cpu":
+        return time.process_time()
     torch = sys.modules.get("torch")
-    if clock == "wall" and torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
-    return now() - started
+    return time.perf_counter()
+
+
+def clock_of(device: str) -> str:
+    """The clock for what `device` does."""
+    return "cpu" if device == "cpu" else "wall"
 
 
 def take_turns(
@@ -176,24 +187,36 @@ def peak_mib() -> float:
 # -- A model to measure on ---------------------------------------------------------------------
 
 
-def llama_config(layers: int, **options: Any) -> Any:
-    """The shape of SmolLM2-135M, with `layers` of its 30 layers."""
+# Name: vocabulary, width, MLP width, heads, key-value heads, whether the head is tied.
+SHAPES = {
+    "smollm2-135m": (VOCAB, 576, 1536, 9, 3, True),  # 30 layers
+    "qwen2.5-1.5b": (151_936, 1536, 8960, 12, 2, True),  # 28
+    "qwen2.5-7b": (151_936, 3584, 18_944, 28, 4, False),  # 28
+}
+SMALL = "smollm2-135m"
+
+
+def llama_config(layers: int, *, shape: str = SMALL, **options: Any) -> Any:
+    """A Llama of one of `SHAPES`, with as many layers as wanted."""
     from transformers import LlamaConfig
 
+    vocab, width, inner, heads, kv_heads, is_tied = SHAPES[shape]
     return LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=576,
-        intermediate_size=1536,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        tie_word_embeddings=is_tied,
         **options,
     )
 
 
-def random_model(layers: int, dtype: str, **options: Any) -> Any:
+def random_model(
+    layers: int, dtype: str, *, shape: str = SMALL, device: str = "cpu", **options: Any
+) -> Any:
     """A Llama of that shape with random weights, in eval mode."""
     import torch
     from transformers import LlamaForCausalLM
@@ -201,7 +224,9 @@ def random_model(layers: int, dtype: str, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    return LlamaForCausalLM(llama_config(layers, **options)).to(getattr(torch, dtype)).eval()
+    config = llama_config(layers, shape=shape, dtype=getattr(torch, dtype), **options)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
 # -- The command line and what is left of a benchmark ------------------------------------------
@@ -268,7 +293,7 @@ def read_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, memory, load averages of now, and the system."""
+    """The processor, its cores, memory, load averages of now, the system, and a GPU that is used."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": _cpu_model(),
@@ -276,7 +301,15 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(pages / 2**30, 1),
         "load": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"gpu": torch.cuda.get_device_name()}
 
 
 def versions() -> dict[str, str]:

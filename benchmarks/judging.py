@@ -29,7 +29,7 @@ from rouge import rouge_l
 
 def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     """Held-out KL and agreement; ROUGE-L of greedy responses against the teacher's."""
-    scored, model = read_scored(made.heldout_scored), load_model(student)
+    scored, model = read_scored(made.heldout_scored), _load(made, student)
     match = _match(made, model, scored)
     written = _write(made, model, scored, temperature=0.0)
     answers = [made.chat.decode(rollout.response_ids) for rollout in written]
@@ -43,12 +43,12 @@ def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
 
 def on_own_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     """KL(teacher || student) and agreement on what the student itself writes, at temperature 1."""
-    return _on_own_text(made, load_model(student))
+    return _on_own_text(made, _load(made, student))
 
 
 def glance(made: pair.Pair, student: Path) -> dict[str, float]:
     """Held-out KL and agreement on the teacher's text, and KL on the student's own."""
-    scored, model = read_scored(made.heldout_scored), load_model(student)
+    scored, model = read_scored(made.heldout_scored), _load(made, student)
     match = _match(made, model, scored)
     own = _on_own_text(made, model)
     return {"kl": match.kl, "agreement": match.agreement, "own_kl": own["own_kl"]}
@@ -63,7 +63,7 @@ def _on_own_text(made: pair.Pair, model: Any) -> dict[str, Any]:
         needs_ifd=False,
         needs_student_pass=False,
         support="topk",
-        device="cpu",
+        device=made.setting.device,
         trust_remote_code=False,
         seed=0,
     )
@@ -73,8 +73,12 @@ def _on_own_text(made: pair.Pair, model: Any) -> dict[str, Any]:
     return {"own_kl": match.kl, "own_agreement": match.agreement, "own_tokens": match.num_tokens}
 
 
+def _load(made: pair.Pair, student: Path) -> Any:
+    return load_model(student, device=made.setting.device)
+
+
 def _match(made: pair.Pair, model: Any, scored: Sequence[Scored]) -> Match:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         return heldout_kl(model, scored, made.setting.row_tokens, 512)
 
 
@@ -95,12 +99,12 @@ def _write(
         pad_id=chat.pad_id,
         temperature=temperature,
         top_p=1.0,
-        batch_size=64,
+        batch_size=made.setting.write_batch,
         vocab_size=chat.vocab_size,
     )
     asks = [
         Ask(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
         for i, s in enumerate(scored)
     ]
-    with torch.autocast("cpu", torch.bfloat16), decoding(model):
+    with torch.autocast(model.device.type, torch.bfloat16), decoding(model):
         return list(generate_with(model, asks, sampling, with_logprobs=False))

@@ -6,7 +6,8 @@ shuffled once and dealt out: held out, the start's, and those of each seed, none
 finished stays in the folder, under a name made of the setting, the questions and the models. All
 text is short: prompts of at most `Setting.max_prompt` tokens, responses of at most `max_response`.
 
-Promises: one thread, stages in turn; a wrong file or column is an error of npd's in one line.
+Promises: one thread, stages in turn (`Setting.device` may be cuda); a wrong file or column is an
+error of npd's in one line.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Setting:
     max_prompt: int = 80
     max_response: int = 64
     row_tokens: int = 2048
+    write_batch: int = 64
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -162,16 +165,17 @@ class Pair:
             "data.system": SYSTEM,
             "data.max_prompt_tokens": setting.max_prompt,
             "generate.max_new_tokens": setting.max_response,
-            "generate.batch_size": 64,
+            "generate.batch_size": setting.write_batch,
             "generate.shard_size": 64,
             "score.row_tokens": setting.row_tokens,
             "filter.drop_truncated": False,
             "train.row_tokens": setting.row_tokens,
             "train.batch_size": 16,
             "eval.max_new_tokens": setting.max_response,
-            "eval.batch_size": 64,
+            "eval.batch_size": setting.write_batch,
             "eval.num_samples": setting.num_heldout,
             **ALONE,
+            "runtime.device": setting.device,
         }
         path = home / "run.yaml"
         tree = nested({**common, **values})

@@ -140,7 +140,7 @@ def foot(about: Mapping[str, Any], setting: Mapping[str, Any], loads: Sequence[f
         f"- setting: `{' '.join(f'{name}={value}' for name, value in setting.items())}`",
         f"- command: `{about['command']}`",
         f"- commits of the runs: {', '.join(about['commits'])}",
-        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; load average "
+        f"- machine: {host.get('gpu', '')}{', ' * ('gpu' in host)}{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; load average "
         f"{min(loads):.1f} to {max(loads):.1f} during the runs; one thread",
         f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
     ]

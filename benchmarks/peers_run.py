@@ -11,7 +11,8 @@ trained on `npd_reuse` times, one refresh half way, top-10 KD with a tenth of CE
 second time with `SECOND`, made after the preset had been seen: KD alone, on the top 32 and the mass
 outside, which is closer to TRL's full KL. `make peers` has a start of 96 prompts instead of
 `pair.py`'s 480, after which hardly anything that follows lowers held-out KL. One thread each, one
-after another, CPU time of the process. Counted on no side: imports, loading, saving what is
+after another, CPU time of the process (with `--set-pair device=cuda` wall time, the device's
+included). Counted on no side: imports, loading, saving what is
 exported, evaluation. Counted of npd: writing, scoring, training, publishing snapshots.
 
 Three numbers, each with its name:
@@ -32,7 +33,6 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +43,7 @@ from unittest.mock import patch
 import judging
 import pair
 import pair_out
+from common import clock_of, seconds
 from ladder_bench import one_thread
 from ladder_setting import digest
 from npd.__main__ import outcome
@@ -110,13 +111,14 @@ class CpuView:
     Of this process, so of all threads; with stages in turn that is the call's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: str = "cpu") -> None:
+        self._clock = clock
         self.calls: list[tuple[str, float]] = []
         self._doing: dict[str, tuple[str, float]] = {}
 
     def update(self, state: LiveState) -> None:
         """Note which calls began and ended."""
-        now = time.process_time()
+        now = seconds(self._clock)
         for worker in state.workers:
             doing, since = self._doing.get(worker.name, ("idle", 0.0))
             if doing != worker.doing:
@@ -187,21 +189,21 @@ def run_npd(
     made: pair.Pair, setting: Setting, seed: int, home: Path, first: Point, *, is_tail: bool
 ) -> dict[str, Any]:
     """A whole run of npd: what it trained, and the CPU time of its stages; `first`: the start."""
-    view = CpuView()
+    view = CpuView(clock_of(made.setting.device))
     values = npd_values(made, setting, seed, is_tail=is_tail)
     with looked_at(lambda student: judging.glance(made, student)) as looks:
         data = made.run(home, "npd", seed, values, view).data
     steps, evals = data.steps, data.evals
-    seconds = view.seconds()
+    spent = view.seconds()
     sofar = [sum(s["num_samples"] for s in steps if s["step"] <= e["step"]) for e in evals]
     moments = view.before_evaluations()
     return {
         "seconds": {
-            "step": sum(seconds.get(name, 0.0) for name in COUNTED),
-            **{name: seconds.get(name, 0.0) for name in COUNTED},
+            "step": sum(spent.get(name, 0.0) for name in COUNTED),
+            **{name: spent.get(name, 0.0) for name in COUNTED},
         },
-        "uncounted": {name: s for name, s in seconds.items() if name not in COUNTED},
-        "trainer_seconds": seconds["train"],
+        "uncounted": {name: s for name, s in spent.items() if name not in COUNTED},
+        "trainer_seconds": spent["train"],
         "steps": len(steps),
         "samples": sum(step["num_samples"] for step in steps),
         "fresh": data.throughput["generate"].samples,
@@ -239,6 +241,7 @@ def run_peer(
             most_steps=setting.peer_most_steps,
             dtype=setting.peer_dtype,
             every=setting.every,
+            device=made.setting.device,
         ),
         lambda student: judging.glance(made, student),
         home / "student",

@@ -2,9 +2,10 @@
 
 Both run as their users call them, `trainer.train()` on conversations, strictly on-policy, forward
 KL at temperature 1, transformers' `generate`, nothing recomputed. A callback reads the process's
-CPU time at the begin and the end of each step and stops the training when the budget is spent;
-subclasses time `generate` and count its tokens, a hook times the teacher's layers. Evaluation is
-outside that time. Needs TRL; nothing else of the benchmarks imports it.
+CPU time (with a GPU: wall time, the device's included) at the begin and the end of each step and
+stops the training when the budget is spent; subclasses time `generate` and count its tokens, a hook
+times the teacher's layers. Evaluation is outside that time. Needs TRL; nothing else of the
+benchmarks imports it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from common import clock_of, seconds
 from npd.modeling import load_model
 
 Evaluate = Callable[[Path], dict[str, float]]
@@ -29,7 +31,7 @@ Evaluate = Callable[[Path], dict[str, float]]
 
 @dataclass(frozen=True)
 class PeerSetting:
-    """What is trained on and how; `budget`: CPU seconds of steps after which it ends."""
+    """What is trained on and how; `budget`: seconds of steps after which it ends."""
 
     student: Path
     teacher: Path
@@ -43,12 +45,15 @@ class PeerSetting:
     most_steps: int = 1000
     dtype: str = "bfloat16"
     every: float = 40.0
-    """CPU seconds of steps between evaluations."""
+    """Seconds of steps between evaluations."""
+    device: str = "cpu"
 
 
 @dataclass
 class Count:
-    """What a trainer did so far, in CPU seconds: whole steps, and of them two parts."""
+    """What a trainer did so far, in seconds of `clock`: whole steps, and of them two parts."""
+
+    clock: str
 
     seconds: dict[str, float] = field(
         default_factory=lambda: {"step": 0.0, "generate": 0.0, "teacher": 0.0}
@@ -61,9 +66,9 @@ class Count:
 
     def add(self, name: str, work: Callable[[], Any]) -> Any:
         """Do `work`; its CPU time is that of `name`."""
-        started = time.process_time()
+        started = seconds(self.clock)
         found = work()
-        self.seconds[name] += time.process_time() - started
+        self.seconds[name] += seconds(self.clock) - started
         return found
 
     def wrote(self, prompt_tokens: int, response_tokens: int, samples: int) -> None:
@@ -81,11 +86,11 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self._evaluated_at = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.process_time()
+        self._started = seconds(self._count.clock)
 
     def on_step_end(self, _: Any, __: Any, control: Any, *, model: Any, **___: Any) -> None:
         count = self._count
-        count.seconds["step"] += time.process_time() - self._started
+        count.seconds["step"] += seconds(count.clock) - self._started
         count.steps += 1
         spent = count.seconds["step"]
         is_over = spent >= self._setting.budget or count.steps >= self._setting.most_steps
@@ -109,10 +114,11 @@ def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate, out: Path) -> 
     `evaluate` gets the directory of a student saved between steps, the start apart.
     """
     warnings.simplefilter("ignore")
-    count = Count()
+    count = Count(clock_of(setting.device))
     torch.manual_seed(setting.seed)
-    student = load_model(setting.student, dtype=setting.dtype, packed=False).train()
-    teacher = load_model(setting.teacher, dtype="bfloat16", packed=False)
+    load = partial(load_model, device=setting.device, packed=False)
+    student = load(setting.student, dtype=setting.dtype).train()
+    teacher = load(setting.teacher, dtype="bfloat16")
     _time_teacher(teacher, count)
     make = {"distillation": _distillation, "gkd": _gkd}[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,10 +135,10 @@ def _time_teacher(teacher: Any, count: Count) -> None:
     started = [0.0]
 
     def begin(*_: Any) -> None:
-        started[0] = time.process_time()
+        started[0] = seconds(count.clock)
 
     def end(*_: Any) -> None:
-        count.seconds["teacher"] += time.process_time() - started[0]
+        count.seconds["teacher"] += seconds(count.clock) - started[0]
 
     teacher.base_model.register_forward_pre_hook(begin)
     teacher.base_model.register_forward_hook(end)
@@ -151,7 +157,7 @@ def _arguments(setting: PeerSetting, folder: str) -> dict[str, Any]:
         "temperature": 1.0,
         "beta": 0.0,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": setting.device == "cpu",
         "gradient_checkpointing": False,
         "seed": setting.seed,
         "save_strategy": "no",

@@ -178,10 +178,14 @@ def _varlen(
     bounds = _on_device(cu_seqlens, str(query.device))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
+    options: dict[str, Any] = {}
+    if repeats > 1 and "enable_gqa" in inspect.signature(kernel).parameters:
+        options["enable_gqa"] = True
+    elif repeats > 1:  # releases before it has this option
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     # window_size is (left, right); the default (-1, -1) is not causal.
-    out = kernel(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    options |= {"scale": scaling, "window_size": (-1, 0)}
+    out = kernel(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out[None]
 
