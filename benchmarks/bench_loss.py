@@ -3,11 +3,11 @@
     python benchmarks/bench_loss.py [--tokens 2048] [--vocab 49152] [--dtype bfloat16] [--threads 1]
     python benchmarks/bench_loss.py --device cuda       # N 16,384, d 2,048, V 151,936 by default
 
-Hidden states are in `--dtype`, the head's weight is a float32 master, as in npd's trainer. Each
-variant of each round runs in a process of its own, in turns. "Memory" is what the process needed at
-its peak beyond its inputs and their gradients: on CPU the growth of its resident set from where
-the inputs were in place, on CUDA the allocator's peak minus what it held then; from both the
-bytes of both gradients are taken off. Time is CPU time (CUDA: wall time to the device's end).
+Hidden states are in `--dtype`, the head's weight is a float32 master, as in npd's trainer. Variants
+take turns, on a CPU each in a process of its own. "Memory" is what the process needed at its peak
+beyond its inputs and their gradients: on CPU the growth of its resident set from where the inputs
+were in place, on CUDA the allocator's peak minus what it held then; from both the bytes of both
+gradients are taken off. Time is CPU time (CUDA: wall time to the device's end).
 "matmul" is the bound: the head's product (N x d x V, in `--dtype`) three times, nothing else; the
 share of it is its time over the loss's. Where Liger is installed (CUDA only), its fused linear
 cross-entropy runs on the same inputs, the weight cast inside as here.
@@ -170,7 +170,9 @@ def main() -> None:
     found: dict[Variant, list[list[float]]] = {variant: [] for variant in variants_of(args)}
     for _ in range(args.rounds):
         for variant in found:
-            found[variant].append(measure_apart(variant))
+            is_apart = args.device == "cpu"
+            one = measure_apart(variant) if is_apart else list(measure(args, variant))
+            found[variant].append(one)
     details = [
         {
             "who": who,

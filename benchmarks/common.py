@@ -293,7 +293,7 @@ def read_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, memory, load averages of now, the system, and a GPU that is used."""
+    """The processor, its cores, memory, load averages of now, the system, and a GPU if used."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": _cpu_model(),

@@ -135,13 +135,14 @@ def publish(out: Path | None, name: str, text: str, record: Mapping[str, Any]) -
 def foot(about: Mapping[str, Any], setting: Mapping[str, Any], loads: Sequence[float]) -> list[str]:
     """The lines at the end of a page: how it was made, where, with what."""
     host = about["machine"]
+    gpu = f"{host['gpu']}, " if "gpu" in host else ""
     return [
         f"- data: {about['data']}",
         f"- setting: `{' '.join(f'{name}={value}' for name, value in setting.items())}`",
         f"- command: `{about['command']}`",
         f"- commits of the runs: {', '.join(about['commits'])}",
-        f"- machine: {host.get('gpu', '')}{', ' * ('gpu' in host)}{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; load average "
-        f"{min(loads):.1f} to {max(loads):.1f} during the runs; one thread",
+        f"- machine: {gpu}{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; load "
+        f"average {min(loads):.1f} to {max(loads):.1f} during the runs; one thread",
         f"- versions: {', '.join(f'{name} {found}' for name, found in about['versions'].items())}",
     ]
 

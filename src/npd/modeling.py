@@ -61,7 +61,15 @@ def pack_documents(documents: Sequence[IntArray], device: str | torch.device) ->
     ids = torch.from_numpy(np.concatenate(documents).astype(np.int64))
     positions = torch.cat([torch.arange(length) for length in lengths])
     bounds = (0, *accumulate(lengths))
-    return PackedBatch(ids[None].to(device), positions[None].to(device), bounds)
+    return PackedBatch(on_device(ids[None], device), on_device(positions[None], device), bounds)
+
+
+def on_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """`tensor` on `device`; of a GPU nobody waits for what it was asked to do before."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    # From pageable memory the copy would wait.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def load_model(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from npd.attention import Shared
-from npd.modeling import PackedBatch, hidden_states, pack_documents
+from npd.modeling import PackedBatch, hidden_states, on_device, pack_documents
 from npd.types import IntArray
 
 Pair: TypeAlias = tuple[IntArray, IntArray]
@@ -105,16 +105,17 @@ def _lay_out(
             take.append(np.concatenate([before, inside]))
             lengths.append(size + len(own))
             start += len(own)
-    where = torch.from_numpy(np.concatenate(positions)).to(device)
+    where = on_device(torch.from_numpy(np.concatenate(positions)), device)
     if sum(lengths) == start:  # nothing is shared
         return pack_documents([np.concatenate(pair) for pair in _fed(groups, pairs)], device), where
     ids, at = (torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (pieces, places))
     laid = np.concatenate(take)
     # Where each token of the row is first found in the layout of whole documents.
     keep = np.unique(laid, return_index=True)[1]
-    shared = Shared(torch.from_numpy(laid).to(device), torch.from_numpy(keep).to(device))
+    shared = Shared(*(on_device(torch.from_numpy(x), device) for x in (laid, keep)))
     bounds = (0, *accumulate(lengths))
-    return PackedBatch(ids[None].to(device), at[None].to(device), bounds, shared), where
+    row = PackedBatch(on_device(ids[None], device), on_device(at[None], device), bounds, shared)
+    return row, where
 
 
 def _fed(groups: Sequence[_Group], pairs: Sequence[Pair]) -> Iterator[Pair]:

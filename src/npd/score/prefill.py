@@ -22,7 +22,7 @@ from torch import Tensor
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
 from npd.head import Head, head_of, read_hidden, top_k
-from npd.modeling import load_model, resolve_device
+from npd.modeling import load_model, on_device, resolve_device
 from npd.reading import response_hidden
 from npd.score.base import Document, Key, Reading
 from npd.types import FloatArray, IntArray
@@ -99,7 +99,7 @@ class PrefillReader:
         return [Reading(whole(lp[:, 0]), whole(i[:, 1:]), whole(lp[:, 1:])) for i, lp in parts]
 
     def _tensor(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(self._model.device)
+        return on_device(torch.from_numpy(np.concatenate(arrays)), self._model.device)
 
     def _check_ids(self, documents: Iterable[Document]) -> None:
         for document in documents:
