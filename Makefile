@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench bench-loss soak ladder filter-study rl real peers docs clean
+.PHONY: help install vllm demo test lint types check bench gpu bench-loss soak ladder filter-study rl real peers docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ check: lint types test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
+
+gpu: install  ## the benchmarks on a GPU; results go to benchmarks/results/gpu
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu
 
 bench-loss: install  ## the loss alone, against its reference and its bars
 	$(BIN)/python benchmarks/bench_loss.py

@@ -1,7 +1,8 @@
 """What is done on a GPU is what is done on a CPU: kernels, scores, text, steps, whole runs.
 
-Skipped where there is none. The paths for GPUs are also in test_fused.py (the kernels are compiled,
-and interpreted), test_feed.py (nothing waits for the device) and test_modeling.py (attention).
+Skipped where there is none. Best run in one process (`-p no:xdist`): processes share a GPU badly.
+The paths for GPUs are also in test_fused.py (the kernels are compiled, and interpreted),
+test_feed.py (nothing waits for the device) and test_modeling.py (attention).
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 import npd
 from npd.config import GenerateConfig, LoraConfig, LossConfig, ScoreConfig, TrainConfig
@@ -33,6 +35,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_pool_of_compilers():
+    """Torch would keep its processes for good."""
+    with inductor.patch(compile_threads=1):
+        yield
+    torch.compiler.reset()
+
+
 # More than a warp's worth of documents, of one token and of many.
 LENGTHS = [(1 + 5 * i % 23, 1 + 7 * i % 31) for i in range(40)]
 

@@ -11,6 +11,7 @@ import torch
 
 from conftest import make_model
 from npd.errors import ModelError
+from npd.generate.attention import decode_attention
 from npd.generate.decoding import Draft, decode
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
@@ -242,3 +243,26 @@ def test_a_model_without_attention_is_one_clear_error():
     config = MambaConfig(vocab_size=304, hidden_size=32, num_hidden_layers=2, state_size=8)
     with pytest.raises(ModelError, match=r"mamba has no attention layer.*generate\.engine"):
         generate_with(MambaForCausalLM(config).eval(), make_asks(2), make_sampling(4, 2))
+
+
+def test_decoding_keeps_off_cudnns_attention_which_plans_for_every_length(model):
+    """It comes first on newer GPUs; what holds outside is as before, also after errors."""
+    seen = []
+
+    def watch(module, *_):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    handle = model.base_model.register_forward_pre_hook(watch)
+    try:
+        for outside in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(outside)
+            generate_with(model, make_asks(4), make_sampling(5, 2))
+            assert torch.backends.cuda.cudnn_sdp_enabled() is outside
+            with pytest.raises(ZeroDivisionError), decode_attention(model):
+                raise ZeroDivisionError
+            assert torch.backends.cuda.cudnn_sdp_enabled() is outside
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        handle.remove()
+    assert seen
+    assert not any(seen)

@@ -351,6 +351,41 @@ def test_attention_on_cuda_is_that_of_the_cpu(heads, scaling):
         assert (got - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("has_gqa", [False, True])
+def test_kernels_get_autocasts_type_once_a_row(packed, monkeypatch, has_gqa):
+    """A model with float32 weights trains under autocast; its queries are float32 by then."""
+    row = pack_documents([ids(5, 6, 7), ids(8, 9), ids(5, 6)], "cpu")
+    calls = []
+
+    def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, gqa):
+        calls.append((q.dtype, k.dtype, v.dtype))
+        assert (longest_q, longest_k, window_size) == (3, 3, (-1, 0))
+        assert bounds_q.tolist() == bounds_k.tolist() == [0, 3, 5, 7]
+        assert (q.shape[1], k.shape[1], gqa) == ((4, 2, True) if has_gqa else (4, 4, False))
+        parts = [
+            nn.functional.scaled_dot_product_attention(
+                *(x[start:end].transpose(0, 1) for x in (q, k, v)),
+                is_causal=True, scale=scale, enable_gqa=gqa,
+            ).transpose(0, 1)
+            for start, end in ((0, 3), (3, 5), (5, 7))
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def older(*args, scale, window_size):
+        return varlen(*args, scale=scale, window_size=window_size, gqa=False)
+
+    def newer(*args, scale, window_size, enable_gqa=False):
+        return varlen(*args, scale=scale, window_size=window_size, gqa=enable_gqa)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = hidden_states(packed, row)
+        kernel = newer if has_gqa else older
+        monkeypatch.setattr("npd.attention._kernel_for", lambda device: kernel)
+        got = hidden_states(packed, row)
+    assert calls == [(torch.bfloat16,) * 3] * packed.config.num_hidden_layers
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+
+
 def test_tied_and_untied_models_load(tmp_path):
     for tied in (True, False):
         model = make_model(3, tied=tied)

@@ -135,7 +135,8 @@ def _within_documents(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    kernel = varlen_kernel() if query.device.type == "cuda" else None
+    query, key, value = _narrowed(query, key, value)
+    kernel = _kernel_for(query.device)
     if kernel is not None and query.dtype != torch.float32:
         return _varlen(kernel, query, key, value, cu_seqlens, longest, scaling)
     outputs = [
@@ -151,6 +152,22 @@ def _within_documents(
         for start, end in pairwise(cu_seqlens)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _kernel_for(device: torch.device) -> Callable[..., Any] | None:
+    return varlen_kernel() if device.type == "cuda" else None
+
+
+def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's type, where it is on: rotary positions of float32 weights give float32 back.
+
+    SDPA would do the same, for every document; variable-length kernels know nothing of autocast.
+    """
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 @lru_cache(maxsize=4)

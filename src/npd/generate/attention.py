@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,9 +32,14 @@ def decode_attention(model: Any) -> Iterator[None]:
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.set_attn_implementation(_ATTENTION)
+    # Every token is another length, for which cuDNN plans anew: tens of milliseconds, on a Hopper
+    # GPU most of a decode step. The other kernels take any length.
+    with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
         model.set_attn_implementation(before)
 
 
