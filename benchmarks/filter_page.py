@@ -12,8 +12,9 @@ from statistics import mean
 from typing import Any, TypeAlias
 
 from filter_rules import MOST_CUT
-from ladder_page import Cell, by_rung, differences, head, interval, row
+from ladder_page import Cell, by_rung, differences
 from noise import KINDS
+from tables import head, interval, row
 
 Record: TypeAlias = Mapping[str, Any]
 

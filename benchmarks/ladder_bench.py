@@ -28,6 +28,7 @@ from ladder_setting import ALONE, Setting, Shape, digest
 from npd.settings import load_config, nested
 from own_text import own_text
 from rungs import rungs
+from steps import answers, right_workings
 from tasks import make_tokenizer, problems, read_problems, write_problems
 
 # Seeds of new prompts: apart from those of the students and the teacher.
@@ -146,12 +147,28 @@ class Bench:
             cell |= own_text(
                 home / "student",
                 self.common / "teacher" / "student",
-                read_problems(self.heldout)[:_OWN_TEXTS],
+                self._held_out()[:_OWN_TEXTS],
                 self.setting.max_response,
             )
-            done.write_text(json.dumps(cell, indent=1) + "\n")
+            self._write_cell(home, cell)
             print(line(cell), file=sys.stderr, flush=True)
-        return json.loads(done.read_text())
+        cell = json.loads(done.read_text())
+        student = home / "student"
+        if "workings" not in cell and self._has_workings and student.exists():
+            texts = answers(student, self._held_out(), self.setting.max_response)
+            cell["workings"] = right_workings(self.setting.task, self._held_out(), texts)
+            self._write_cell(home, cell)
+        return cell
+
+    @property
+    def _has_workings(self) -> bool:
+        return self.setting.task in ("sum", "list") and not self.setting.slips
+
+    def _write_cell(self, home: Path, cell: Cell) -> None:
+        (home / "cell.json").write_text(json.dumps(cell, indent=1) + "\n")
+
+    def _held_out(self) -> list[dict[str, str]]:
+        return read_problems(self.heldout)
 
     def _write_config(self, home: Path, seed: int, preset: str, values: Mapping[str, Any]) -> Path:
         """The run.yaml of a run, which `npd run` takes too."""

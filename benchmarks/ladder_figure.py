@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from figures import Dots, dots
-from ladder_page import Cell, by_rung, differences, interval
+from ladder_page import Cell, by_rung, differences, where_known
+from tables import interval
 
 # From the paper's order to what is held against it; sweeps have too many rows for one figure.
 _SHOWN = (
@@ -25,11 +26,16 @@ def draw(path: Path, cells: Sequence[Cell], labels: Mapping[str, str]) -> None:
         for name in _SHOWN
         if name in rows and name != "sft"
     }
+    worked = {
+        name: [100 * points for points in where_known(rows[name], rows["sft"], "workings")]
+        for name in against
+    }
     own = {
         name: [cell["own_kl"] for cell in rows[name].values() if "own_kl" in cell]
         for name in _SHOWN
         if name in rows
     }
+    has_workings = any(worked.values())
     names = {name: labels.get(name, name) for name in rows}
     try:
         dots(
@@ -37,6 +43,7 @@ def draw(path: Path, cells: Sequence[Cell], labels: Mapping[str, str]) -> None:
             [names[name] for name in _SHOWN if name in names],
             [
                 _column("accuracy, points above SFT", against, names),
+                *([_column("right workings, points above SFT", worked, names)] * has_workings),
                 _column("KL on its own text, nats/token", own, names),
             ],
         )

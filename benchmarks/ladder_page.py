@@ -5,16 +5,15 @@ Pure: cells (what a run measured, plain JSON values) in, text and verdicts out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, TypeAlias
+
+from tables import head, number, points, row
 
 Cell: TypeAlias = dict[str, Any]
 
-# Student's t, two-sided 95 %, by degrees of freedom; beyond, that of 9, which is wider than right.
-_T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # What a short ladder must show, as means over its two seeds. Measured on those: 9.3 points over SFT
 # (offline KD) and 10.0 (NPD), 0.7 of NPD over offline KD; a KL a sixth of SFT's. The rest is room
 # for other machines, whose float noise makes other runs of these.
@@ -26,18 +25,6 @@ ORDER = ("sft", "offline", "rollouts", "filter", "npd")
 # Its points in that order: the average of 11 benchmarks, a 1B student.
 _PAPER = {"sft": 56.28, "offline": 58.79, "rollouts": 61.63, "filter": 62.78, "npd": 64.37}
 _OTHERS = (*ORDER, "seqkd", "on_policy", "every_epoch", "sft_long", "teacher_text")
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t-interval (NaN for a single value).
-
-    >>> interval([1.0, 2.0, 3.0])
-    (2.0, 2.4843...)
-    """
-    if len(values) < 2:
-        return mean(values), math.nan
-    t = _T95[min(len(values) - 1, 9)]
-    return mean(values), t * stdev(values) / len(values) ** 0.5
 
 
 def by_rung(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
@@ -55,12 +42,14 @@ def differences(
     return [ours[seed][what] - theirs[seed][what] for seed in ours if seed in theirs]
 
 
-def _own(ours: Mapping[int, Cell], theirs: Mapping[int, Cell]) -> list[float]:
-    """Differences of the KL on own text, where both seeds have it."""
+def where_known(
+    ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str = "own_kl"
+) -> list[float]:
+    """Differences of a figure that older cells lack, where both seeds have it."""
     ours, theirs = (
-        {seed: cell for seed, cell in cells.items() if "own_kl" in cell} for cells in (ours, theirs)
+        {seed: cell for seed, cell in cells.items() if what in cell} for cells in (ours, theirs)
     )
-    return differences(ours, theirs, "own_kl")
+    return differences(ours, theirs, what)
 
 
 def _ratios(ours: Mapping[int, Cell], theirs: Mapping[int, Cell], what: str) -> list[float]:
@@ -105,10 +94,11 @@ def page(
         "Made by `benchmarks/ladder.py`; do not edit. What each row is, is said there.",
         "",
         f"Accuracy: greedy answers to {setting['num_heldout']:,} held-out problems, the same for "
-        "all. ±: 95 % t-interval of the mean over seeds (each with prompts, a student and a start "
-        "of its own). Differences are paired by seed. Rows with fewer seeds: what there was "
-        "time for. Sampled accuracy and KL(teacher || student) on own text: of one answer to each "
-        "of 500 held-out problems, drawn at temperature 1.",
+        "all; right workings: every step of them right. ±: 95 % t-interval of the mean over seeds "
+        "(each with prompts, a student and a start of its own). Differences are paired by seed. "
+        "Rows with fewer seeds: what there was time for. Sampled accuracy and KL(teacher || "
+        "student) on own text: of one answer to each of 500 held-out problems, drawn at "
+        "temperature 1.",
         "",
         *_outcomes(rows, labels),
         "",
@@ -133,18 +123,22 @@ def page(
 def _outcomes(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """How good each rung is, and what it took."""
     lines = head(
-        "rung", "seeds", "accuracy, %", "minus SFT, points", "sampled accuracy, %",
+        "rung", "seeds", "accuracy, %", "minus SFT, points", "right workings, %",
+        "minus SFT, points", "sampled accuracy, %",
         "held-out KL, nats/token", "KL on its own text", "response tokens trained on", "CPU s",
     )  # fmt: skip
     for name, cells in rows.items():
         found = list(cells.values())
-        against = differences(cells, rows["sft"]) if "sft" in rows and name != "sft" else []
+        base = rows["sft"] if "sft" in rows and name != "sft" else {}
+        against = differences(cells, base)
         lines.append(
             row(
                 labels.get(name, name),
                 str(len(found)),
                 points([cell["accuracy"] for cell in found]),
                 points(against, signed=True),
+                points(_known(found, "workings")),
+                points(where_known(cells, rows["sft"], "workings") if against else [], signed=True),
                 points(_known(found, "sampled_accuracy")),
                 number([cell["kl"] for cell in found], 4),
                 number(_known(found, "own_kl"), 4),
@@ -161,11 +155,12 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
     if len(present) < 2:
         return []
     lines = head(
-        "step of the ladder", "points", "seeds above 0", "the paper's points", "KL, nats/token",
-        "KL on its own text", "mean drift, nats/token",
+        "step of the ladder", "points", "seeds above 0", "right workings, points", "seeds above 0",
+        "the paper's points", "KL, nats/token", "KL on its own text", "mean drift, nats/token",
     )  # fmt: skip
     for before, after in [*pairwise(present), (present[0], present[-1])]:
         gained = differences(rows[after], rows[before])
+        worked = where_known(rows[after], rows[before], "workings")
         have_drift = all(
             cell["drift"] is not None for name in (before, after) for cell in rows[name].values()
         )
@@ -174,14 +169,20 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
             row(
                 f"{labels[before]} → {labels[after]}",
                 points(gained, signed=True),
-                f"{sum(value > 0 for value in gained)} of {len(gained)}",
+                _above(gained),
+                points(worked, signed=True),
+                _above(worked),
                 f"{_PAPER[after] - _PAPER[before]:+.2f}",
                 number(differences(rows[after], rows[before], "kl"), 4, signed=True),
-                number(_own(rows[after], rows[before]), 4, signed=True),
+                number(where_known(rows[after], rows[before]), 4, signed=True),
                 number(drift, 3, signed=True),
             )
         )
     return lines
+
+
+def _above(values: Sequence[float]) -> str:
+    return f"{sum(value > 0 for value in values)} of {len(values)}" if values else ""
 
 
 def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
@@ -190,7 +191,8 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
     if not present or "npd" not in rows:
         return []
     lines = head(
-        "NPD, but for", "seeds", "points against NPD", "KL against NPD", "KL on its own text",
+        "NPD, but for", "seeds", "points against NPD", "right workings against NPD, points",
+        "KL against NPD", "KL on its own text",
         "response tokens, of NPD's", "CPU time, of NPD's",
     )  # fmt: skip
     for name in present:
@@ -201,8 +203,9 @@ def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str])
                 labels[name],
                 str(len(accuracy)),
                 points(accuracy, signed=True),
+                points(where_known(rows[name], rows["npd"], "workings"), signed=True),
                 number(kl, 4, signed=True),
-                number(_own(rows[name], rows["npd"]), 4, signed=True),
+                number(where_known(rows[name], rows["npd"]), 4, signed=True),
                 number(_ratios(rows[name], rows["npd"], "response_tokens"), 2),
                 number(_ratios(rows[name], rows["npd"], "cpu_seconds"), 2),
             )
@@ -258,31 +261,6 @@ def _lost(found: Sequence[Cell], reasons: Sequence[str]) -> str:
         if shares:
             shown.append(f"{reason} {100 * mean(shares):.0f}")
     return ", ".join(shown)
-
-
-def head(*cells: str) -> list[str]:
-    """The first two lines of a table."""
-    return [row(*cells), row(*["---"] * len(cells))]
-
-
-def row(*cells: str) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def points(values: Sequence[float], *, signed: bool = False) -> str:
-    """Shares in per cent: mean and interval."""
-    return number([100 * value for value in values], 1, signed=signed)
-
-
-def number(values: Sequence[float | None], digits: int, *, signed: bool = False) -> str:
-    """Mean and interval of the values that are known; nothing where none is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    middle, half = interval(known)
-    shown = f"{middle:{'+' if signed else ''}.{digits}f}"
-    return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"
 
 
 def _shape(shape: Mapping[str, int]) -> str:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import pair
 from common import machine, number, versions
-from ladder_page import interval
 from npd.errors import DataError, InputError
 from npd.servers.limits import HELDOUT_TOP_K
+from tables import interval
 
 S = TypeVar("S")
 OWN_KL = f"KL on own text (top {HELDOUT_TOP_K} and the rest: a lower bound)"

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, TypeAlias
 
-from ladder_page import head, row
 from pair_out import BOUND, FEWER, OWN_KL, foot, spread
+from tables import head, row
 
 Cell: TypeAlias = dict[str, Any]
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from ladder_page import Cell, by_rung, differences, head, row
+from ladder_page import Cell, by_rung, differences
 from pair_out import BOUND, FEWER, OWN_KL, foot, spread
+from tables import head, row
 
 # Rungs and what each is held against, where both were run.
 STEPS = (

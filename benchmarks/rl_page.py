@@ -12,7 +12,8 @@ from statistics import mean
 from typing import Any, TypeAlias
 
 from figures import Line, Panel, curves
-from ladder_page import Cell, by_rung, head, interval, number, points, row
+from ladder_page import Cell, by_rung
+from tables import head, interval, number, points, row
 
 Rows: TypeAlias = Mapping[str, Mapping[int, Cell]]
 

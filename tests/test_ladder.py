@@ -18,6 +18,7 @@ from store_samples import make_rollout
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ladder_cell
 import ladder_page as lp
+import tables
 import tasks
 from ladder_bench import Bench
 from ladder_setting import SETTINGS, with_values
@@ -43,9 +44,9 @@ def cells(kl=None, **accuracies):
 
 def test_the_interval_is_student_s():
     # 2.776 x 1.5811 / sqrt(5), from a table of t with 4 degrees of freedom.
-    assert lp.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 1.963), abs=1e-3)
-    assert lp.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
-    middle, half = lp.interval([7.0])
+    assert tables.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 1.963), abs=1e-3)
+    assert tables.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    middle, half = tables.interval([7.0])
     assert middle == 7.0
     assert half != half
 

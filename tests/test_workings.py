@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import steps
 import tasks
 import workings
 from ladder_bench import Bench
@@ -19,7 +21,7 @@ from test_ladder import TINY
 def test_the_task_s_own_workings_are_right():
     drawn = tasks.problems("sum", "train", 0, (2, 4), is_varied=True)
     for problem in islice(drawn, 200):
-        assert workings.kind_of(problem.prompt, problem.response) == "right"
+        assert steps.kind_of(problem.prompt, problem.response) == "right"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_the_task_s_own_workings_are_right():
     ],
 )
 def test_the_first_thing_wrong_is_named(response, kind):
-    assert workings.kind_of("16+55+12", response) == kind
+    assert steps.kind_of("16+55+12", response) == kind
 
 
 def test_a_right_number_is_not_a_right_working():
@@ -47,6 +49,26 @@ def test_a_right_number_is_not_a_right_working():
     number, right, operand, *others = workings.shares(problems, texts)
     assert (number, right, operand) == ("100.0", "50.0", "50.0")
     assert set(others) == {"0.0"}
+
+
+def test_a_list_has_one_working_but_for_its_signs():
+    drawn = tasks.problems("list", "train", 0, (2, 4), is_varied=True)
+    problems = [{"prompt": p.prompt, "completion": p.response} for p in islice(drawn, 50)]
+    texts = [problem["completion"].replace(">", ":") for problem in problems]
+    assert steps.right_workings("list", problems, texts) == 1.0
+    for place in range(0, 50, 5):
+        texts[place] = texts[place].replace(texts[place][3], "x", 1)
+    assert steps.right_workings("list", problems, texts) == pytest.approx(0.8)
+
+
+def test_a_run_that_was_kept_without_it_gets_its_share_of_right_workings(tiny):
+    bench = Bench(workings.SETTINGS["sum"], tiny)
+    home = bench.folder / "seed-0" / "npd"
+    (home / "cell.json").write_text(json.dumps({"rung": "npd", "accuracy": 0.5}))
+    cell = bench._cell(home, "npd", 0, "npd", {})
+    assert cell == {"rung": "npd", "accuracy": 0.5, "workings": cell["workings"]}
+    assert 0.0 <= cell["workings"] <= 1.0
+    assert json.loads((home / "cell.json").read_text()) == cell
 
 
 @pytest.fixture

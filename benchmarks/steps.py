@@ -1,0 +1,85 @@
+"""Whether a student's working is right, not its last number alone.
+
+A ladder judges final answers. Errors of copying may cancel in a sum (two numbers that exchange a
+digit have the same total), so greedy answers are also read step by step. Trains nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from npd.chat import Chat
+from npd.generate.sampling import Sampling
+from npd.generate.transformers import generate_with
+from npd.modeling import decoding, load_model
+from npd.types import Ask, Message, Prompt
+from tasks import MARK
+
+KINDS = ("right", "operand", "addition", "steps", "form", "final")
+_STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
+_SIGNS = re.compile("[>:]")
+
+
+def kind_of(prompt: str, response: str) -> str:
+    """What is wrong first in a sum's working, one of `KINDS`; `right` if nothing is.
+
+    `operand`: one that is not at hand (the prompt's numbers and each step's sum, once each).
+    """
+    body, mark, final = response.partition(MARK)
+    at_hand = Counter(re.findall(r"\d+", prompt))
+    steps = body.split(",")
+    if not mark or len(steps) != at_hand.total() - 1:
+        return "steps"
+    for step in steps:
+        found = _STEP.fullmatch(step)
+        if found is None:
+            return "form"
+        left, right, result = found.groups()
+        at_hand.subtract((left, right))
+        if min(at_hand.values()) < 0:
+            return "operand"
+        if int(left) + int(right) != int(result):
+            return "addition"
+        at_hand[result] += 1
+    return "right" if final == result else "final"
+
+
+def right_workings(task: str, problems: Sequence[dict[str, str]], texts: Sequence[str]) -> float:
+    """The share of `texts` with every step right, of sums or lists.
+
+    A list has one right working, but for the sign that a step is written with.
+    """
+    pairs = zip(problems, texts, strict=True)
+    if task == "sum":
+        right = [kind_of(problem["prompt"], text) == "right" for problem, text in pairs]
+    else:
+        assert task == "list", f"the workings of {task} are not known"
+        right = [_plain(problem["completion"]) == _plain(text) for problem, text in pairs]
+    return sum(right) / len(right)
+
+
+def _plain(working: str) -> str:
+    return _SIGNS.sub("=", working)
+
+
+def answers(student: Path, problems: Sequence[dict[str, str]], max_new: int) -> list[str]:
+    """Greedy responses, in order."""
+    chat, model = Chat.load(str(student)), load_model(student)
+    prompts = [Prompt(i, (Message("user", p["prompt"]),)) for i, p in enumerate(problems)]
+    asks = [Ask(i, i, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
+    sampling = Sampling(
+        max_new_tokens=max_new,
+        stop_ids=chat.stop_ids,
+        pad_id=chat.pad_id,
+        temperature=0.0,
+        top_p=1.0,
+        batch_size=256,
+        vocab_size=chat.vocab_size,
+    )
+    with decoding(model):
+        written: list[Any] = list(generate_with(model, asks, sampling, with_logprobs=False))
+    return [chat.decode(r.response_ids) for r in sorted(written, key=lambda r: r.sample_id)]
