@@ -167,7 +167,7 @@ def test_a_run(tmp_path, tiny_model_dir, tiny_teacher_dir, kind, dtype):
     # Text drawn in bfloat16 is other text: only where both begin, and that both get better.
     assert got.evals[0]["kl"] == pytest.approx(expected.evals[0]["kl"], rel=0.05)
     assert got.evals[-1]["kl"] < got.evals[0]["kl"]
-    if dtype == "float32":
+    if dtype == "float32" and kind == "inline":  # processes overlap, so begin with other samples
         assert got.steps[0]["loss"] == pytest.approx(expected.steps[0]["loss"], rel=1e-3)
 
 
