@@ -29,6 +29,7 @@ from common import (
     Bar,
     Figure,
     faster,
+    keep_off_cudnn,
     make_parser,
     parse,
     publish,
@@ -185,6 +186,7 @@ def main() -> None:
     args = parse(parser, quick)
     args.clock = args.clock or ("cpu" if args.device == "cpu" else "wall")
     torch.set_num_threads(1)
+    keep_off_cudnn()
     model = random_model(
         *(args.layers, args.dtype),
         **{"shape": args.shape, "device": args.device, "eos_token_id": None, "pad_token_id": 0},

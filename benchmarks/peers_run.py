@@ -43,7 +43,7 @@ from unittest.mock import patch
 import judging
 import pair
 import pair_out
-from common import clock_of, seconds
+from common import clock_of, keep_off_cudnn, seconds
 from ladder_bench import one_thread
 from ladder_setting import digest
 from npd.__main__ import outcome
@@ -268,6 +268,7 @@ def bench(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("trl") is None:
         raise InputError("this needs TRL: pip install 'trl>=1.16' (the `bench` extra)")
     one_thread()
+    keep_off_cudnn()
     setting = pair_out.changed(Setting(), args.set)
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
