@@ -98,6 +98,8 @@ class Arms(Bench):
             "teacher_nll": Arm(noisy, {"filter.name": "teacher_nll", **keep}),
             "quantile": Arm(noisy, {"filter.bounds": "quantile"}),
             "ppl": Arm(noisy, {"filter.ratio": "ppl"}),
+            "outlier": Arm(noisy, {"filter.name": "outlier"}),
+            "clean outlier": Arm(clean, {"filter.name": "outlier"}),
         }
 
     def _behind(self, seed: int, rule: fr.Rule, data: str) -> Arm:

@@ -27,6 +27,7 @@ LABELS = {
     "ppl": "ppl ratio, default",
     "teacher_nll": "teacher NLL, the planted share cut",
     "best both": "best rule for both kinds of text",
+    "outlier": "outlier, as it ships",
     "best both, long": "the same rule, as many steps as without a filter, post hoc",
     "oracle": "oracle: exactly the planted cut",
 }
