@@ -48,8 +48,8 @@ class Arms(Bench):
         """The start student's texts for prompts it has not seen, `noisy` or `clean`, scored."""
         self.seed(seed, [])
         home = self.folder / f"seed-{seed}"
-        rows = read_problems(home / "new.jsonl")
-        write = partial(self._run_yaml, home, seed, {"data.train": home / "new.jsonl"})
+        rows = read_problems(home / "train.jsonl")
+        write = partial(self._run_yaml, home, seed, {"data.train": home / "train.jsonl"})
         found = data_set(home, name, rows, write, WORKING, share=_SHARES[name], seed=seed)
         path = home / f"{name}.jsonl"
         config = load_config(self._run_yaml(home, seed, {"data.train": path}, SCORED)).config

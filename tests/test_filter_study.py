@@ -16,7 +16,10 @@ import filter_page
 import filter_rules as fr
 import filter_study
 import noise
+import tasks
+from ladder_setting import with_values
 from npd.types import FinishReason, SampleStats
+from test_ladder import TINY
 
 CLEAN = [
     (f"{n}+38+{n}", f"{n}+38={n + 38},{n + 38}+{n}={2 * n + 38}####{2 * n + 38}")
@@ -254,6 +257,26 @@ def test_a_training_is_kept_apart_for_each_rule_and_only_the_chosen_one_counts(t
     assert sorted((cell["rung"], cell["rule"]) for cell in found) == [
         ("best both", "NLL > 2.0"), ("none", None),
     ]  # fmt: skip
+
+
+def test_arms_train_on_new_prompts_texts_with_noise_in_them(tmp_path):
+    setting = with_values(filter_arms.SETTING, TINY)
+    bench = filter_arms.Arms(setting, tmp_path)
+    made = bench.data(0, "noisy")
+    home = bench.folder / "seed-0"
+    started_on, new = (
+        {row["prompt"] for row in tasks.read_problems(home / name)}
+        for name in ("start.jsonl", "train.jsonl")
+    )
+    written = {json.loads(line)["prompt"] for line in made.path.read_text().splitlines()}
+    assert written <= new - started_on
+    assert any(sample.kind for sample in made.samples)
+    chosen = {"both": asdict(fr.Rule("NLL > 9", statistic="teacher NLL", limit=9.0))}
+    arms = bench._arms(0, chosen)
+    bench._train(0, "outlier", arms["outlier"])
+    (cell,) = bench.arms(chosen)
+    assert cell["rung"] == "outlier"
+    assert "workings" in cell
 
 
 # -- The command line --------------------------------------------------------------------------
