@@ -47,7 +47,7 @@ bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
 gpu: install  ## the benchmarks on a GPU; results go to benchmarks/results/gpu
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu
 
 bench-loss: install  ## the loss alone, against its reference and its bars
 	$(BIN)/python benchmarks/bench_loss.py

@@ -1,12 +1,13 @@
 """Own decode loop against `model.generate`: tokens per second at the same batch size.
 
-A random 135M-shape Llama in bfloat16, sampling at temperature 1, no stop ids, log-probabilities on
-our side only. Three workloads, in each of which both write exactly the same number of tokens for
-each prompt: responses of one length; lengths drawn from a log-normal (a limit of its own for each
-row, on both sides), as real ones spread; and such lengths with several samples of each long prompt.
-`model.generate` is given batch by batch in the order asked and keeps a row until its batch is done:
-that is how its users meet it. The two take turns, and the ratio is of paired rounds; by default of
-CPU time, on one thread.
+A random Llama of `--shape` (SmolLM2-135M's) in bfloat16, sampling at temperature 1, no stop ids,
+log-probabilities on our side only. Three workloads, in each of which both write exactly the same
+number of tokens for each prompt: responses of one length; lengths drawn from a log-normal (a limit
+of its own for each row, on both sides), as real ones spread; and such lengths with several samples
+of each long prompt. `model.generate` is given batch by batch in the order asked and keeps a row
+until its batch is done: that is how its users meet it, but for cuDNN's attention on a GPU, which is
+off on both sides. The two take turns, and the ratio is of paired rounds; by default of CPU time, on
+one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --batch 32 --asks 64 --rounds 2
     python benchmarks/bench_generate.py --device cuda --shape qwen2.5-1.5b --layers 28 --batch 128
@@ -29,7 +30,6 @@ from common import (
     Bar,
     Figure,
     faster,
-    keep_off_cudnn,
     make_parser,
     parse,
     publish,
@@ -37,6 +37,7 @@ from common import (
     speeds,
     take_turns,
 )
+from npd.generate.attention import without_cudnn_attention
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
 from npd.types import Ask, EncodedPrompt
@@ -130,15 +131,16 @@ def _generate(model: Any, asks: list[Ask], limits: list[int]) -> int:
         written.copy_(most.clamp(max=ids.shape[1] - width))
         return written == most
 
-    model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=max(limits),
-        do_sample=True,
-        top_k=0,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([is_done]),
-    )
+    with without_cudnn_attention():
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max(limits),
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([is_done]),
+        )
     assert written.tolist() == limits
     return sum(limits)
 
@@ -186,7 +188,6 @@ def main() -> None:
     args = parse(parser, quick)
     args.clock = args.clock or ("cpu" if args.device == "cpu" else "wall")
     torch.set_num_threads(1)
-    keep_off_cudnn()
     model = random_model(
         *(args.layers, args.dtype),
         **{"shape": args.shape, "device": args.device, "eos_token_id": None, "pad_token_id": 0},

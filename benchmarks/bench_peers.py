@@ -20,10 +20,11 @@ The rows between the two take one thing out at a time:
 
 TRL is given what favours it: bfloat16 weights for the student too (its updates round away, but
 float32 ones are cast anew for every token that its `generate` writes), no recomputed activations,
-forward KL, fused AdamW, no attention of cuDNN's (`keep_off_cudnn`), `--accumulate` micro-batches of
-`--batch` written together. Its steps follow each other, after a short one to warm up; npd's own
-loops take turns after them (on a GPU each by itself, for its memory). TRL can also generate with
-vLLM, which is not measured: `trl, no text` is what would be left if that took no time at all.
+forward KL, fused AdamW, `generate` without cuDNN's attention (slow where lengths grow),
+`--accumulate` micro-batches of `--batch` written together. Its steps follow each other, after a
+short one to warm up; npd's own loops take turns after them (on a GPU each by itself, for its
+memory). TRL can also generate with vLLM, which is not measured: `trl, no text` is what would be
+left if that took no time at all.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_peers.py
     python benchmarks/bench_peers.py --device cuda --shape qwen2.5-1.5b --layers 28 \
@@ -51,7 +52,6 @@ from common import (
     Figure,
     Spread,
     clock_of,
-    keep_off_cudnn,
     make_parser,
     parse,
     publish,
@@ -61,6 +61,7 @@ from common import (
     take_turns,
 )
 from npd.config import LossConfig, TrainConfig
+from npd.generate.attention import without_cudnn_attention
 from npd.modeling import load_model
 from npd.train.trainer import Trainer
 from npd.types import Scored
@@ -113,7 +114,8 @@ def ending_model(base: Any, lengths: Sequence[int]) -> Any:
             rows = lengths[start : start + len(input_ids)]
             ending = Ending(input_ids.shape[1], rows, input_ids.device)
             processors = LogitsProcessorList([ending])
-            return super().generate(input_ids, logits_processor=processors, **options)
+            with without_cudnn_attention():
+                return super().generate(input_ids, logits_processor=processors, **options)
 
     base.__class__ = Student
     return base
@@ -300,7 +302,6 @@ def main() -> None:
         raise SystemExit(MISSING) from None
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    keep_off_cudnn()
     samples = random_samples(args.samples, args.prompt, args.response)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

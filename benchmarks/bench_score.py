@@ -1,7 +1,7 @@
 """Teacher scoring against the bare forward pass of the same rows, in tokens per second.
 
-A randomly initialised Llama of SmolLM2-135M's shape scores synthetic samples: packed prefill, LM
-head on the responses, top-k, log-sum-exp. It is held against forward passes of the same model over
+A random Llama of `--shape` (SmolLM2-135M's) scores synthetic samples: packed prefill, LM head on
+the responses, top-k, log-sum-exp. It is held against forward passes of the same model over
 exactly the tokens that the scorer feeds it (a response's last one predicts nothing and is not fed):
 
 - logits everywhere: `model(**row)`, and nothing done with them;

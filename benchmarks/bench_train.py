@@ -1,8 +1,8 @@
 """Near-policy training against a bare packed-SFT loop, and a padded one: tokens per second.
 
-All train a random Llama of SmolLM2-135M's shape (`--layers` of its 30) with float32 weights, fused
-AdamW and clipping, on the same samples: responses of log-normal length, `--response` at most. No
-padding is counted. npd's Trainer does all it does in a run: it opens Arrow shards anew for each
+All train a random Llama of `--shape` (SmolLM2-135M's; `--layers` of its 30) with float32 weights,
+fused AdamW and clipping, on the same samples: responses of log-normal length, `--response` at most.
+No padding is counted. npd's Trainer does all it does in a run: it opens Arrow shards anew for each
 step and reads them (checksums included), builds the rows, takes CE + top-10 KD, drift and the other
 metrics, and checks that all is finite. The others find their tensors ready in memory:
 

@@ -184,13 +184,6 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def keep_off_cudnn() -> None:
-    """Baselines decode without cuDNN's attention too: for each length it would plan anew."""
-    import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 # -- A model to measure on ---------------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
 """The benchmarks on a GPU, in one process; what time there is goes to the first of them first.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu       # 12 minutes on an H200, or so
+    python benchmarks/gpu.py --out benchmarks/results/gpu
     python benchmarks/gpu.py --minutes 5 --only peers loss
 
 Models have the shape of Qwen2.5-1.5B and random weights, their teacher in `peers` that of the 7B:
-80 GiB of GPU memory. Each benchmark is as its own `bench_*.py --device cuda` says, with the options
+80 GiB of GPU memory are
+meant to do. Each benchmark is as its own `bench_*.py --device cuda` says, with the options
 below (`--quick`: without). Wall time to the device's end. One is left out when it would not fit the
 minutes left; each is written to the page when it ends. Tests for GPUs: `pytest tests/test_cuda.py`.
 """
@@ -22,6 +23,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ ROWS = "--row-tokens 8192"
 
 @dataclass(frozen=True)
 class Job:
-    """A benchmark, its options, and the minutes it takes at most."""
+    """A benchmark, its options, and about how many minutes it takes on an H200 (an estimate)."""
 
     bench: str
     options: str
@@ -141,6 +143,8 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU that torch can use here: --device cpu --quick shows that it runs")
     common = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    if find_spec("liger_kernel") is None:
+        print("loss: not against Liger (pip install liger-kernel)")
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
     results: list[dict[str, Any]] = []
     left_out: list[str] = []

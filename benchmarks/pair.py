@@ -95,7 +95,12 @@ class Pair:
         """`column` of `data`, a JSONL file, holds the questions."""
         self.setting, self.teacher, self._pruned = setting, models.teacher, models.pruned
         made_from = {"data": _content(data), "column": column, "models": models.names()}
-        self.root = folder / f"pair-{digest(asdict(setting) | made_from)}"
+        # What came later counts where it is not as it was before.
+        later = {"write_batch", "device"} & {
+            name for name, value in asdict(Setting()).items() if getattr(setting, name) == value
+        }
+        told = {name: value for name, value in asdict(setting).items() if name not in later}
+        self.root = folder / f"pair-{digest(told | made_from)}"
         self.root.mkdir(parents=True, exist_ok=True)
         self.chat = Chat.load(models.teacher, system=SYSTEM)
         self._questions = self._fitting(data, column)

@@ -70,7 +70,7 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "# Whole runs against TRL, on the real pair",
         "",
         "Made by `benchmarks/peers_run.py`; do not edit. What is counted, and how the sides are "
-        "kept alike, is said there. CPU time of one thread; ±: 95 % t-interval over seeds; without "
+        f"kept alike, is said there. {_time_of(about)}; ±: 95 % t-interval over seeds; without "
         "it, one seed. Ratios are npd's over the peer's, paired by seed: of rates (1 and 2) more "
         f"is better, of the time (3) less. Met: by every seed. {BOUND} {FEWER}",
         "",
@@ -101,6 +101,13 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _time_of(about: Mapping[str, Any]) -> str:
+    is_cpu = about["setting"].get("device", "cpu") == "cpu"
+    return (
+        "CPU time of one thread" if is_cpu else "CPU time here means wall time, the GPU's included"
+    )
 
 
 def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:

@@ -12,8 +12,8 @@ second time with `SECOND`, made after the preset had been seen: KD alone, on the
 outside, which is closer to TRL's full KL. `make peers` has a start of 96 prompts instead of
 `pair.py`'s 480, after which hardly anything that follows lowers held-out KL. One thread each, one
 after another, CPU time of the process (with `--set-pair device=cuda` wall time, the device's
-included). Counted on no side: imports, loading, saving what is
-exported, evaluation. Counted of npd: writing, scoring, training, publishing snapshots.
+included; so below). Counted on no side: imports, loading, saving what is exported, evaluation.
+Counted of npd: writing, scoring, training, publishing snapshots.
 
 Three numbers, each with its name:
 
@@ -43,7 +43,7 @@ from unittest.mock import patch
 import judging
 import pair
 import pair_out
-from common import clock_of, keep_off_cudnn, seconds
+from common import clock_of, seconds
 from ladder_bench import one_thread
 from ladder_setting import digest
 from npd.__main__ import outcome
@@ -106,7 +106,7 @@ class Setting:
 
 
 class CpuView:
-    """A view of a run that shows nothing: it keeps the CPU time of each worker's calls.
+    """A view of a run that shows nothing: it keeps the time of each worker's calls, by `clock`.
 
     Of this process, so of all threads; with stages in turn that is the call's own.
     """
@@ -133,14 +133,14 @@ class CpuView:
         """Nothing."""
 
     def seconds(self) -> dict[str, float]:
-        """CPU seconds by what was done."""
+        """Seconds by what was done."""
         found: dict[str, float] = {}
         for doing, taken in self.calls:
             found[doing] = found.get(doing, 0.0) + taken
         return found
 
     def before_evaluations(self) -> list[float]:
-        """CPU seconds of what is counted before each evaluation."""
+        """Seconds of what is counted before each evaluation."""
         found, spent = [], 0.0
         for doing, taken in self.calls:
             if doing == "evaluate":
@@ -268,7 +268,6 @@ def bench(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("trl") is None:
         raise InputError("this needs TRL: pip install 'trl>=1.16' (the `bench` extra)")
     one_thread()
-    keep_off_cudnn()
     setting = pair_out.changed(Setting(), args.set)
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)

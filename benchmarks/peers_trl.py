@@ -24,6 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from common import clock_of, seconds
+from npd.generate.attention import without_cudnn_attention
 from npd.modeling import load_model
 
 Evaluate = Callable[[Path], dict[str, float]]
@@ -65,7 +66,7 @@ class Count:
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do `work`; its CPU time is that of `name`."""
+        """Do `work`; its time is that of `name`."""
         started = seconds(self.clock)
         found = work()
         self.seconds[name] += seconds(self.clock) - started
@@ -192,7 +193,8 @@ def _distillation(
 
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
             plain = super()._generate_single_turn
-            written = count.add("generate", lambda: plain(prompt_ids, *rest, **options))
+            with without_cudnn_attention():
+                written = count.add("generate", lambda: plain(prompt_ids, *rest, **options))
             count.wrote(sum(map(len, prompt_ids)), sum(map(len, written)), len(prompt_ids))
             return written
 
@@ -217,7 +219,8 @@ def _gkd(setting: PeerSetting, count: Count, student: Any, teacher: Any, folder:
         @staticmethod
         def generate_on_policy_outputs(*arguments: Any) -> Any:
             plain = GKDTrainer.generate_on_policy_outputs
-            ids, mask, labels = count.add("generate", lambda: plain(*arguments))
+            with without_cudnn_attention():
+                ids, mask, labels = count.add("generate", lambda: plain(*arguments))
             responses = int((labels != -100).sum())
             count.wrote(int(mask.sum()) - responses, responses, len(ids))
             return ids, mask, labels

@@ -99,6 +99,8 @@ def bench(args: argparse.Namespace) -> int:
     known = rungs(setting.epochs, setting.batch)
     with pair_out.place(args) as folder:
         made = pair_out.open_pair(args, folder)
+        if made.setting.device != "cpu":
+            raise InputError("device: its page is of CPU time; leave it cpu")
         start = made.make_start()
         answers = [answer for _, answer in start["answers"]]
         start |= {

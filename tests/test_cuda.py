@@ -16,9 +16,10 @@ import torch
 from torch._inductor import config as inductor
 
 import npd
+from npd.attention import _on_device
 from npd.config import GenerateConfig, LoraConfig, LossConfig, ScoreConfig, TrainConfig
 from npd.generate.transformers import TransformersGenerator
-from npd.modeling import load_model
+from npd.modeling import load_model, on_device
 from npd.score import build_scorer
 from npd.train.batch import build_row
 from npd.train.objective import Objective
@@ -33,7 +34,8 @@ from tiny_run import tiny_config, write_prompts
 HERE = Path(__file__).parent
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("ignore"),  # torch warns of its own insides while it compiles
+    pytest.mark.timeout(1200),
 ]
 
 
@@ -194,9 +196,11 @@ def test_a_micro_batch_does_not_wait_for_the_device(tiny_model_dir, teacher, dty
         loss.backward()
 
     step()  # kernels are compiled and gradients made
+    _on_device.cache_clear()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+        on_device(torch.arange(10**6), "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")

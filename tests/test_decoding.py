@@ -11,7 +11,7 @@ import torch
 
 from conftest import make_model
 from npd.errors import ModelError
-from npd.generate.attention import decode_attention
+from npd.generate.attention import decode_attention, without_cudnn_attention
 from npd.generate.decoding import Draft, decode
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
@@ -260,6 +260,13 @@ def test_decoding_keeps_off_cudnns_attention_which_plans_for_every_length(model)
             assert torch.backends.cuda.cudnn_sdp_enabled() is outside
             with pytest.raises(ZeroDivisionError), decode_attention(model):
                 raise ZeroDivisionError
+            assert torch.backends.cuda.cudnn_sdp_enabled() is outside
+            one, other = without_cudnn_attention(), without_cudnn_attention()
+            one.__enter__()
+            other.__enter__()
+            one.__exit__(None, None, None)  # the first to begin ends first, as threads may
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            other.__exit__(None, None, None)
             assert torch.backends.cuda.cudnn_sdp_enabled() is outside
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)

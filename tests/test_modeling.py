@@ -380,7 +380,7 @@ def test_kernels_get_autocasts_type_once_a_row(packed, monkeypatch, has_gqa):
     with torch.autocast("cpu", torch.bfloat16):
         expected = hidden_states(packed, row)
         kernel = newer if has_gqa else older
-        monkeypatch.setattr("npd.attention._kernel_for", lambda device: kernel)
+        monkeypatch.setattr("npd.attention.kernel_for", lambda device: kernel)
         got = hidden_states(packed, row)
     assert calls == [(torch.bfloat16,) * 3] * packed.config.num_hidden_layers
     torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)

@@ -136,7 +136,7 @@ def _within_documents(
     dropout: float,
 ) -> Tensor:
     query, key, value = _narrowed(query, key, value)
-    kernel = _kernel_for(query.device)
+    kernel = kernel_for(query.device)
     if kernel is not None and query.dtype != torch.float32:
         return _varlen(kernel, query, key, value, cu_seqlens, longest, scaling)
     outputs = [
@@ -154,7 +154,9 @@ def _within_documents(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _kernel_for(device: torch.device) -> Callable[..., Any] | None:
+def kernel_for(device: torch.device) -> Callable[..., Any] | None:
+    """The variable-length attention for half precision on `device`; None where documents are
+    taken one by one."""
     return varlen_kernel() if device.type == "cuda" else None
 
 
@@ -196,7 +198,7 @@ def _varlen(
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     repeats = q.shape[1] // k.shape[1]
     options: dict[str, Any] = {}
-    if repeats > 1 and "enable_gqa" in inspect.signature(kernel).parameters:
+    if repeats > 1 and _shares_heads(kernel):
         options["enable_gqa"] = True
     elif repeats > 1:  # releases before it has this option
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
@@ -205,6 +207,11 @@ def _varlen(
     out = kernel(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@lru_cache(maxsize=4)
+def _shares_heads(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 @lru_cache(maxsize=4)

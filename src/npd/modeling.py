@@ -65,7 +65,7 @@ def pack_documents(documents: Sequence[IntArray], device: str | torch.device) ->
 
 
 def on_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """`tensor` on `device`; of a GPU nobody waits for what it was asked to do before."""
+    """`tensor` on `device`, without the host waiting for what a GPU was asked to do before."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     # From pageable memory the copy would wait.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,15 +33,39 @@ def decode_attention(model: Any) -> Iterator[None]:
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.set_attn_implementation(_ATTENTION)
-    # Every token is another length, for which cuDNN plans anew: tens of milliseconds, on a Hopper
-    # GPU most of a decode step. The other kernels take any length.
-    with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with without_cudnn_attention():
+            yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _Blocks:
+    """How many blocks are open, in all threads, and whether cuDNN was allowed before the first."""
+
+    lock, count, was_on = Lock(), 0, True
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """SDPA without cuDNN, in the whole process, until the last such block of any thread ends.
+
+    Newer GPUs prefer cuDNN, which plans anew for each shape; in decoding every token is one. The
+    other kernels take any length.
+    """
+    cuda = torch.backends.cuda
+    with _Blocks.lock:
+        if _Blocks.count == 0:
+            _Blocks.was_on = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            cuda.enable_cudnn_sdp(False)
+        _Blocks.count += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
-        model.set_attn_implementation(before)
+        with _Blocks.lock:
+            _Blocks.count -= 1
+            if _Blocks.count == 0:
+                cuda.enable_cudnn_sdp(_Blocks.was_on)
 
 
 def _attention(

@@ -8,10 +8,11 @@ from pydantic import Field
 
 from npd.fields import Decay, Dtype, Positive, Section, Share
 
-# Logits at once: 32 MiB of bfloat16 on a CPU, 320 MiB elsewhere. Fewer tokens than the least make
-# matmuls and the sum of the head's gradient slower (CPU, us/token: 64 tokens 614, 128 472, 256 408,
-# 512 396, 1,024 391; H200, V = 151,936: 128 27.4, 832 5.7, 1,024 4.6). No size changes the result.
-_LOGITS, _LOGITS_ON_CPU, _LEAST_CHUNK = 160 * 2**20, 2**24, 256
+# Logits at once: 32 MiB of bfloat16 on a CPU, 304 MiB elsewhere. Fewer tokens than the least make
+# matmuls and the sum of the head's gradient slower (us/token, CPU: 64 tokens 614, 128 472, 256 408,
+# 512 396, 1,024 391; H200 with kernels, V = 151,936: 128 27.4, 832 5.7, 1,024 4.6). No size changes
+# the result.
+_LOGITS, _LOGITS_ON_CPU, _LEAST_CHUNK = 152 * 2**20, 2**24, 256
 
 
 def chunk_for(vocabulary: int, *, is_cpu: bool) -> int:

@@ -3,8 +3,7 @@
 The same contract as `npd.train.sweeps.TorchSweeper`, and nothing of the loss itself: the matmuls,
 the arithmetic on k + 1 buckets, targets, divergences and metrics are the chunked loss's own. A
 support id is marked by -inf among the logits, which the kernels take for "not there".
-Checked against the others with Triton's interpreter, on CPU (`TRITON_INTERPRET=1`); it has not run
-on a GPU yet, and no speed is claimed.
+Checked against the others with Triton's interpreter, on CPU (`TRITON_INTERPRET=1`).
 The one module that imports triton, and as it is imported itself, since kernels are made by a
 decorator: import it inside a function, and be ready for an ImportError.
 
