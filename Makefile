@@ -10,7 +10,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .PHONY: help install vllm demo test lint types check bench gpu bench-loss soak ladder filter-study rl real peers docs clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: .venv/.installed  ## create .venv with npd, its extras and the demo's model
 

@@ -141,7 +141,7 @@ def main() -> int:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU that torch can use here: --device cpu --quick shows that it runs")
+        sys.exit("no GPU that torch can use here (gpu.py --device cpu --quick shows that it runs)")
     common = ["--device", args.device, *(["--quick"] if args.quick else [])]
     if find_spec("liger_kernel") is None:
         print("loss: not against Liger (pip install liger-kernel)")
