@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from npd.config import RunConfig
 from npd.errors import ConfigError
-from npd.settings import dump_config, load_config, preset_names
+from npd.settings import _ELSEWHERE, dump_config, load_config, preset_names
 
 MODELS = ("student=s", "teacher=t", "data.train=d.jsonl")
 PRESETS = ["npd", "npd_adaptive", "offline_kd", "on_policy", "seqkd", "sft"]
@@ -164,6 +164,9 @@ def test_overrides_are_yaml():
         ("studnt", "student"),
         ("top_p", "generate.top_p"),
         ("schedule.refresh.every_step", "schedule.refresh.every_steps"),
+        ("train.learning_rate", "train.lr"),
+        ("max_completion_length", "generate.max_new_tokens"),
+        ("gradient_accumulation_steps", "train.batch_size or train.row_tokens"),
     ],
 )
 def test_unknown_key_names_the_nearest(key, near):
@@ -172,9 +175,15 @@ def test_unknown_key_names_the_nearest(key, near):
 
 
 def test_unknown_key_without_a_near_one_lists_its_section():
-    assert "the keys of train are lr, min_lr," in complaint("npd", "train.learning_rate=1")
+    assert "the keys of train are lr, min_lr," in complaint("npd", "train.zzz=1")
     assert "the keys of a config are name, run_dir," in complaint("npd", "zzz.yyy=1")
     assert "in place of the config file" in complaint("npd", "preset=sft")
+
+
+@pytest.mark.parametrize("name", sorted(_ELSEWHERE))
+def test_what_others_call_a_key_has_one_here(name):
+    for key in _ELSEWHERE[name].split():
+        assert key in complaint("npd", *MODELS, f"{name}=1")
 
 
 def test_unknown_key_of_a_file_names_its_line(config_file):

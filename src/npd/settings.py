@@ -21,6 +21,25 @@ from npd.config import RunConfig
 from npd.errors import ConfigError
 from npd.layers import Layer, flat, overlap, override_layer, preset_names, source_layers
 
+# What transformers and TRL call a key, and what it is here.
+_ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.batch_size train.row_tokens",
+    "max_grad_norm": "train.clip",
+    "warmup_steps": "train.warmup",
+    "warmup_ratio": "train.warmup",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "num_train_epochs": "schedule.epochs",
+    "max_steps": "schedule.steps",
+    "max_completion_length": "generate.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "model_name_or_path": "student",
+    "teacher_model_name_or_path": "teacher",
+    "output_dir": "run_dir",
+    "dataset_name": "data.train",
+    "use_vllm": "generate.engine",
+}
 # Values that exclude each other: setting one in a layer takes the others back from those below.
 _ALTERNATIVES = (
     ("schedule.epochs", "schedule.steps"),
@@ -130,13 +149,15 @@ def _check_known(layer: Layer, schema: _Schema) -> None:
 
 
 def _hint(path: str, schema: _Schema) -> str:
-    """The nearest known key: of that name elsewhere, like it in its section, or like it at all."""
+    """The nearest known key: called so by others, of that name elsewhere, like it in its section,
+    or like it at all."""
     if path == "preset":
         return ": give the preset's name in place of the config file, or `preset:` in the file"
     parent, _, name = path.rpartition(".")
     known = (*schema.values, *schema.sections)
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
     near = [parent] if parent in schema.values and not siblings else []
+    near = near or [key for key in _ELSEWHERE.get(name, "").split() if key in schema.values]
     near = near or [key for key in known if key.rpartition(".")[2] == name]
     near = near or [siblings[key] for key in get_close_matches(name, siblings, n=1)]
     best = get_close_matches(name, [key.rpartition(".")[2] for key in known], n=1)
