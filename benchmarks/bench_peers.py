@@ -34,7 +34,6 @@ left if that took no time at all.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ from common import (
     Figure,
     Spread,
     clock_of,
+    free,
     make_parser,
     parse,
     publish,
@@ -246,13 +246,6 @@ def own_steps(args: Any, samples: Sequence[Scored], directory: Path) -> dict[str
         found |= take_turns({name: make()}, args.rounds, "wall")
         free()
     return found
-
-
-def free() -> None:
-    """Give back the memory of a GPU that nothing holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def figures_of(taken: dict[str, list[float]], tokens: int) -> list[Figure]:

@@ -147,6 +147,14 @@ def seconds(clock: str) -> float:
     return time.perf_counter()
 
 
+def free() -> None:
+    """Give back the memory of a GPU that nothing holds any more."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def clock_of(device: str) -> str:
     """The clock for what `device` does."""
     return "cpu" if device == "cpu" else "wall"

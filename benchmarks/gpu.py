@@ -3,17 +3,16 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu
     python benchmarks/gpu.py --minutes 5 --only peers loss
 
-Models have the shape of Qwen2.5-1.5B and random weights, their teacher in `peers` that of the 7B:
-80 GiB of GPU memory are
-meant to do. Each benchmark is as its own `bench_*.py --device cuda` says, with the options
-below (`--quick`: without). Wall time to the device's end. One is left out when it would not fit the
-minutes left; each is written to the page when it ends. Tests for GPUs: `pytest tests/test_cuda.py`.
+Models have the shape of Qwen2.5-1.5B and random weights, their teacher in `peers` that of the 7B;
+`train` holds three of the former, and has run on an H200 (139 GiB). Each benchmark is as its own
+`bench_*.py --device cuda` says, with the options below (`--quick`: without). Wall time to the
+device's end. One is left out when it would not fit the minutes left; each is written to the page
+when it ends. Tests for GPUs: `pytest tests/test_cuda.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import sys
@@ -27,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import commit, machine, markdown, read_figure, versions
+from common import commit, free, machine, markdown, read_figure, versions
 
 STUDENT = "--shape qwen2.5-1.5b --layers 28"
 TEACHER = "--teacher-shape qwen2.5-7b --teacher-layers 28"
@@ -72,18 +71,10 @@ def run(name: str, job: Job, options: Sequence[str]) -> dict[str, Any]:
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         finally:
             sys.argv = before
-    _free()
+    free()
     seconds = round(time.monotonic() - started, 1)
     command = " ".join([f"{job.bench}.py", *options])
     return {"name": name, "command": command, "seconds": seconds, **found}
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def as_page(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import gpu  # noqa: E402
 import training  # noqa: E402
 
 
@@ -48,6 +49,38 @@ def test_a_quick_benchmark_prints_a_figure(name, tmp_path):
     for figure in figures:
         assert figure["ours"][0] > 0
         assert figure["what"] in done.stdout
+
+
+def run_gpu(*words):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", *words], capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_benchmarks_end_in_one_line():
+    done = run_gpu()
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU that torch can use here")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    quick = ("--device", "cpu", "--quick", "--out", tmp_path)
+    done = run_gpu(*quick, "--minutes", "0.6", "--only", "peers", "loss")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## loss" in page
+    assert "- left out for lack of time: peers" in page
+    assert page in done.stdout
+    (found,) = json.loads((tmp_path / "gpu.json").read_text())["benchmarks"]
+    assert found["figures"]
+
+
+def test_the_recorded_page_of_a_gpu_is_what_the_code_makes_of_its_record():
+    home = BENCHMARKS / "results" / "gpu"
+    record = json.loads((home / "gpu.json").read_text())
+    assert (home / "gpu.md").read_text() == gpu.as_page(record["benchmarks"], record)
 
 
 @pytest.fixture
