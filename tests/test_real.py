@@ -191,6 +191,7 @@ def test_a_missing_column_is_one_line_that_names_it(room, complaint):
         (("--set", "lr"), "lr: lr is a number, such as 5e-05"),
         (("--set", "epochs=3"), "epochs=3: give an even number"),
         (("--set-pair", "max_prompt=1.5"), "max_prompt=1.5: max_prompt is a whole number"),
+        (("--set-pair", "device=cuda"), "device: its page is of CPU time; leave it cpu"),
         (("--seeds", "0"), "--seeds 0: give at least 1"),
     ],
 )
