@@ -1,4 +1,4 @@
-"""How good a saved student of the real pair is, on prompts that nobody trained on.
+"""How good a saved student of a pair is, on prompts that nobody trained on.
 
 On the teacher's text, as npd's trainer evaluates (held-out KL, agreement) and by ROUGE-L; and on
 the student's own text, where a student meets its own mistakes.
@@ -31,8 +31,7 @@ def on_teacher_text(made: pair.Pair, student: Path) -> dict[str, Any]:
     """Held-out KL and agreement; ROUGE-L of greedy responses against the teacher's."""
     scored, model = read_scored(made.heldout_scored), _load(made, student)
     match = _match(made, model, scored)
-    written = _write(made, model, scored, temperature=0.0)
-    answers = [made.chat.decode(rollout.response_ids) for rollout in written]
+    answers = _answers(made, model, scored)
     return {
         "kl": match.kl,
         "agreement": match.agreement,
@@ -47,17 +46,31 @@ def on_own_text(made: pair.Pair, student: Path) -> dict[str, Any]:
 
 
 def glance(made: pair.Pair, student: Path) -> dict[str, float]:
-    """Held-out KL and agreement on the teacher's text, and KL on the student's own."""
+    """Held-out KL and agreement on the teacher's text, KL on the student's own, and the grade of
+    its greedy responses where the pair has one.
+    """
     scored, model = read_scored(made.heldout_scored), _load(made, student)
     match = _match(made, model, scored)
     own = _on_own_text(made, model)
-    return {"kl": match.kl, "agreement": match.agreement, "own_kl": own["own_kl"]}
+    found = {"kl": match.kl, "agreement": match.agreement, "own_kl": own["own_kl"]}
+    if made.is_graded:
+        found |= made.grade(_answers(made, model, scored))
+    return found
+
+
+def _answers(made: pair.Pair, model: Any, scored: Sequence[Scored]) -> list[str]:
+    """Greedy responses to the held-out prompts, in order."""
+    written = _write(made, model, scored, temperature=0.0)
+    return [
+        made.chat.decode(rollout.response_ids)
+        for rollout in sorted(written, key=lambda rollout: rollout.sample_id)
+    ]
 
 
 def _on_own_text(made: pair.Pair, model: Any) -> dict[str, Any]:
     written = _write(made, model, read_scored(made.heldout_scored), temperature=1.0)
     scorer = build_scorer(
-        ScoreConfig(top_k=HELDOUT_TOP_K, row_tokens=made.setting.row_tokens),
+        ScoreConfig(top_k=HELDOUT_TOP_K, row_tokens=made.setting.row_tokens, dtype=made.dtype),
         teacher=made.teacher,
         vocab_size=made.chat.vocab_size,
         needs_ifd=False,
@@ -77,8 +90,14 @@ def _load(made: pair.Pair, student: Path) -> Any:
     return load_model(student, device=made.setting.device)
 
 
+def _computing(made: pair.Pair, model: Any) -> Any:
+    """Autocast, unless the pair computes in float32."""
+    is_cast = made.dtype == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=is_cast)
+
+
 def _match(made: pair.Pair, model: Any, scored: Sequence[Scored]) -> Match:
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with _computing(made, model):
         return heldout_kl(model, scored, made.setting.row_tokens, 512)
 
 
@@ -106,5 +125,5 @@ def _write(
         Ask(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
         for i, s in enumerate(scored)
     ]
-    with torch.autocast(model.device.type, torch.bfloat16), decoding(model):
+    with _computing(made, model), decoding(model):
         return list(generate_with(model, asks, sampling, with_logprobs=False))

@@ -63,14 +63,14 @@ class Bench:
         self.folder = folder / f"{setting.task}-{digest(asdict(setting) | drawn)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.common.mkdir(parents=True, exist_ok=True)
-        self.heldout = self._problems(
+        self.heldout = self.write_problems(
             self.common / "heldout.jsonl", "heldout", 0, setting.num_heldout
         )
 
     def teacher_cell(self) -> Cell:
         """The teacher, trained on problems that no student's seed draws in this order."""
         setting = self.setting
-        prompts = self._problems(
+        prompts = self.write_problems(
             self.common / "train.jsonl", "train", -1, setting.teacher_problems, setting.slips
         )
         epochs = setting.teacher_epochs
@@ -90,9 +90,10 @@ class Bench:
         self.teacher_cell()
         home = self.folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
-        cells = [self._start(home, seed)]
+        start = self.start_values(home, seed)
+        cells = [self._cell(home / "start", "start", seed, "sft", start)]
         draw = NEW + seed if self.setting.is_new else seed
-        prompts = self._problems(home / "train.jsonl", "train", draw, self.setting.num_prompts)
+        prompts = self.write_problems(home / "train.jsonl", "train", draw, self.setting.num_prompts)
         for name in names:
             rung = self._rungs[name]
             values = {
@@ -113,12 +114,13 @@ class Bench:
         files = [home / name / "cell.json" for name in ("start", *self._rungs) for home in homes]
         return [json.loads(file.read_text()) for file in files if file.exists()]
 
-    def _start(self, home: Path, seed: int) -> Cell:
+    def start_values(self, home: Path, seed: int) -> dict[str, Any]:
+        """What the run that makes the start of a seed is told; its files go to `home`."""
         setting = self.setting
-        values = {
+        return {
             "student": self._model(home / "init", setting.student, seed),
             "teacher": self.common / "teacher" / "student",
-            "data.train": self._problems(
+            "data.train": self.write_problems(
                 home / "start.jsonl", "train", seed, setting.start_prompts or setting.num_prompts
             ),
             "train.lr": setting.warm_lr,
@@ -127,7 +129,6 @@ class Bench:
             "schedule.epochs": setting.warm_epochs,
             "schedule.reuse": setting.warm_epochs,
         }
-        return self._cell(home / "start", "start", seed, "sft", values)
 
     def _cell(
         self, home: Path, name: str, seed: int, preset: str, values: Mapping[str, Any]
@@ -154,15 +155,11 @@ class Bench:
             print(line(cell), file=sys.stderr, flush=True)
         cell = json.loads(done.read_text())
         student = home / "student"
-        if "workings" not in cell and self._has_workings and student.exists():
+        if "workings" not in cell and student.exists():
             texts = answers(student, self._held_out(), self.setting.max_response)
             cell["workings"] = right_workings(self.setting.task, self._held_out(), texts)
             self._write_cell(home, cell)
         return cell
-
-    @property
-    def _has_workings(self) -> bool:
-        return self.setting.task in ("sum", "list") and not self.setting.slips
 
     def _write_cell(self, home: Path, cell: Cell) -> None:
         (home / "cell.json").write_text(json.dumps(cell, indent=1) + "\n")
@@ -228,7 +225,10 @@ class Bench:
         tokenizer.save_pretrained(path)
         return path
 
-    def _problems(self, path: Path, split: Any, seed: int, count: int, slips: float = 0.0) -> Path:
+    def write_problems(
+        self, path: Path, split: Any, seed: int, count: int, slips: float = 0.0
+    ) -> Path:
+        """A file of the first `count` problems that a seed draws of a split."""
         setting = self.setting
         found = problems(
             setting.task, split, seed, setting.levels, is_varied=setting.is_varied, slips=slips

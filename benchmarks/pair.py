@@ -19,7 +19,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -87,23 +87,19 @@ def models(folder: Path) -> Models:
 
 
 class Pair:
-    """Teacher, start, prompts and held-out text of one setting, each made once."""
+    """Teacher, start and held-out text of one setting, each made once; of prompts, its kinds know.
 
-    def __init__(
-        self, setting: Setting, folder: Path, data: Path, column: str, models: Models
-    ) -> None:
-        """`column` of `data`, a JSONL file, holds the questions."""
-        self.setting, self.teacher, self._pruned = setting, models.teacher, models.pruned
-        made_from = {"data": _content(data), "column": column, "models": models.names()}
-        # What came later counts where it is not as it was before.
-        later = {"write_batch", "device"} & {
-            name for name, value in asdict(Setting()).items() if getattr(setting, name) == value
-        }
-        told = {name: value for name, value in asdict(setting).items() if name not in later}
-        self.root = folder / f"pair-{digest(told | made_from)}"
+    `dtype`: what npd computes in, `system`: what each prompt begins with.
+    """
+
+    dtype: Any = "bfloat16"
+    system: str | None = None
+    is_graded = False
+
+    def __init__(self, setting: Setting, root: Path, teacher: Path) -> None:
+        self.setting, self.root, self.teacher = setting, root, teacher
         self.root.mkdir(parents=True, exist_ok=True)
-        self.chat = Chat.load(models.teacher, system=SYSTEM)
-        self._questions = self._fitting(data, column)
+        self.chat = Chat.load(teacher, system=self.system)
 
     @property
     def start(self) -> Path:
@@ -117,28 +113,27 @@ class Pair:
 
     def heldout(self) -> Path:
         """The held-out prompts."""
-        return self._write(self.root / "heldout.jsonl", 0, self.setting.num_heldout)
+        raise NotImplementedError
 
     def prompts(self, seed: int, count: int) -> Path:
-        """`count` prompts that nothing else, and no other seed, has."""
-        first = self.setting.num_heldout + self.setting.warm_prompts + seed * count
-        return self._write(self.root / f"prompts-{count}-{seed}.jsonl", first, count)
+        """`count` prompts that nothing held out, and not the start, has."""
+        raise NotImplementedError
+
+    def start_run(self) -> tuple[str, dict[str, Any]]:
+        """The preset that makes the start, and what is set on top of it."""
+        raise NotImplementedError
+
+    def grade(self, responses: Sequence[str]) -> dict[str, float]:
+        """What greedy `responses` to the held-out prompts are worth, where a pair `is_graded`."""
+        raise NotImplementedError
 
     def make_start(self) -> dict[str, Any]:
-        """Fine-tune the pruned student on teacher text, once; what that measured."""
-        home, setting = self.root / "start", self.setting
-        values = {
-            "student": self._pruned,
-            "data.train": self._write(
-                self.root / "warm.jsonl", setting.num_heldout, setting.warm_prompts
-            ),
-            "train.lr": setting.warm_lr,
-            "train.min_lr": setting.warm_lr / 10,
-            "train.warmup": 0.1,
-            "train.batch_size": setting.warm_batch,
-            "schedule.epochs": 1,
-            "schedule.reuse": 1,
-        }
+        """Fine-tune the student, once; what that measured."""
+        home = self.root / "start"
+
+        def work() -> npd.RunResult:
+            preset, values = self.start_run()
+            return self.run(home, preset, 0, values)
 
         def measure(result: npd.RunResult) -> dict[str, Any]:
             first, last = result.data.evals[0], result.data.evals[-1]
@@ -153,7 +148,7 @@ class Pair:
                 "response_tokens": sum(step["response_tokens"] for step in result.data.steps),
             }
 
-        return cell(home, lambda: self.run(home, "seqkd", 0, values), measure)
+        return cell(home, work, measure)
 
     def run(
         self, home: Path, preset: str, seed: int, values: Mapping[str, Any], view: Any = None
@@ -167,15 +162,18 @@ class Pair:
             "student": self.start,
             "teacher": self.teacher,
             "data.heldout": self.heldout(),
-            "data.system": SYSTEM,
+            "data.system": self.system,
             "data.max_prompt_tokens": setting.max_prompt,
             "generate.max_new_tokens": setting.max_response,
             "generate.batch_size": setting.write_batch,
-            "generate.shard_size": 64,
+            "generate.shard_size": max(64, setting.write_batch),
+            "generate.dtype": self.dtype,
             "score.row_tokens": setting.row_tokens,
+            "score.dtype": self.dtype,
             "filter.drop_truncated": False,
             "train.row_tokens": setting.row_tokens,
             "train.batch_size": 16,
+            "train.dtype": self.dtype,
             "eval.max_new_tokens": setting.max_response,
             "eval.batch_size": setting.write_batch,
             "eval.num_samples": setting.num_heldout,
@@ -189,6 +187,51 @@ class Pair:
         if not result.is_done:
             sys.exit("interrupted: the same command with the same --folder goes on")
         return result
+
+
+class RealPair(Pair):
+    """SmolLM2-135M and half of its layers, on questions of a file."""
+
+    system = SYSTEM
+
+    def __init__(
+        self, setting: Setting, folder: Path, data: Path, column: str, models: Models
+    ) -> None:
+        """`column` of `data`, a JSONL file, holds the questions."""
+        self._pruned = models.pruned
+        made_from = {"data": _content(data), "column": column, "models": models.names()}
+        # What came later counts where it is not as it was before.
+        later = {"write_batch", "device"} & {
+            name for name, value in asdict(Setting()).items() if getattr(setting, name) == value
+        }
+        told = {name: value for name, value in asdict(setting).items() if name not in later}
+        super().__init__(setting, folder / f"pair-{digest(told | made_from)}", models.teacher)
+        self._questions = self._fitting(data, column)
+
+    def heldout(self) -> Path:
+        """The held-out prompts."""
+        return self._write(self.root / "heldout.jsonl", 0, self.setting.num_heldout)
+
+    def prompts(self, seed: int, count: int) -> Path:
+        """`count` prompts that nothing else, and no other seed, has."""
+        first = self.setting.num_heldout + self.setting.warm_prompts + seed * count
+        return self._write(self.root / f"prompts-{count}-{seed}.jsonl", first, count)
+
+    def start_run(self) -> tuple[str, dict[str, Any]]:
+        """Fine-tuning of the pruned student on teacher text."""
+        setting = self.setting
+        return "seqkd", {
+            "student": self._pruned,
+            "data.train": self._write(
+                self.root / "warm.jsonl", setting.num_heldout, setting.warm_prompts
+            ),
+            "train.lr": setting.warm_lr,
+            "train.min_lr": setting.warm_lr / 10,
+            "train.warmup": 0.1,
+            "train.batch_size": setting.warm_batch,
+            "schedule.epochs": 1,
+            "schedule.reuse": 1,
+        }
 
     def _fitting(self, data: Path, column: str) -> list[str]:
         """The questions short enough, shuffled."""

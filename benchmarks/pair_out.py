@@ -30,10 +30,10 @@ BOUND = (
 FEWER = "Rows with fewer seeds: what there was time for."
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, *, needs_data: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that both benchmarks have."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="JSONL file of questions")
+    parser.add_argument("--data", type=Path, required=needs_data, help="JSONL file of questions")
     parser.add_argument("--column", default="question", help="its column that holds them")
     parser.add_argument("--data-name", help="what the page calls the data; default: FILE's name")
     parser.add_argument("--models", type=Path, help="where the two models are kept")
@@ -60,13 +60,17 @@ def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
     """The pair that the command line names; its models are made if they are not there."""
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: give at least 1")
+    if args.data is None:
+        raise InputError("--data: name a JSONL file with a question a line, or a task by --task")
     if not args.data.is_file():
         raise DataError(
             f"--data {args.data}: no such file: name a JSONL file with a question a line, such as "
             "GSM8K's train.jsonl"
         )
     made = pair.models(args.models or folder / "models")
-    return pair.Pair(changed(pair.Setting(), args.set_pair), folder, args.data, args.column, made)
+    return pair.RealPair(
+        changed(pair.Setting(), args.set_pair), folder, args.data, args.column, made
+    )
 
 
 def changed(setting: S, items: Sequence[str]) -> S:
@@ -114,9 +118,11 @@ def about(
     named = {} if args.data_name is None else {"data-name": [args.data_name]}
     options = {**named, **chosen, "set": args.set, "set-pair": args.set_pair}
     extra = "".join(f" --{name} {shlex.join(items)}" for name, items in options.items() if items)
+    task = getattr(args, "task", None)
+    what = f"--task {task}" if task else "--data FILE"
     return {
-        "command": f"python benchmarks/{program} --data FILE --seeds {seeds}{extra}",
-        "data": args.data_name or args.data.name,
+        "command": f"python benchmarks/{program} {what} --seeds {seeds}{extra}",
+        "data": f"task {task}" if task else args.data_name or args.data.name,
         "commits": sorted({found["commit"] for found in cells}),
         "machine": machine(),
         "versions": versions(),

@@ -28,8 +28,8 @@ TARGETS = {"trainer": 8.1, "samples": 3.0, "time": 1 / 3}
 TRAINER = "trainer tokens/s (TRL: of whole steps)"
 BARE = "tokens/s without generation and the teacher's layers"
 REST = "student, heads, loss, optimiser"
-# The name on a curve and the words for it.
-KLS = (("kl", "held-out KL"), ("own_kl", "KL on own text"))
+# What less of is better: the name on a curve and the words for it. Wrong: on a task of the ladder.
+KLS = {"kl": "held-out KL", "own_kl": "KL on own text", "wrong": "share of wrong workings"}
 NO_TARGET = "no target: the peer is never below its start"
 
 
@@ -66,41 +66,57 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
     """The Markdown page."""
     sides = {name: [c for c in cells if c["side"] == name] for name in NAMES}
     sides = {name: found for name, found in sides.items() if found}
+    known = {name: words for name, words in KLS.items() if name in start}
     lines = [
-        "# Whole runs against TRL, on the real pair",
+        f"# Whole runs against TRL, on the {_pair_of(about)}",
         "",
         "Made by `benchmarks/peers_run.py`; do not edit. What is counted, and how the sides are "
         f"kept alike, is said there. {_time_of(about)}; ±: 95 % t-interval over seeds; without "
         "it, one seed. Ratios are npd's over the peer's, paired by seed: of rates (1 and 2) more "
         f"is better, of the time (3) less. Met: by every seed. {BOUND} {FEWER}",
         "",
-        _weights(about["setting"], about["tried"]),
+        _weights(about["setting"], about.get("tried", ())),
         "",
-        f"The start: held-out KL {start['kl']:.4f}, {start['own_kl']:.4f} on its own text; "
-        f"fine-tuned on teacher text from a pruned student at {start['start_kl']:.3f}.",
+        f"The start: {', '.join(f'{words} {start[name]:.4f}' for name, words in known.items())}; "
+        f"fine-tuned from a student at held-out KL {start['start_kl']:.3f}.",
         "",
-        *_numbers(sides),
+        *_numbers(sides, known),
         "",
-        *_ratios(sides),
+        *_ratios(sides, known),
         "",
         *_where(sides),
         "",
-        *_curves(sides),
+        *_curves(sides, known),
         "",
         "- npd's second setting: "
         + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
-        "- learning rates tried before, one run each, 64 tokens (prompts of the start): held-out "
-        "KL, KL on own text after so many CPU s: "
-        + "; ".join(
-            f"{NAMES.get(side, side)} ({start}){f' {dtype}' if dtype else ''} {rate:g}: {kl:.3f}, "
-            f"{own:.3f} ({seconds})"
-            for side, start, rate, dtype, seconds, kl, own in about["tuned"]
-        ),
-        "- tried for TRL before, two steps each, samples a CPU second: "
-        + "; ".join(f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]),
+        *_tried(about),
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pair_of(about: Mapping[str, Any]) -> str:
+    return "real pair" if "tuned" in about else f"ladder's pair ({about['data']})"
+
+
+def _tried(about: Mapping[str, Any]) -> list[str]:
+    """What was tried on the real pair."""
+    if "tuned" not in about:
+        return []
+    rates = "; ".join(
+        f"{NAMES.get(side, side)} ({start}){f' {dtype}' if dtype else ''} {rate:g}: {kl:.3f}, "
+        f"{own:.3f} ({seconds})"
+        for side, start, rate, dtype, seconds, kl, own in about["tuned"]
+    )
+    sizes = "; ".join(
+        f"{name} {dtype} batch {n}: {rate}" for name, dtype, n, rate in about["tried"]
+    )
+    return [
+        "- learning rates tried before, one run each, 64 tokens (prompts of the start): held-out "
+        f"KL, KL on own text after so many CPU s: {rates}",
+        f"- tried for TRL before, two steps each, samples a CPU second: {sizes}",
+    ]
 
 
 def _time_of(about: Mapping[str, Any]) -> str:
@@ -113,7 +129,8 @@ def _time_of(about: Mapping[str, Any]) -> str:
 def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
     """What the sides' weights and learning rates are."""
     dtype = setting["peer_dtype"]
-    why = ", the fastest of those tried" if dtype == max(tried, key=lambda one: one[3])[1] else ""
+    fastest = max(tried, key=lambda one: one[3])[1] if tried else None
+    why = ", the fastest of those tried" if dtype == fastest else ""
     return (
         f"TRL: {dtype} weights and optimiser state{why}, learning rate {setting['peer_lr']:g}; "
         f"npd: float32 weights, {setting['npd_lr']:g}, and {setting['second_lr']:g} with the "
@@ -122,11 +139,11 @@ def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _numbers(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+def _numbers(sides: Mapping[str, Sequence[Cell]], known: Mapping[str, str]) -> list[str]:
     lines = head(
         "", "seeds", TRAINER, BARE, "samples trained on, an hour", "fresh samples, an hour",
-        "CPU s", "samples trained on", "of them fresh", "held-out KL at the end",
-        f"{OWN_KL}, at the end",
+        "CPU s", "samples trained on", "of them fresh",
+        *(f"{OWN_KL if name == 'own_kl' else words}, at the end" for name, words in known.items()),
     )  # fmt: skip
     for name, cells in sides.items():
         found = [speeds(cell) for cell in cells]
@@ -141,21 +158,20 @@ def _numbers(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
                 spread([cell["seconds"]["step"] for cell in cells]),
                 f"{mean(cell['samples'] for cell in cells):,.0f}",
                 f"{mean(cell['fresh'] for cell in cells):,.0f}",
-                spread([cell["kl"] for cell in cells], 4),
-                spread([cell["own_kl"] for cell in cells], 4),
+                *(spread([cell[kl] for cell in cells], 4) for kl in known),
             )
         )
     return lines
 
 
-def _ratios(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
+def _ratios(sides: Mapping[str, Sequence[Cell]], known: Mapping[str, str]) -> list[str]:
     lines = head("", "against", "what", "ratio", "aim", "result")
     for own in OURS:
         mine = {cell["seed"]: cell for cell in sides.get(own, ())}
         for name, cells in sides.items():
             pairs = [(mine[cell["seed"]], cell) for cell in cells if cell["seed"] in mine]
             if name not in OURS and pairs:
-                rows = [*_speed_ratios(pairs), *(_time(pairs, *kind) for kind in KLS)]
+                rows = [*_speed_ratios(pairs), *(_time(pairs, *kind) for kind in known.items())]
                 lines += [row(NAMES[own], NAMES[name], *cells) for cells in rows]
     return lines
 
@@ -201,7 +217,8 @@ def _time(pairs: Sequence[tuple[Cell, Cell]], kl: str, name: str) -> tuple[str, 
             notes.append(f"seed {theirs['seed']}: npd never at {value:.4f}")
         else:
             shares.append(reached / seconds)
-            notes.append(f"KL {value:.4f}: {reached:.0f} s against {seconds:.0f} s")
+            unit = "" if kl == "wrong" else "KL "
+            notes.append(f"{unit}{value:.4f}: {reached:.0f} s against {seconds:.0f} s")
     if not shares:
         return label, "", "<= 1/3", NO_TARGET
     known = [share for share in shares if math.isfinite(share)]
@@ -248,12 +265,12 @@ def parts(seconds: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _curves(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
-    lines = head("", "seed", "held-out KL, KL on own text at (CPU s, samples trained on)")
+def _curves(sides: Mapping[str, Sequence[Cell]], known: Mapping[str, str]) -> list[str]:
+    lines = head("", "seed", f"{', '.join(known.values())} at (CPU s, samples trained on)")
     for name, cells in sides.items():
         for cell in cells:
             points = "; ".join(
-                f"{point['kl']:.4f}, {point['own_kl']:.4f} "
+                f"{', '.join(f'{point[kl]:.4f}' for kl in known)} "
                 f"({point['seconds']:.0f}, {point['samples']:.0f})"
                 for point in cell["curve"]
             )

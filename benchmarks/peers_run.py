@@ -1,7 +1,8 @@
-"""Whole runs of npd against TRL's `DistillationTrainer` and `GKDTrainer`, on the real pair.
+"""Whole runs of npd against TRL's `DistillationTrainer` and `GKDTrainer`, on one pair.
 
     make peers DATA=gsm8k_train.jsonl
     python benchmarks/peers_run.py --data FILE [--seeds N] [--folder DIR] [--out DIR]
+    python benchmarks/peers_run.py --task sum    # a pair of the ladder's; needs no data
 
 All start from the same student (`pair.py`), with the same teacher, prompts, longest response,
 temperature, optimiser and learning rate (constant; `TUNED` has what was tried), and minimise a
@@ -9,7 +10,8 @@ forward KL. TRL is strictly on-policy; its weights and optimiser state are of th
 fastest with (`TRIED`), npd's weights are float32. npd runs its `npd` preset (each response is
 trained on `npd_reuse` times, one refresh half way, top-10 KD with a tenth of CE, Δ-IFD), and a
 second time with `SECOND`, made after the preset had been seen: KD alone, on the top 32 and the mass
-outside, which is closer to TRL's full KL. `make peers` has a start of 96 prompts instead of
+outside, which is closer to TRL's full KL; on a task of the ladder: new text in each epoch
+(`TASKS`, also for the sizes there). `make peers` has a start of 96 prompts instead of
 `pair.py`'s 480, after which hardly anything that follows lowers held-out KL. One thread each, one
 after another, CPU time of the process (with `--set-pair device=cuda` wall time, the device's
 included; so below). Counted on no side: imports, loading, saving what is exported, evaluation.
@@ -24,7 +26,8 @@ Three numbers, each with its name:
 3. CPU time to a KL: for each peer and seed, the lowest that this peer has at any of its
    evaluations, and when; for npd, its first evaluation at or below that. Of two KLs, on held-out
    prompts: on the teacher's text, and on what the student writes itself (`judging.py`), which is
-   what on-policy text trains. The same evaluator for all.
+   what on-policy text trains. On a task also to the smallest share of wrong workings. The same
+   evaluator for all.
 """
 
 from __future__ import annotations
@@ -43,14 +46,16 @@ from unittest.mock import patch
 import judging
 import pair
 import pair_out
+import task_pair
 from common import clock_of, seconds
 from ladder_bench import one_thread
-from ladder_setting import digest
+from ladder_setting import SETTINGS, digest
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.observe.live import LiveState
 from npd.workers.trainer import TrainerWorker
-from peers_page import NAMES, OURS, page
+from peers_page import KLS, NAMES, OURS, page
+from task_pair import TaskPair
 
 Point: TypeAlias = Mapping[str, float]
 Look: TypeAlias = Callable[[Path], dict[str, float]]
@@ -81,8 +86,8 @@ TUNED = (
     ("gkd", 96, 2e-4, "bfloat16", 107, 1.831, 0.778),
     ("gkd", 96, 2e-4, "float32", 163, 1.778, 0.719),
 )
-# npd's second setting.
-SECOND = {"loss.target": "tail", "loss.kd_weight": 1.0, "score.top_k": 32}
+# npd's second setting on the real pair.
+SECOND: Mapping[str, Any] = {"loss.target": "tail", "loss.kd_weight": 1.0, "score.top_k": 32}
 COUNTED = ("generate", "score", "train", "publish")
 
 
@@ -98,11 +103,25 @@ class Setting:
     npd_epochs: int = 6
     npd_reuse: int = 3
     npd_batch: int = 16
+    npd_segment: int = 2
     eval_steps: int = 4
     peer_batch: int = 16
     peer_dtype: str = "bfloat16"
     peer_most_steps: int = 1000
     every: float = 50.0
+
+
+# On a task of the ladder: its rate, batch and epochs for all, and no more samples for TRL than npd
+# trains on. The second setting is its row "refresh every epoch".
+TASKS = Setting(
+    num_prompts=1536, npd_lr=1e-3, second_lr=1e-3, peer_lr=1e-3, budget=600.0, npd_epochs=8,
+    npd_reuse=4, npd_batch=64, npd_segment=16, eval_steps=24, peer_batch=64, peer_dtype="float32",
+    peer_most_steps=192, every=15.0,
+)  # fmt: skip
+EACH_EPOCH: Mapping[str, Any] = {
+    "schedule.reuse": 1,
+    "schedule.refresh": {"at_epochs": list(range(1, TASKS.npd_epochs))},
+}
 
 
 class CpuView:
@@ -167,9 +186,14 @@ def looked_at(look: Look) -> Iterator[list[dict[str, float]]]:
         yield found
 
 
-def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -> dict[str, Any]:
+def second_of(made: pair.Pair) -> Mapping[str, Any]:
+    """npd's second setting."""
+    return EACH_EPOCH if made.is_graded else SECOND
+
+
+def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_second: bool) -> dict[str, Any]:
     """What a run of npd is told on top of its preset."""
-    lr = setting.second_lr if is_tail else setting.npd_lr
+    lr = setting.second_lr if is_second else setting.npd_lr
     return {
         "data.train": made.prompts(seed, setting.num_prompts),
         "train.lr": lr,
@@ -178,19 +202,19 @@ def npd_values(made: pair.Pair, setting: Setting, seed: int, *, is_tail: bool) -
         "schedule.epochs": setting.npd_epochs,
         "schedule.reuse": setting.npd_reuse,
         "schedule.refresh": {"at_epochs": [setting.npd_epochs // 2]},
-        "schedule.segment_steps": 2,
+        "schedule.segment_steps": setting.npd_segment,
         "eval.every_steps": setting.eval_steps,
         "eval.num_samples": 0,
-        **(SECOND if is_tail else {}),
+        **(second_of(made) if is_second else {}),
     }
 
 
 def run_npd(
-    made: pair.Pair, setting: Setting, seed: int, home: Path, first: Point, *, is_tail: bool
+    made: pair.Pair, setting: Setting, seed: int, home: Path, first: Point, *, is_second: bool
 ) -> dict[str, Any]:
     """A whole run of npd: what it trained, and the CPU time of its stages; `first`: the start."""
     view = CpuView(clock_of(made.setting.device))
-    values = npd_values(made, setting, seed, is_tail=is_tail)
+    values = npd_values(made, setting, seed, is_second=is_second)
     with looked_at(lambda student: judging.glance(made, student)) as looks:
         data = made.run(home, "npd", seed, values, view).data
     steps, evals = data.steps, data.evals
@@ -232,7 +256,7 @@ def run_peer(
             student=made.start,
             teacher=made.teacher,
             prompts=made.prompts(seed, setting.num_prompts),
-            system=pair.SYSTEM,
+            system=made.system,
             seed=seed,
             lr=setting.peer_lr,
             batch=setting.peer_batch,
@@ -240,6 +264,7 @@ def run_peer(
             budget=setting.budget,
             most_steps=setting.peer_most_steps,
             dtype=setting.peer_dtype,
+            teacher_dtype=made.dtype,
             every=setting.every,
             device=made.setting.device,
         ),
@@ -256,11 +281,19 @@ SIDES = tuple(NAMES)
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = pair_out.make_parser(__doc__)
+    parser = pair_out.make_parser(__doc__, needs_data=False)
+    parser.add_argument("--task", choices=sorted(SETTINGS), help="a pair of the ladder's instead")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     return parser.parse_args()
+
+
+def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
+    """The pair that the command line names."""
+    if args.task is None:
+        return pair_out.open_pair(args, folder)
+    return TaskPair(SETTINGS[args.task], pair_out.changed(task_pair.SETTING, args.set_pair), folder)
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -268,14 +301,14 @@ def bench(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("trl") is None:
         raise InputError("this needs TRL: pip install 'trl>=1.16' (the `bench` extra)")
     one_thread()
-    setting = pair_out.changed(Setting(), args.set)
+    setting = pair_out.changed(TASKS if args.task else Setting(), args.set)
     with pair_out.place(args) as folder:
-        made = pair_out.open_pair(args, folder)
+        made = open_pair(args, folder)
         start = made.make_start()
         look = pair.cell(
             made.root / "start" / "look", lambda: judging.glance(made, made.start), dict
         )
-        first = {name: look[name] for name in ("kl", "agreement", "own_kl")}
+        first = {name: look[name] for name in (*KLS, "agreement") if name in look}
         home = made.root / f"peers-{digest(asdict(setting))}"
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for side in args.sides:
@@ -285,7 +318,9 @@ def bench(args: argparse.Namespace) -> int:
     sides = [side for side in SIDES if any(cell["side"] == side for cell in cells)]
     about = pair_out.about("peers_run.py", args, cells, {"sides": sides})
     about["setting"] = {**asdict(made.setting), **asdict(setting)}
-    about |= {"tried": TRIED, "tuned": TUNED, "second": SECOND}
+    about["second"] = second_of(made)
+    if args.task is None:
+        about |= {"tried": TRIED, "tuned": TUNED}
     record = {"start": start, "cells": cells, **about}
     pair_out.publish(args.out, "peers", page(start, cells, about), record)
     return 0
@@ -296,10 +331,10 @@ def _cell(
 ) -> None:
     def work() -> dict[str, Any]:
         if side in OURS:
-            found = run_npd(made, setting, seed, home, first, is_tail=side == "npd_tail")
+            found = run_npd(made, setting, seed, home, first, is_second=side == "npd_tail")
         else:
             found = run_peer(made, setting, seed, side, home, first)
-        last = {name: found["curve"][-1][name] for name in ("kl", "own_kl")}
+        last = {name: found["curve"][-1][name] for name in KLS if name in first}
         return {"side": side, "seed": seed, **last, **found}
 
     pair.cell(home, work, lambda found: found)

@@ -1,4 +1,4 @@
-"""TRL's `DistillationTrainer` and `GKDTrainer` on the pair of `pair.py`, timed and evaluated.
+"""TRL's `DistillationTrainer` and `GKDTrainer` on a pair of `pair.py`, timed and evaluated.
 
 Both run as their users call them, `trainer.train()` on conversations, strictly on-policy, forward
 KL at temperature 1, transformers' `generate`, nothing recomputed. A callback reads the process's
@@ -37,7 +37,7 @@ class PeerSetting:
     student: Path
     teacher: Path
     prompts: Path
-    system: str
+    system: str | None
     seed: int
     lr: float
     batch: int
@@ -45,6 +45,7 @@ class PeerSetting:
     budget: float
     most_steps: int = 1000
     dtype: str = "bfloat16"
+    teacher_dtype: str = "bfloat16"
     every: float = 40.0
     """Seconds of steps between evaluations."""
     device: str = "cpu"
@@ -119,7 +120,7 @@ def run_peer(name: str, setting: PeerSetting, evaluate: Evaluate, out: Path) -> 
     torch.manual_seed(setting.seed)
     load = partial(load_model, device=setting.device, packed=False)
     student = load(setting.student, dtype=setting.dtype).train()
-    teacher = load(setting.teacher, dtype="bfloat16")
+    teacher = load(setting.teacher, dtype=setting.teacher_dtype)
     _time_teacher(teacher, count)
     make = {"distillation": _distillation, "gkd": _gkd}[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -172,8 +173,8 @@ def _conversations(setting: PeerSetting) -> list[list[dict[str, str]]]:
     lines = setting.prompts.read_text().splitlines()
     questions = [json.loads(line)["prompt"] for line in lines]
     random.Random(setting.seed).shuffle(questions)
-    system = {"role": "system", "content": setting.system}
-    return [[system, {"role": "user", "content": question}] for question in questions]
+    system = [{"role": "system", "content": setting.system}] if setting.system else []
+    return [[*system, {"role": "user", "content": question}] for question in questions]
 
 
 def _tokenizer(setting: PeerSetting) -> Any:

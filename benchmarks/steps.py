@@ -21,7 +21,9 @@ from tasks import MARK
 
 KINDS = ("right", "operand", "addition", "steps", "form", "final")
 _STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
+_CROSSED = re.compile(r"\d+\+\d+=\d+x")
 _SIGNS = re.compile("[>:]")
+_ADDED = re.compile(r"([abc])\+([abc])=(\d+)\+(\d+)")
 
 
 def kind_of(prompt: str, response: str) -> str:
@@ -49,21 +51,26 @@ def kind_of(prompt: str, response: str) -> str:
 
 
 def right_workings(task: str, problems: Sequence[dict[str, str]], texts: Sequence[str]) -> float:
-    """The share of `texts` with every step right, of sums or lists.
-
-    A list has one right working, but for the sign that a step is written with.
-    """
+    """The share of `texts` with every step right, once what is crossed out is left away."""
     pairs = zip(problems, texts, strict=True)
-    if task == "sum":
-        right = [kind_of(problem["prompt"], text) == "right" for problem, text in pairs]
+    if task in ("sum", "mend"):
+        right = [kind_of(row["prompt"], _CROSSED.sub("", text)) == "right" for row, text in pairs]
     else:
-        assert task == "list", f"the workings of {task} are not known"
-        right = [_plain(problem["completion"]) == _plain(text) for problem, text in pairs]
+        right = [_plain(row["completion"]) == _plain(text) for row, text in pairs]
     return sum(right) / len(right)
 
 
 def _plain(working: str) -> str:
-    return _SIGNS.sub("=", working)
+    """The working of a list or program, of which there is one: free are the sign before a list, and
+    which operand of a program's sum comes first.
+    """
+    return _SIGNS.sub("=", _ADDED.sub(_in_order, working))
+
+
+def _in_order(found: re.Match[str]) -> str:
+    left, right, first, second = found.groups()
+    (left, first), (right, second) = sorted([(left, first), (right, second)])
+    return f"{left}+{right}={first}+{second}"
 
 
 def answers(student: Path, problems: Sequence[dict[str, str]], max_new: int) -> list[str]:

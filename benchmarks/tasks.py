@@ -1,12 +1,13 @@
 """Problems with checkable answers and working in which errors add up: generated, seeded, graded.
 
 Three tasks: `sum` (add two-digit numbers, one at a time), `list` (a list through a chain of
-operations), `program` (assignments executed line by line, values modulo 10). `level` is the number
-of steps of the working. A problem is held out or not by a hash of its content, so no seed can train
-on one that another evaluates. `is_varied` texts choose freely among equally right workings, so that
-a teacher has more to tell than one text shows; without it a problem has one text. In `mend`, a sum,
-a share of the steps is a slip that is crossed out and done again (`39+83=121x39+83=122`): who
-learns from such texts knows what to do after an error, as large models do.
+operations), `program` (assignments executed line by line, values of two digits). `level` is the
+number of steps of the working. A problem is held out or not by a hash of its content, so no seed
+can train on one that another evaluates. `is_varied` texts choose freely among equally right
+workings, so that a teacher has more to tell than one text shows; without it a problem has one text.
+In `mend`, a sum, a share of the steps is a slip that is crossed out and done again
+(`39+83=121x39+83=122`): who learns from such texts knows what to do after an error, as large models
+do.
 
 Also here: the character tokenizer of these texts. Light to import; does not train or decode.
 """
@@ -169,26 +170,35 @@ OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
 
 
 def _program(rng: random.Random, level: int, is_varied: bool) -> Problem:
-    """Three variables, `level` assignments of a sum or product of two of them, one is asked for.
+    """Three variables, `level` assignments of a sum or difference of two of them, one is asked for.
 
-    A step repeats its line, then with values: `a=b+c=3+4=7`; values alone are too much at once for
-    models of these sizes. Where `is_varied`, the operands may be written in either order.
+    Values are of two digits, 00 to 99, and no line leaves that range. A step repeats its line, then
+    with values: `a=b+c=34+07=41`; values alone are too much at once for models of these sizes.
+    Where `is_varied`, the operands of a sum may be written in either order.
     """
-    values = {name: rng.randint(0, 9) for name in "abc"}
-    lines = [f"{name}={value}" for name, value in values.items()]
+    values = {name: rng.randint(0, 99) for name in "abc"}
+    lines = [f"{name}={value:02}" for name, value in values.items()]
     steps, target = [], "a"
     for _ in range(level):
-        target, left, right = rng.choice("abc"), rng.choice("abc"), rng.choice("abc")
-        sign = rng.choice("+*")
+        target, (left, sign, right) = rng.choice("abc"), _within(rng, values)
         lines.append(f"{target}={left}{sign}{right}")
+        if is_varied and sign == "+" and rng.random() < 0.5:
+            left, right = right, left
         first, second = values[left], values[right]
-        result = (first + second if sign == "+" else first * second) % 10
-        if is_varied and rng.random() < 0.5:
-            left, right, first, second = right, left, second, first
-        values[target] = result
-        steps.append(f"{target}={left}{sign}{right}={first}{sign}{second}={result}")
+        values[target] = first + second if sign == "+" else first - second
+        copied, shown = f"{left}{sign}{right}", f"{first:02}{sign}{second:02}"
+        steps.append(f"{target}={copied}={shown}={values[target]:02}")
     prompt = f"{';'.join(lines)}?{target}"
-    return _problem(prompt, steps, str(values[target]), prompt)
+    return _problem(prompt, steps, f"{values[target]:02}", prompt)
+
+
+def _within(rng: random.Random, values: dict[str, int]) -> tuple[str, str, str]:
+    """Two variables and the sign between them, with a result of 0 to 99; none minus itself."""
+    while True:
+        left, sign, right = rng.choice("abc"), rng.choice("+-"), rng.choice("abc")
+        second = values[right] if sign == "+" else -values[right]
+        if 0 <= values[left] + second <= 99 and (sign == "+" or left != right):
+            return left, sign, right
 
 
 def _problem(prompt: str, steps: list[str], answer: str, key: str) -> Problem:

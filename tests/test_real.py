@@ -202,7 +202,7 @@ def test_wrong_settings_are_one_line(complaint, arguments, said):
 def opened(room, data="questions.jsonl", *, column="question", models="models"):
     found = pair.Models(room / models / "teacher", room / models / "pruned")
     setting = pair_out.changed(pair.Setting(), TINY)
-    return pair.Pair(setting, room / "runs", room / data, column, found)
+    return pair.RealPair(setting, room / "runs", room / data, column, found)
 
 
 def test_other_questions_and_models_have_another_folder(room):

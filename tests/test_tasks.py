@@ -60,22 +60,23 @@ def solve_list(problem):
 
 
 def solve_program(problem):
-    """The answer by running the program with Python's own integers, modulo 10 at each line."""
+    """The answer by running the program in Python, every line of the working on the way."""
     source, asked = problem.prompt.split("?")
     values: dict[str, int] = {}
     steps = iter(problem.response.split("####")[0].split(","))
     for line in source.split(";"):
         name, expression = line.split("=")
         before = dict(values)
-        values[name] = eval(expression, {}, values) % 10
+        values[name] = int(expression) if expression.isdigit() else eval(expression, {}, values)
         if not expression.isdigit():
             shown, copied, written, result = next(steps).split("=")
             assert shown == name
-            assert copied in (expression, expression[::-1])
-            assert written == "".join(str(before.get(part, part)) for part in copied)
-            assert eval(written) % 10 == values[name] == int(result)
+            assert copied in (expression, expression[::-1] if "+" in expression else "")
+            assert written == "".join(f"{before[c]:02}" if c in "abc" else c for c in copied)
+            assert 0 <= values[name] == int(result) <= 99
+            assert len(result) == 2
     assert next(steps, None) is None
-    return str(values[asked])
+    return f"{values[asked]:02}"
 
 
 SOLVERS = {"sum": solve_sum, "mend": solve_sum, "list": solve_list, "program": solve_program}
@@ -145,8 +146,10 @@ def plain(task, problem):
     values, steps = {}, []
     for line in problem.prompt.split("?")[0].split(";"):
         name, expression = line.split("=")
-        shown = re.sub("[abc]", lambda found: str(values[found[0]]), expression)
-        values[name] = eval(shown) % 10
+        shown = re.sub("[abc]", lambda found: values[found[0]], expression)
+        left, sign, right = shown[:2], shown[2:3] or "+", shown[3:] or "0"
+        result = int(left) + int(right) if sign == "+" else int(left) - int(right)
+        values[name] = f"{result:02}"
         if not expression.isdigit():
             steps.append(f"{name}={expression}={shown}={values[name]}")
     return ",".join(steps) + f"####{problem.answer}"
