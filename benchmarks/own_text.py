@@ -42,7 +42,7 @@ def own_text(
                 Prompt(i, (Message("user", row["prompt"]),)) for i, row in enumerate(batch, start)
             ]
             prompts = [prompt.prompt_ids.tolist() for prompt in chat.encode_all(asked)]
-            ids, mask, begin = _sample(ours, prompts, max_new)
+            ids, mask, begin = sample(ours, prompts, max_new)
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
             log_q, log_p = (
@@ -59,7 +59,7 @@ def own_text(
     return {"sampled_accuracy": right / len(problems), "own_kl": divergence / tokens}
 
 
-def _sample(model: Any, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Any, Any, int]:
+def sample(model: Any, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Any, Any, int]:
     """Ids and mask `[B, prompt + answer]`, prompts padded on the left, and where answers begin."""
     import torch
 

@@ -116,7 +116,8 @@ def about(
     """
     seeds = 1 + max(int(found["seed"]) for found in cells)
     named = {} if args.data_name is None else {"data-name": [args.data_name]}
-    options = {**named, **chosen, "set": args.set, "set-pair": args.set_pair}
+    sizes = {"set": args.set, "set-pair": args.set_pair, "set-task": getattr(args, "set_task", [])}
+    options = {**named, **chosen, **sizes}
     extra = "".join(f" --{name} {shlex.join(items)}" for name, items in options.items() if items)
     task = getattr(args, "task", None)
     what = f"--task {task}" if task else "--data FILE"

@@ -49,7 +49,7 @@ import pair_out
 import task_pair
 from common import clock_of, seconds
 from ladder_bench import one_thread
-from ladder_setting import SETTINGS, digest
+from ladder_setting import SETTINGS, digest, with_values
 from npd.__main__ import outcome
 from npd.errors import InputError
 from npd.observe.live import LiveState
@@ -283,6 +283,9 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = pair_out.make_parser(__doc__, needs_data=False)
     parser.add_argument("--task", choices=sorted(SETTINGS), help="a pair of the ladder's instead")
+    parser.add_argument(
+        "--set-task", nargs="+", default=[], metavar="NAME=VALUE", help="of the ladder's Setting"
+    )
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
@@ -293,7 +296,8 @@ def open_pair(args: argparse.Namespace, folder: Path) -> pair.Pair:
     """The pair that the command line names."""
     if args.task is None:
         return pair_out.open_pair(args, folder)
-    return TaskPair(SETTINGS[args.task], pair_out.changed(task_pair.SETTING, args.set_pair), folder)
+    sizes = pair_out.changed(task_pair.SETTING, args.set_pair)
+    return TaskPair(with_values(SETTINGS[args.task], args.set_task), sizes, folder)
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from npd.observe.live import LiveState, WorkerState
+from test_ladder import TINY as LADDER_TINY
 from test_real import about, call, complaint, room  # noqa: F401
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -169,6 +171,45 @@ def test_tiny_runs_of_all_sides(room):  # noqa: F811
         assert len(set(looks)) == len(looks)
         assert own["curve"][-1]["seconds"] <= own["seconds"]["step"]
     assert str(room) not in (room / "out" / "peers.json").read_text()
+
+
+@pytest.mark.slow
+def test_tiny_runs_on_a_pair_of_the_ladder(tmp_path):
+    pytest.importorskip("trl")
+    sizes = ["num_prompts=6", "npd_epochs=2", "npd_reuse=1", "npd_batch=3", "eval_steps=1"]
+    sizes += ["peer_batch=3", "peer_most_steps=2", "every=0"]
+    command = [sys.executable, BENCHMARKS / "peers_run.py", "--task", "sum", "--seeds", "1"]
+    command += ["--folder", tmp_path / "runs", "--out", tmp_path / "out", "--set", *sizes]
+    command += ["--sides", "npd", "distillation", "gkd", "--set-task", *LADDER_TINY]
+    command += ["--set-pair", "num_heldout=4", "max_response=40"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "peers.json").read_text())
+    cells = {cell["side"]: cell for cell in record["cells"]}
+    assert set(cells) == {"npd", "distillation", "gkd"}
+    for cell in cells.values():
+        # Models that learned nothing have no step right.
+        assert [point["wrong"] for point in cell["curve"]] == [1.0] * len(cell["curve"])
+        assert cell["curve"][0]["kl"] == record["start"]["kl"] > 0
+        assert len({point["kl"] for point in cell["curve"]}) == len(cell["curve"]) > 1
+        # Sums have no system prompt: nothing before a question but its mark.
+        assert (cell["tokens"] - cell["response_tokens"]) / cell["samples"] < 20
+    page = (tmp_path / "out" / "peers.md").read_text()
+    assert page.startswith("# Whole runs against TRL, on the ladder's pair (task sum)")
+    assert "share of wrong workings, at the end" in page
+    assert "`python benchmarks/peers_run.py --task sum --seeds 1 --sides npd" in page
+    assert "learning rates tried" not in page
+
+
+def test_without_data_and_task_it_says_what_to_name(room, monkeypatch, capsys):  # noqa: F811
+    pytest.importorskip("trl")
+    monkeypatch.setattr(peers_run, "one_thread", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench", "--folder", str(room)])
+    assert peers_run.main() != 0
+    said = capsys.readouterr().err
+    assert said == (
+        "error: --data: name a JSONL file with a question a line, or a task by --task\n"
+    )
 
 
 def test_a_missing_file_is_one_line(complaint):  # noqa: F811

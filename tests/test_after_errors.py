@@ -1,0 +1,80 @@
+"""What should stand after an error, by hand and by properties, and the command on a tiny ladder."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import after_errors
+import tasks
+from after_errors import places
+from ladder_bench import Bench
+from ladder_setting import SETTINGS, with_values
+from test_ladder import TINY
+
+
+def expected(task, prompt, response):
+    """Characters before and after the first error, each run of them a word."""
+    found = {False: "", True: ""}
+    last = -1
+    for place, character, is_after in places(task, prompt, response):
+        found[is_after] += " " * (place > last + 1 and bool(found[is_after])) + character
+        last = place
+    return found[False], found[True]
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "response", "before", "after"),
+    [
+        ("sum", "16+55+12", "16+55=71,71+12=83####83", "71 83", ""),
+        # 16 and 55 are 71: its second digit is wrong, and 72 and 12 are 84 all the same.
+        ("sum", "16+55+12", "16+55=72,72+12=84####84", "71", "84"),
+        # After a wrong first digit nothing of that part is asked any more.
+        ("sum", "16+55+12", "16+55=81,81+12=94####94", "7", "93"),
+        ("sum", "16+55+12", "16+55=71,71+12####83", "71", ""),
+        ("list", "31245:sr", "s=12345,r>54321####54321", "12345 54321", ""),
+        ("list", "31245:sr", "s=12354,r>45321####45321", "1234", "45321"),
+        ("list", "31245:sr", "s=1234,r>45321####45321", "", ""),
+        ("program", "a=03;b=04;c=a+b;a=c-b?a", "c=b+a=04+03=07,a=c-b=07-04=03####03",
+         "04+03 07 07-04 03", ""),
+        # A wrong copy, then what follows from what is written: 05 + 03, and c is 08 from there on.
+        ("program", "a=03;b=04;c=a+b;a=c-b?a", "c=b+a=05+03=08,a=c-b=08-04=04####04",
+         "04", "08 08-04 04"),
+    ],
+)  # fmt: skip
+def test_what_should_stand_is_what_follows_from_what_is_written(
+    task, prompt, response, before, after
+):
+    assert expected(task, prompt, response) == (before, after)
+
+
+@pytest.mark.parametrize("task", ["sum", "list", "program"])
+def test_a_right_text_is_as_expected_everywhere(task):
+    rng = random.Random(0)
+    for _ in range(100):
+        problem = tasks.make(task, rng, 3, is_varied=True)
+        found = list(places(task, problem.prompt, problem.response))
+        assert len(found) >= 2 * (2 if task == "sum" else 3)
+        for place, character, is_after in found:
+            assert problem.response[place] == character
+            assert not is_after
+
+
+def test_the_command_says_it_of_each_student(tmp_path, monkeypatch, capsys):
+    setting = with_values(SETTINGS["list"], TINY)
+    Bench(setting, tmp_path).seed(0, ["sft"])
+    monkeypatch.setattr(after_errors, "one_thread", lambda: None)
+    command = ["after_errors.py", "--folder", tmp_path, "--task", "list", "--set", *TINY]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--rungs", "start", "sft"])
+    assert after_errors.main() == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [cells[1] for cells in rows] == ["teacher", "start", "sft"]
+    # All are asked for the same characters.
+    assert len({(cells[4], cells[7]) for cells in rows}) == 1
+    monkeypatch.setattr(sys, "argv", ["after_errors.py", "--folder", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no start of sum: run the ladder first"):
+        after_errors.main()
