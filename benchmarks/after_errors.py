@@ -6,7 +6,8 @@ On-policy text is worth its price where a teacher, shown a prefix with an error 
 its probability on what follows from what is *written*. Each step of a working has a part that
 follows from what stands before it (`39+83=` then `122`). Here: how likely teacher, start and other
 students find the characters of such parts, before the first error of a text and after it, in texts
-that the start samples at temperature 1. Needs the folder of a ladder that was run; trains nothing.
+that the start samples at temperature 1; and how much of a student's KL to the teacher is where.
+Needs the folder of a ladder that was run; trains nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ladder_bench import Bench, one_thread
 from ladder_setting import SETTINGS, with_values
@@ -27,6 +28,9 @@ from own_text import sample
 from tables import head, row
 from tasks import MARK, OPERATIONS, read_problems
 
+# Of what follows from what is before it: before an error and after one, or inside the part that is
+# wrong; and all other tokens.
+KINDS = ("before", "after", "inside", "other")
 _NUM_TEXTS = 500
 _LIST = re.compile(r"([srxuk])[=>:](\d{5})")
 _SUM = re.compile(r"(\d+)\+(\d+)=(\d+)")
@@ -87,24 +91,37 @@ def _note(task: str, step: str, known: dict[str, str]) -> bool:
     return found is not None
 
 
-def places(task: str, prompt: str, response: str) -> Iterator[tuple[int, str, bool]]:
-    """(index, character that should stand there, is after an error) of each part's characters, up
-    to its first wrong one, which is the last that has all before it as it should be.
+def places(task: str, prompt: str, response: str) -> Iterator[tuple[int, str, str]]:
+    """(index, character that should stand there, one of `KINDS`) of each part's characters.
+
+    Up to its first wrong one a part's characters are `before` or `after` an error of other parts;
+    beyond it they are `inside` one, and nothing is right there any more.
     """
     for part in parts(task, prompt, response):
-        for offset, character in enumerate(part.expected):
-            place = part.start + offset
-            yield place, character, part.is_after_error
+        kind = "after" if part.is_after_error else "before"
+        for place, character in enumerate(part.expected, part.start):
+            yield place, character, kind
             if response[place : place + 1] != character:
-                break
+                kind = "inside"
 
 
-def likelihoods(
+@dataclass(slots=True)
+class Tally:
+    """Sums over characters of one kind: how many, p of the right, is it the likeliest, KL."""
+
+    count: int = 0
+    right: float = 0.0
+    likeliest: int = 0
+    kl: float = 0.0
+
+
+Tallies: TypeAlias = dict[str, Tally]
+
+
+def tallies(
     task: str, models: dict[str, Path], writer: Path, problems: Sequence[dict[str, str]], most: int
-) -> dict[str, dict[bool, tuple[float, float, int]]]:
-    """Of each model: mean probability of the right character, share where it is the likeliest, and
-    how many there are; by whether an error came before.
-    """
+) -> dict[str, Tallies]:
+    """Of each model by `KINDS`, on one text of `writer` to each problem; `models` has a teacher."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,39 +129,61 @@ def likelihoods(
     asked = [Prompt(i, (Message("user", row["prompt"]),)) for i, row in enumerate(problems)]
     prompts = [prompt.prompt_ids.tolist() for prompt in chat.encode_all(asked)]
     torch.manual_seed(0)
+    log_probs = {}
     with torch.inference_mode():
         ours = AutoModelForCausalLM.from_pretrained(writer).eval()
         ids, mask, begin = sample(ours, prompts, most)
-        found = {}
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
         for name, path in models.items():
             model = AutoModelForCausalLM.from_pretrained(path).eval()
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
-            logits = model(**inputs).logits[:, begin - 1 : -1].float()
-            found[name] = _tally(task, chat, problems, (ids, mask, begin), logits.softmax(-1))
-    return found
-
-
-def _tally(
-    task: str, chat: Chat, problems: Sequence[dict[str, str]], texts: Any, probs: Any
-) -> dict[bool, tuple[float, float, int]]:
-    ids, mask, begin = texts
-    rows: dict[bool, list[tuple[float, bool]]] = {False: [], True: []}
-    for problem, answer, is_written, prob in zip(
-        problems, ids[:, begin:], mask[:, begin:].bool(), probs, strict=True
-    ):
-        text = chat.decode(answer[is_written].tolist())
-        for place, character, is_after in places(task, problem["prompt"], text):
-            right = chat.tokenizer.convert_tokens_to_ids(character)
-            rows[is_after].append((float(prob[place, right]), int(prob[place].argmax()) == right))
+            log_probs[name] = model(**inputs).logits[:, begin - 1 : -1].float().log_softmax(-1)
+    written = [
+        chat.decode(answer[is_written.bool()].tolist())
+        for answer, is_written in zip(ids[:, begin:], mask[:, begin:], strict=True)
+    ]
+    found = [
+        (i, place, chat.tokenizer.convert_tokens_to_ids(character), kind)
+        for i, (problem, text) in enumerate(zip(problems, written, strict=True))
+        for place, character, kind in places(task, problem["prompt"], text)
+        if place < len(text)
+    ]
     return {
-        is_after: (
-            sum(p for p, _ in seen) / max(1, len(seen)),
-            sum(is_top for _, is_top in seen) / max(1, len(seen)),
-            len(seen),
-        )
-        for is_after, seen in rows.items()
+        name: _tallies(found, mask[:, begin:], log_q, log_probs["teacher"])
+        for name, log_q in log_probs.items()
     }
+
+
+def _tallies(
+    found: Sequence[tuple[int, int, int, str]], is_written: Any, log_q: Any, log_p: Any
+) -> Tallies:
+    """`found`: (text, place, id of the right character, kind); what is not in it is `other`."""
+    by_kind = {kind: Tally() for kind in KINDS}
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1) * is_written
+    for text, place, right, kind in found:
+        tally, seen = by_kind[kind], log_q[text, place]
+        tally.count += 1
+        tally.right += float(seen[right].exp())
+        tally.likeliest += int(seen.argmax()) == right
+        tally.kl += float(kl[text, place])
+    other = by_kind["other"]
+    other.count = int(is_written.sum()) - sum(tally.count for tally in by_kind.values())
+    other.kl = float(kl.sum()) - sum(tally.kl for tally in by_kind.values())
+    return by_kind
+
+
+def cells(by_kind: Tallies) -> list[str]:
+    """What the table says of one model: of right characters, then shares of tokens and of KL."""
+    tokens, kl = (
+        sum(getattr(tally, name) for tally in by_kind.values()) for name in ("count", "kl")
+    )
+    found = []
+    for kind in ("before", "after"):
+        tally = by_kind[kind]
+        shares = (tally.right, tally.likeliest)
+        found += [f"{100 * share / tally.count:.1f}" if tally.count else "" for share in shares]
+    found += [f"{100 * tally.count / tokens:.1f}" for tally in by_kind.values()]
+    return found + [f"{100 * tally.kl / kl:.1f}" if kl else "" for tally in by_kind.values()]
 
 
 def main() -> int:
@@ -161,8 +200,9 @@ def main() -> int:
     bench = Bench(setting, args.folder)
     problems = read_problems(bench.heldout)[:_NUM_TEXTS]
     lines = head(
-        "seed", "model", "before an error: p of the right, %", "likeliest, %", "characters",
-        "after one: p of the right, %", "likeliest, %", "characters",
+        "seed", "model", "before an error: p of the right, %", "likeliest, %",
+        "after one: p of the right, %", "likeliest, %",
+        *(f"{what}: {kind}, %" for what in ("tokens", "KL to the teacher") for kind in KINDS),
     )  # fmt: skip
     for seed in range(args.seeds):
         home = bench.folder / f"seed-{seed}"
@@ -170,14 +210,9 @@ def main() -> int:
             continue
         models = {"teacher": bench.common / "teacher" / "student"}
         models |= {name: home / name / "student" for name in args.rungs}
-        told = likelihoods(
-            args.task, models, home / "start" / "student", problems, setting.max_response
-        )
-        for name, by_place in told.items():
-            cells = [
-                f"{100 * p:.1f} {100 * top:.1f} {n:,}".split() for p, top, n in by_place.values()
-            ]
-            lines.append(row(str(seed), name, *cells[0], *cells[1]))
+        writer = home / "start" / "student"
+        told = tallies(args.task, models, writer, problems, setting.max_response)
+        lines += [row(str(seed), name, *cells(by_kind)) for name, by_kind in told.items()]
     if len(lines) == 2:
         sys.exit(f"--folder {args.folder}: no start of {args.task}: run the ladder first")
     print("\n".join(lines))

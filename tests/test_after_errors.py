@@ -18,38 +18,38 @@ from test_ladder import TINY
 
 
 def expected(task, prompt, response):
-    """Characters before and after the first error, each run of them a word."""
-    found = {False: "", True: ""}
+    """Characters before and after the first error, each run of them a word; and how many inside."""
+    found = dict.fromkeys(after_errors.KINDS, "")
     last = -1
-    for place, character, is_after in places(task, prompt, response):
-        found[is_after] += " " * (place > last + 1 and bool(found[is_after])) + character
+    for place, character, kind in places(task, prompt, response):
+        found[kind] += " " * (place > last + 1 and bool(found[kind])) + character
         last = place
-    return found[False], found[True]
+    return found["before"], found["after"], len(found["inside"])
 
 
 @pytest.mark.parametrize(
-    ("task", "prompt", "response", "before", "after"),
+    ("task", "prompt", "response", "before", "after", "inside"),
     [
-        ("sum", "16+55+12", "16+55=71,71+12=83####83", "71 83", ""),
+        ("sum", "16+55+12", "16+55=71,71+12=83####83", "71 83", "", 0),
         # 16 and 55 are 71: its second digit is wrong, and 72 and 12 are 84 all the same.
-        ("sum", "16+55+12", "16+55=72,72+12=84####84", "71", "84"),
+        ("sum", "16+55+12", "16+55=72,72+12=84####84", "71", "84", 0),
         # After a wrong first digit nothing of that part is asked any more.
-        ("sum", "16+55+12", "16+55=81,81+12=94####94", "7", "93"),
-        ("sum", "16+55+12", "16+55=71,71+12####83", "71", ""),
-        ("list", "31245:sr", "s=12345,r>54321####54321", "12345 54321", ""),
-        ("list", "31245:sr", "s=12354,r>45321####45321", "1234", "45321"),
-        ("list", "31245:sr", "s=1234,r>45321####45321", "", ""),
+        ("sum", "16+55+12", "16+55=81,81+12=94####94", "7", "93", 1),
+        ("sum", "16+55+12", "16+55=71,71+12####83", "71", "", 0),
+        ("list", "31245:sr", "s=12345,r>54321####54321", "12345 54321", "", 0),
+        ("list", "31245:sr", "s=12354,r>45321####45321", "1234", "45321", 1),
+        ("list", "31245:sr", "s=1234,r>45321####45321", "", "", 0),
         ("program", "a=03;b=04;c=a+b;a=c-b?a", "c=b+a=04+03=07,a=c-b=07-04=03####03",
-         "04+03 07 07-04 03", ""),
+         "04+03 07 07-04 03", "", 0),
         # A wrong copy, then what follows from what is written: 05 + 03, and c is 08 from there on.
         ("program", "a=03;b=04;c=a+b;a=c-b?a", "c=b+a=05+03=08,a=c-b=08-04=04####04",
-         "04", "08 08-04 04"),
+         "04", "08 08-04 04", 3),
     ],
 )  # fmt: skip
 def test_what_should_stand_is_what_follows_from_what_is_written(
-    task, prompt, response, before, after
+    task, prompt, response, before, after, inside
 ):
-    assert expected(task, prompt, response) == (before, after)
+    assert expected(task, prompt, response) == (before, after, inside)
 
 
 @pytest.mark.parametrize("task", ["sum", "list", "program"])
@@ -59,9 +59,8 @@ def test_a_right_text_is_as_expected_everywhere(task):
         problem = tasks.make(task, rng, 3, is_varied=True)
         found = list(places(task, problem.prompt, problem.response))
         assert len(found) >= 2 * (2 if task == "sum" else 3)
-        for place, character, is_after in found:
-            assert problem.response[place] == character
-            assert not is_after
+        for place, character, kind in found:
+            assert (problem.response[place], kind) == (character, "before")
 
 
 def test_the_command_says_it_of_each_student(tmp_path, monkeypatch, capsys):
@@ -73,8 +72,10 @@ def test_the_command_says_it_of_each_student(tmp_path, monkeypatch, capsys):
     assert after_errors.main() == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [cells[1] for cells in rows] == ["teacher", "start", "sft"]
-    # All are asked for the same characters.
-    assert len({(cells[4], cells[7]) for cells in rows}) == 1
+    # The same tokens for all; the teacher is no distance from itself.
+    assert len({tuple(cells[6:10]) for cells in rows}) == 1
+    assert sum(map(float, rows[0][6:10])) == pytest.approx(100, abs=0.3)
+    assert all(sum(map(float, cells[10:13])) <= 100.1 for cells in rows[1:])
     monkeypatch.setattr(sys, "argv", ["after_errors.py", "--folder", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no start of sum: run the ladder first"):
         after_errors.main()
