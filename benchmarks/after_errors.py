@@ -209,7 +209,11 @@ def main() -> int:
         if not (home / "start" / "student").exists():
             continue
         models = {"teacher": bench.common / "teacher" / "student"}
-        models |= {name: home / name / "student" for name in args.rungs}
+        models |= {
+            name: home / name / "student"
+            for name in args.rungs
+            if (home / name / "student").exists()
+        }
         writer = home / "start" / "student"
         told = tallies(args.task, models, writer, problems, setting.max_response)
         lines += [row(str(seed), name, *cells(by_kind)) for name, by_kind in told.items()]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, TypeAlias
 
+from common import number
 from pair_out import BOUND, FEWER, OWN_KL, foot, spread
 from tables import head, row
 
@@ -97,7 +98,8 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
 
 
 def _pair_of(about: Mapping[str, Any]) -> str:
-    return "real pair" if "tuned" in about else f"ladder's pair ({about['data']})"
+    task = about.get("task")
+    return f"ladder's pair (task {task})" if task else "real pair"
 
 
 def _tried(about: Mapping[str, Any]) -> list[str]:
@@ -243,8 +245,8 @@ def _where(sides: Mapping[str, Sequence[Cell]]) -> list[str]:
                     NAMES[name],
                     part,
                     f"{100 * mean(shares):.0f}",
-                    f"{mean(each):.0f}",
-                    f"{mean(fresh):.0f}",
+                    number(mean(each)),
+                    number(mean(fresh)),
                     f"{mean(c['tokens'] / c['samples'] for c in cells):.0f}",
                     f"{mean(c['response_tokens'] / c['samples'] for c in cells):.0f}",
                 )
