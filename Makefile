@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench gpu bench-loss soak ladder filter-study rl real peers docs clean
+.PHONY: help install vllm demo test lint types check bench gpu bench-loss soak ladder filter-study rl real peers peers-sum docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ real: install  ## the ladder on the demo's real pair; DATA=FILE names the questi
 
 peers: install  ## whole runs against TRL's trainers, on the same pair; DATA=FILE
 	$(BIN)/python benchmarks/peers_run.py --data $(DATA) --folder runs/real --set-pair warm_prompts=96 --out benchmarks/results/peers
+
+peers-sum: install  ## the same on a pair of the ladder, where a KL can be aimed at; goes on likewise
+	$(BIN)/python benchmarks/peers_run.py --task sum --seeds 5 --folder runs/ladder --out benchmarks/results/peers-sum
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py

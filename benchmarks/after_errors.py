@@ -1,6 +1,6 @@
 """What teacher and student say after a student's own error: does training there teach the right?
 
-    python benchmarks/after_errors.py --folder DIR [--task list] [--set NAME=VALUE ...] [--seeds N]
+    python benchmarks/after_errors.py --folder DIR [--task list] [--set NAME=VALUE ...] [--out FILE]
 
 On-policy text is worth its price where a teacher, shown a prefix with an error in it, still puts
 its probability on what follows from what is *written*. Each step of a working has a part that
@@ -15,17 +15,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from common import commit
 from ladder_bench import Bench, one_thread
 from ladder_setting import SETTINGS, with_values
 from npd.chat import Chat
 from npd.types import Message, Prompt
 from own_text import sample
-from tables import head, row
+from tables import head, points, row
 from tasks import MARK, OPERATIONS, read_problems
 
 # Of what follows from what is before it: before an error and after one, or inside the part that is
@@ -172,54 +173,89 @@ def _tallies(
     return by_kind
 
 
-def cells(by_kind: Tallies) -> list[str]:
+def shares(by_kind: Tallies) -> list[float | None]:
     """What the table says of one model: of right characters, then shares of tokens and of KL."""
-    tokens, kl = (
-        sum(getattr(tally, name) for tally in by_kind.values()) for name in ("count", "kl")
-    )
-    found = []
+    tokens = sum(tally.count for tally in by_kind.values())
+    kl = sum(tally.kl for tally in by_kind.values())
+    found: list[float | None] = []
     for kind in ("before", "after"):
         tally = by_kind[kind]
-        shares = (tally.right, tally.likeliest)
-        found += [f"{100 * share / tally.count:.1f}" if tally.count else "" for share in shares]
-    found += [f"{100 * tally.count / tokens:.1f}" for tally in by_kind.values()]
-    return found + [f"{100 * tally.kl / kl:.1f}" if kl else "" for tally in by_kind.values()]
+        of = tally.count or None
+        found += [of and tally.right / of, of and tally.likeliest / of]
+    found += [tally.count / tokens for tally in by_kind.values()]
+    return found + [tally.kl / kl if kl else None for tally in by_kind.values()]
+
+
+def page(found: Mapping[str, Mapping[int, Sequence[float | None]]], about: Sequence[str]) -> str:
+    """The Markdown page of each model's `shares` by seed: means over seeds, then all of them."""
+    columns = (
+        "before an error: p of the right, %", "likeliest, %", "after one: p of the right, %",
+        "likeliest, %",
+        *(f"{what}: {kind}, %" for what in ("tokens", "KL to the teacher") for kind in KINDS),
+    )  # fmt: skip
+    means, each = head("model", "seeds", *columns), head("model", "seed", *columns)
+    for name, by_seed in found.items():
+        values = [
+            points([value for value in column if value is not None])
+            if any(value is not None for value in column)
+            else ""
+            for column in zip(*by_seed.values(), strict=True)
+        ]
+        means.append(row(name, str(len(by_seed)), *values))
+        for seed, numbers in by_seed.items():
+            cells = ("" if value is None else f"{100 * value:.1f}" for value in numbers)
+            each.append(row(name, str(seed), *cells))
+    lines = [
+        "# After a student's own errors", "",
+        "Made by `benchmarks/after_errors.py`; do not edit. What each column is, is said there. "
+        f"Of one text of the start to each of {_NUM_TEXTS} held-out problems, at temperature 1. "
+        "±: 95 % t-interval over seeds.", "",
+        *means, "", *each, "", *about,
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Print a table, a row for each model and seed."""
+    """Print the page, and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of a ladder that was run")
     parser.add_argument("--task", choices=sorted(SETTINGS), default="sum")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--rungs", nargs="+", default=["start"], help="students beside the teacher")
+    parser.add_argument("--out", type=Path, help="file for the page")
     args = parser.parse_args()
     one_thread()
     setting = with_values(SETTINGS[args.task], args.set)
     bench = Bench(setting, args.folder)
     problems = read_problems(bench.heldout)[:_NUM_TEXTS]
-    lines = head(
-        "seed", "model", "before an error: p of the right, %", "likeliest, %",
-        "after one: p of the right, %", "likeliest, %",
-        *(f"{what}: {kind}, %" for what in ("tokens", "KL to the teacher") for kind in KINDS),
-    )  # fmt: skip
+    found: dict[str, dict[int, list[float | None]]] = {}
     for seed in range(args.seeds):
         home = bench.folder / f"seed-{seed}"
-        if not (home / "start" / "student").exists():
+        named = {name: home / name / "student" for name in dict.fromkeys(["start", *args.rungs])}
+        models = {name: path for name, path in named.items() if path.exists()}
+        if "start" not in models:
             continue
-        models = {"teacher": bench.common / "teacher" / "student"}
-        models |= {
-            name: home / name / "student"
-            for name in args.rungs
-            if (home / name / "student").exists()
-        }
-        writer = home / "start" / "student"
-        told = tallies(args.task, models, writer, problems, setting.max_response)
-        lines += [row(str(seed), name, *cells(by_kind)) for name, by_kind in told.items()]
-    if len(lines) == 2:
+        models = {"teacher": bench.common / "teacher" / "student", **models}
+        told = tallies(args.task, models, models["start"], problems, setting.max_response)
+        for name, by_kind in told.items():
+            found.setdefault(name, {})[seed] = shares(by_kind)
+    if not found:
         sys.exit(f"--folder {args.folder}: no start of {args.task}: run the ladder first")
-    print("\n".join(lines))
+    changed = f" --set {' '.join(args.set)}" * bool(args.set)
+    rungs = " ".join(name for name in found if name != "teacher")
+    text = page(
+        found,
+        [
+            "- command, after the ladder's: `python benchmarks/after_errors.py --folder DIR "
+            f"--task {args.task} --seeds {args.seeds} --rungs {rungs}{changed}`",
+            f"- commit: {commit()}",
+        ],
+    )
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
     return 0
 
 

@@ -68,14 +68,21 @@ def test_the_command_says_it_of_each_student(tmp_path, monkeypatch, capsys):
     Bench(setting, tmp_path).seed(0, ["sft"])
     monkeypatch.setattr(after_errors, "one_thread", lambda: None)
     command = ["after_errors.py", "--folder", tmp_path, "--task", "list", "--set", *TINY]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--rungs", "start", "sft"])
+    out = tmp_path / "out" / "page.md"
+    options = ["--rungs", "start", "sft", "none", "--out", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, *options]])
     assert after_errors.main() == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [cells[1] for cells in rows] == ["teacher", "start", "sft"]
-    # The same tokens for all; the teacher is no distance from itself.
-    assert len({tuple(cells[6:10]) for cells in rows}) == 1
-    assert sum(map(float, rows[0][6:10])) == pytest.approx(100, abs=0.3)
-    assert all(sum(map(float, cells[10:13])) <= 100.1 for cells in rows[1:])
+    assert out.read_text() in capsys.readouterr().out
+    rows = [line.split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")]
+    means, each = rows[2:5], rows[7:]
+    assert [cells[0] for cells in means] == ["| teacher", "| start", "| sft"]
+    # One seed: its row is the mean; the same tokens for all.
+    assert [cells[2:] for cells in each] == [cells[2:] for cells in means]
+    assert len({tuple(cells[6:10]) for cells in each}) == 1
+    assert sum(map(float, each[0][6:10])) == pytest.approx(100, abs=0.3)
+    # The teacher is no distance from itself.
+    assert [cells[10] == "" for cells in each] == [True, False, False]
+    assert "--task list --seeds 5 --rungs start sft --set num_prompts" in out.read_text()
     monkeypatch.setattr(sys, "argv", ["after_errors.py", "--folder", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no start of sum: run the ladder first"):
         after_errors.main()
