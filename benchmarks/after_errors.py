@@ -3,11 +3,11 @@
     python benchmarks/after_errors.py --folder DIR [--task list] [--set NAME=VALUE ...] [--out FILE]
 
 On-policy text is worth its price where a teacher, shown a prefix with an error in it, still puts
-its probability on what follows from what is *written*. Each step of a working has a part that
-follows from what stands before it (`39+83=` then `122`). Here: how likely teacher, start and other
-students find the characters of such parts, before the first error of a text and after it, in texts
-that the start samples at temperature 1; and how much of a student's KL to the teacher is where.
-Needs the folder of a ladder that was run; trains nothing.
+its probability on what follows from what is *written*. Each step of a working has parts that follow
+from what stands before them (`39+83=`, then `122`; of a sum's numbers any that is left). Here: how
+likely teacher, start and other students find the characters of such parts, before the first error
+of a text and after it, in texts that the start samples at temperature 1; and how much of a
+student's KL to the teacher is where. Needs the folder of a ladder that was run; trains nothing.
 """
 
 from __future__ import annotations
@@ -33,17 +33,24 @@ from tasks import MARK, OPERATIONS, read_problems
 # wrong; and all other tokens.
 KINDS = ("before", "after", "inside", "other")
 _NUM_TEXTS = 500
-_LIST = re.compile(r"([srxuk])[=>:](\d{5})")
 _SUM = re.compile(r"(\d+)\+(\d+)=(\d+)")
-_LINE = re.compile(r"([abc])=([abc])([+-])([abc])=(\d\d[+-]\d\d)=(\d\d)")
+_FORMS = {
+    "sum": _SUM,
+    "mend": _SUM,
+    "list": re.compile(r"([srxuk])[=>:](\d{5})"),
+    "program": re.compile(r"([abc])=([abc])([+-])([abc])=(\d\d[+-]\d\d)=(\d\d)"),
+}
+# What is known of values: `list` the last list, a program's variables by name, of a sum `total` and
+# the `numbers` not yet added.
+Known: TypeAlias = dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A place in a response, what should stand there after all that is written before it."""
+    """A place in a response, and any of what may stand there after all that is written before."""
 
     start: int
-    expected: str
+    allowed: tuple[str, ...]
     is_after_error: bool
 
 
@@ -53,57 +60,61 @@ def parts(task: str, prompt: str, response: str) -> Iterator[Part]:
     start, is_after = 0, False
     known = _given(task, prompt)
     for step in body.split(","):
-        for place, expected, written in _follows(task, step, known):
-            yield Part(start + place, expected, is_after)
-            is_after = is_after or written != expected
-        if not _note(task, step, known):
+        found = _FORMS[task].fullmatch(step)
+        if found is None:
             return
+        for group, allowed in _follows(task, found, known):
+            yield Part(start + found.start(group), tuple(allowed), is_after)
+            is_after = is_after or found[group] not in allowed
         start += len(step) + 1
 
 
-def _given(task: str, prompt: str) -> dict[str, str]:
-    """What a prompt says of values: a list's under `list`, a program's under their names."""
+def _given(task: str, prompt: str) -> Known:
+    """What a prompt says of values."""
     if task == "list":
-        return {"list": prompt.partition(":")[0]}
-    return dict(re.findall(r"([abc])=(\d\d)", prompt)) if task == "program" else {}
+        return {"list": [prompt.partition(":")[0]]}
+    if task == "program":
+        return {name: [value] for name, value in re.findall(r"([abc])=(\d\d)", prompt)}
+    return {"numbers": prompt.split("+"), "total": []}
 
 
-def _follows(task: str, step: str, known: dict[str, str]) -> Iterator[tuple[int, str, str]]:
-    """(place in the step, what should stand there, what does) of each part that follows."""
-    if task == "list" and (found := _LIST.fullmatch(step)):
-        values = OPERATIONS[found[1]]([int(digit) for digit in known["list"]])
-        yield found.start(2), "".join(map(str, values)), found[2]
-    elif task == "program" and (found := _LINE.fullmatch(step)):
-        yield found.start(5), f"{known[found[2]]}{found[3]}{known[found[4]]}", found[5]
-        left, right = int(found[5][:2]), int(found[5][3:])
-        result = left + right if found[5][2] == "+" else left - right
+def _follows(task: str, step: re.Match[str], known: Known) -> Iterator[tuple[int, list[str]]]:
+    """(group of the step, what may stand there) of each part that follows; `known` learns it."""
+    if task == "list":
+        values = OPERATIONS[step[1]]([int(digit) for digit in known["list"][0]])
+        yield 2, ["".join(map(str, values))]
+        known["list"] = [step[2]]
+    elif task == "program":
+        yield 5, [f"{known[step[2]][0]}{step[3]}{known[step[4]][0]}"]
+        left, right = int(step[5][:2]), int(step[5][3:])
+        result = left + right if step[5][2] == "+" else left - right
         if 0 <= result <= 99:
-            yield found.start(6), f"{result:02}", found[6]
-    elif task in ("sum", "mend") and (found := _SUM.fullmatch(step)):
-        yield found.start(3), str(int(found[1]) + int(found[2])), found[3]
-
-
-def _note(task: str, step: str, known: dict[str, str]) -> bool:
-    """Put what a step says of values to those known; False if it has another form."""
-    form = {"list": _LIST, "program": _LINE}.get(task, _SUM)
-    found = form.fullmatch(step)
-    if found is not None and task in ("list", "program"):
-        known["list" if task == "list" else found[1]] = found[found.re.groups]
-    return found is not None
+            yield 6, [f"{result:02}"]
+        known[step[1]] = [step[6]]
+    else:
+        numbers, total = known["numbers"], known["total"]
+        for group, allowed in ((1, total or numbers), (2, numbers)):
+            if allowed:
+                yield group, list(allowed)
+            if allowed is numbers and step[group] in numbers:
+                numbers.remove(step[group])
+        yield 3, [str(int(step[1]) + int(step[2]))]
+        known["total"] = [step[3]]
 
 
 def places(task: str, prompt: str, response: str) -> Iterator[tuple[int, str, str]]:
-    """(index, character that should stand there, one of `KINDS`) of each part's characters.
+    """(index, characters that may stand there, one of `KINDS`) of each part's characters.
 
     Up to its first wrong one a part's characters are `before` or `after` an error of other parts;
     beyond it they are `inside` one, and nothing is right there any more.
     """
     for part in parts(task, prompt, response):
-        kind = "after" if part.is_after_error else "before"
-        for place, character in enumerate(part.expected, part.start):
-            yield place, character, kind
-            if response[place : place + 1] != character:
-                kind = "inside"
+        for offset in range(len(part.allowed[0])):
+            place = part.start + offset
+            so_far = response[part.start : place]
+            may = {text[offset] for text in part.allowed if text[:offset] == so_far}
+            kind = "after" if part.is_after_error else "before"
+            yield place, "".join(sorted(may)), kind if may else "inside"
 
 
 @dataclass(slots=True)
@@ -144,9 +155,9 @@ def tallies(
         for answer, is_written in zip(ids[:, begin:], mask[:, begin:], strict=True)
     ]
     found = [
-        (i, place, chat.tokenizer.convert_tokens_to_ids(character), kind)
+        (i, place, chat.tokenizer.convert_tokens_to_ids(list(characters)), kind)
         for i, (problem, text) in enumerate(zip(problems, written, strict=True))
-        for place, character, kind in places(task, problem["prompt"], text)
+        for place, characters, kind in places(task, problem["prompt"], text)
         if place < len(text)
     ]
     return {
@@ -156,16 +167,16 @@ def tallies(
 
 
 def _tallies(
-    found: Sequence[tuple[int, int, int, str]], is_written: Any, log_q: Any, log_p: Any
+    found: Sequence[tuple[int, int, list[int], str]], is_written: Any, log_q: Any, log_p: Any
 ) -> Tallies:
-    """`found`: (text, place, id of the right character, kind); what is not in it is `other`."""
+    """`found`: (text, place, ids of the right characters, kind); what is not in it is `other`."""
     by_kind = {kind: Tally() for kind in KINDS}
     kl = (log_p.exp() * (log_p - log_q)).sum(-1) * is_written
     for text, place, right, kind in found:
         tally, seen = by_kind[kind], log_q[text, place]
         tally.count += 1
-        tally.right += float(seen[right].exp())
-        tally.likeliest += int(seen.argmax()) == right
+        tally.right += float(seen[right].exp().sum())
+        tally.likeliest += int(seen.argmax()) in right
         tally.kl += float(kl[text, place])
     other = by_kind["other"]
     other.count = int(is_written.sum()) - sum(tally.count for tally in by_kind.values())
