@@ -7,11 +7,10 @@ its rungs, seed by seed; what is finished stays there. The masks:
 
 - `inside`: what stands in a part of a working after its first wrong character, where nothing is
   right any more (`after_errors.py`);
-- `random`: as many tokens of the same texts, at random;
-- `teacher`: the three tokens after each that the teacher finds less likely than 1 in 100. It needs
-  no knowledge of the task.
+- `random`: as many tokens of the same texts, at random.
 
-npd has no such option: its rows are cut here, as the trainer gets them.
+npd's own `loss.skip_after` needs no knowledge of a task and is a rung of the ladder (`rungs.py`,
+group `skip`); these masks do, so rows are cut here, as the trainer gets them.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from math import log
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 
 from after_errors import places
 from common import commit
@@ -38,12 +36,10 @@ from ladder_setting import SETTINGS, with_values
 from npd.chat import Chat
 from npd.train import feed
 from npd.train.batch import Sample, TrainRow, rollout_of
-from npd.types import Scored
 from tables import head, number, points, row
 
 Keep = Callable[[Sample], Any]
-MASKS = ("inside", "random", "teacher")
-_AFTER, _UNLIKELY = 3, log(0.01)
+MASKS = ("inside", "random")
 
 
 def keeper(mask: str, task: str, chat: Chat) -> Keep:
@@ -58,14 +54,8 @@ def keeper(mask: str, task: str, chat: Chat) -> Keep:
 
     def left_out(sample: Sample) -> Sequence[int]:
         length = len(rollout_of(sample).response_ids)
-        if mask == "inside":
-            return inside(sample)
-        if mask == "random":
-            return chance.sample(range(length), len(inside(sample)))
-        if not isinstance(sample, Scored):
-            return ()
-        unlikely = np.flatnonzero(sample.teacher_logprobs < _UNLIKELY)
-        return [i for at in unlikely for i in range(at + 1, at + 1 + _AFTER) if i < length]
+        found = inside(sample)
+        return found if mask == "inside" else chance.sample(range(length), len(found))
 
     def keep(sample: Sample) -> Any:
         is_kept = np.ones(len(rollout_of(sample).response_ids), bool)
@@ -73,16 +63,6 @@ def keeper(mask: str, task: str, chat: Chat) -> Keep:
         return is_kept
 
     return keep
-
-
-def cut(row: TrainRow, is_kept: Any) -> TrainRow:
-    """`row` without the response positions that are not kept."""
-    import torch
-
-    kept = torch.from_numpy(is_kept)
-    names = ("positions_N", "labels_N", "topk_ids_NK", "topk_logprobs_NK", "behavior_N")
-    tensors = {name: getattr(row, name) for name in names}
-    return replace(row, **{n: None if t is None else t[kept] for n, t in tensors.items()})
 
 
 @contextmanager
@@ -94,7 +74,7 @@ def masking(keep: Keep) -> Iterator[list[int]]:
         is_kept = np.concatenate([keep(sample) for sample in samples])
         tokens[0] += len(is_kept)
         tokens[1] += int((~is_kept).sum())
-        return cut(plain(samples, **options), is_kept)
+        return plain(samples, **options).only(torch.from_numpy(is_kept))
 
     with patch.object(feed, "build_row", build_row):
         yield tokens

@@ -30,6 +30,7 @@ GROUPS = {
     ),
     "targets": ("target=renorm", "target=tail", "target=sampled"),
     "refreshes": ("window=0", "window=96", "window=48", "window=24", "drift=0.1", "drift=0.05"),
+    "skip": ("rollouts-skip", "npd-skip", "on_policy-skip", "every_epoch-skip"),
     "prefixes": ("prefix=8", "prefix=12", "prefix=16"),
     "quick": ("sft", "offline", "npd"),
 }  # fmt: skip
@@ -46,6 +47,7 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         **_filters(near),
         **_sweeps(epochs, near),
         **_streams(epochs, batch),
+        **_skips(_ladder(epochs, batch, near)),
     }
 
 
@@ -132,3 +134,13 @@ def _streams(epochs: int, batch: int) -> dict[str, Rung]:
         label = f"window of {size}, refresh at drift {drift:g}"
         found[f"drift={drift:g}"] = Rung(label, "npd", window | {"schedule.refresh": rule})
     return found
+
+
+def _skips(ladder: Mapping[str, Rung]) -> dict[str, Rung]:
+    """Rungs of own text without what follows a token that the teacher finds unlikely."""
+    rule = {"loss.skip_after": 0.01}
+    return {
+        f"{name}-skip": Rung(f"{rung.label}, skipping", rung.preset, rung.values | rule)
+        for name, rung in ladder.items()
+        if name in ("rollouts", "npd", "on_policy", "every_epoch")
+    }

@@ -14,6 +14,7 @@ import tasks
 from ladder_bench import Bench
 from ladder_setting import SETTINGS, with_values
 from npd.chat import Chat
+from npd.train import feed
 from npd.train.batch import build_row
 from npd.types import FinishReason, Message, Prompt, Rollout, Scored
 from test_ladder import TINY
@@ -32,8 +33,6 @@ def sample(chat, sample_id=0):
     ids = np.array([*chat.tokenizer(TEXT, add_special_tokens=False).input_ids, chat.end_id])
     ids, size = ids.astype(np.int32), len(ids)
     own = np.full(size, -0.1, np.float32)
-    # The teacher finds the 5 of 12354 unlikely, and the first of the last five.
-    own[[5, 19]] = -6.0
     rollout = Rollout(sample_id, 0, 0, prompt.prompt_ids, ids[:0], ids, own, FinishReason.STOP, 0)
     support = np.stack([ids, ids], axis=1)
     return Scored(rollout, support, np.log(np.full((size, 2), 0.4, np.float32)), own, 1.0)
@@ -51,19 +50,15 @@ def test_as_many_are_left_out_at_random_and_not_always_the_same(chat):
     assert len({found[0] for found in places}) > 5
 
 
-def test_the_teacher_s_mask_is_three_tokens_after_an_unlikely_one_and_ends_with_the_text(chat):
-    keep = ladder_masked.keeper("teacher", "list", chat)
-    scored = sample(chat)
-    assert np.flatnonzero(~keep(scored)).tolist() == [6, 7, 8, 20, 21]
-    assert keep(scored.rollout).all()
-
-
-def test_a_cut_row_has_the_kept_positions_and_all_that_belongs_to_them(chat):
+def test_trainers_get_rows_without_what_is_left_out(chat):
     samples = [sample(chat, 0), sample(chat, 1)]
     plain = build_row(samples, version=0, device="cpu")
-    kept = np.arange(len(plain.labels_N)) % 3 > 0
-    row = ladder_masked.cut(plain, kept)
-    assert row.packed is plain.packed
+    with ladder_masked.masking(ladder_masked.keeper("inside", "list", chat)) as tokens:
+        row = feed.build_row(samples, version=0, device="cpu")
+    assert feed.build_row is build_row
+    assert tokens == [len(plain.labels_N), 2]
+    assert row.packed.cu_seqlens == plain.packed.cu_seqlens
+    kept = np.delete(np.arange(tokens[0]), [6, 6 + tokens[0] // 2])
     for name in ("positions_N", "labels_N", "topk_ids_NK", "topk_logprobs_NK", "behavior_N"):
         assert getattr(row, name).tolist() == getattr(plain, name)[kept].tolist()
 

@@ -144,6 +144,11 @@ def _meaning_problems(c: RunValues) -> list[tuple[bool, str]]:
             "the filter's lower bound is above its upper one",
         ),
         (
+            c.loss.skip_after > 0.0 and not c.needs_scores,
+            f"loss.skip_after {c.loss.skip_after:g} asks how likely a teacher finds each token, "
+            "and no teacher scores here: set loss.skip_after: 0, or loss.kd_weight above 0",
+        ),
+        (
             c.loss.target == "sampled" and c.loss.divergence != "forward",
             "loss.target sampled estimates the forward divergence only: set loss.divergence "
             "forward, or another target",

@@ -39,6 +39,11 @@ class LossConfig(Section):
     holds full logits and is for tests."""
     chunk: Positive | None = None
     """Response positions whose logits exist at once; null chooses by vocabulary and device."""
+    skip_after: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Leave out of the loss what follows a token that the teacher finds less likely than this, such
+    as 0.01: there its own prediction means little (docs/method.md). 0 leaves out nothing."""
+    skip_tokens: Positive = 3
+    """How many tokens after such a one are left out."""
 
 
 class LoraConfig(Section):

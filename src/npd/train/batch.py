@@ -8,14 +8,17 @@ Dimensions: T tokens of a row, N response tokens of a row, K teacher support siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from npd.config import LossConfig
 from npd.modeling import PackedBatch, pack_documents
 from npd.types import FloatArray, IntArray, Rollout, SampleRef, Scored
 
@@ -50,6 +53,21 @@ class TrainRow:
         """The same in page-locked memory, which a GPU copies from without the host waiting."""
         return self._each(Tensor.pin_memory)
 
+    def only(self, kept_N: Tensor) -> TrainRow:
+        """The same, with the loss at the kept positions alone."""
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[kept_N]
+
+        return TrainRow(
+            self.packed,
+            self.positions_N[kept_N],
+            self.labels_N[kept_N],
+            of(self.topk_ids_NK),
+            of(self.topk_logprobs_NK),
+            of(self.behavior_N),
+        )
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> TrainRow:
         def maybe(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
@@ -70,8 +88,31 @@ def rollout_of(sample: Sample) -> Rollout:
     return sample.rollout if isinstance(sample, Scored) else sample
 
 
-def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.device) -> TrainRow:
-    """Lay `samples` end to end, in order; drift is measured on those written by `version`."""
+def kept(sample: Sample, loss: LossConfig) -> NDArray[np.bool_]:
+    """Which response tokens `[L]` count in the loss: all but those skipped after an unlikely one.
+
+    The first always counts; and all of a sample that no teacher has seen.
+    """
+    is_kept = np.ones(len(rollout_of(sample).response_ids), dtype=np.bool_)
+    if loss.skip_after > 0.0 and isinstance(sample, Scored):
+        unlikely = np.flatnonzero(sample.teacher_logprobs < math.log(loss.skip_after))
+        for distance in range(1, loss.skip_tokens + 1):
+            after = unlikely + distance
+            is_kept[after[after < len(is_kept)]] = False
+    return is_kept
+
+
+def build_row(
+    samples: Sequence[Sample],
+    *,
+    version: int,
+    device: str | torch.device,
+    loss: LossConfig | None = None,
+) -> TrainRow:
+    """Lay `samples` end to end, in order; drift is measured on those written by `version`.
+
+    Positions that `loss` skips are inputs like others, but nothing is trained there.
+    """
     rollouts = [rollout_of(sample) for sample in samples]
     assert all(len(r.prompt_ids) for r in rollouts), "a response needs a token before it"
     documents = [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in rollouts]
@@ -90,6 +131,8 @@ def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.de
         _floats([s.topk_logprobs for s in scored]) if scored else None,
         _floats(behavior) if measured else None,
     )
+    if loss is not None and loss.skip_after > 0.0:
+        row = row.only(torch.from_numpy(np.concatenate([kept(s, loss) for s in samples])))
     return row.to(device)
 
 

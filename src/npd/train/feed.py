@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from npd.config import LossConfig
 from npd.train.batch import Read, TrainRow, build_row
 from npd.types import SampleRef, Segment, Step
 
@@ -35,7 +36,7 @@ class StepRows:
 
 
 def feed(
-    segment: Segment, read: Read, *, rank: int, is_pinned: bool
+    segment: Segment, read: Read, *, rank: int, is_pinned: bool, loss: LossConfig | None = None
 ) -> Generator[StepRows, None, None]:
     """The segment's steps in order, each with the rows of `rank` in main memory.
 
@@ -43,7 +44,8 @@ def feed(
     """
 
     def row_of(refs: Sequence[SampleRef]) -> TrainRow:
-        row = build_row([read(ref) for ref in refs], version=segment.version, device="cpu")
+        samples = [read(ref) for ref in refs]
+        row = build_row(samples, version=segment.version, device="cpu", loss=loss)
         return row.pinned() if is_pinned else row
 
     def prepare(step: Step) -> StepRows:

@@ -101,8 +101,14 @@ class Trainer:
                 The weights and the optimiser are as the step before left them.
         """
         reports = []
-        is_pinned = self.device.startswith("cuda")
-        with closing(feed(segment, self._read, rank=self.world.rank, is_pinned=is_pinned)) as steps:
+        ahead = feed(
+            segment,
+            self._read,
+            rank=self.world.rank,
+            is_pinned=self.device.startswith("cuda"),
+            loss=self.loss,
+        )
+        with closing(ahead) as steps:
             started = time.perf_counter()
             for step in steps:
                 reports.append(self._step(step, segment.version, started))
