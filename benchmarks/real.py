@@ -65,6 +65,7 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
     once = {"schedule.epochs": epochs, "schedule.reuse": 1}
     often = once | {"schedule.refresh": {"at_epochs": list(range(1, epochs))}}
     tail, alone = {"loss.target": "tail"}, {"loss.kd_weight": 1.0}
+    skip = {"loss.skip_after": 0.01}
     strict = once | {"schedule.window": batch, "generate.shard_size": batch}
     return {
         "sft": Rung("SFT on teacher text", "seqkd", twice),
@@ -76,6 +77,8 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "npd": Rung("+ one refresh (NPD)", "npd", fresh),
         "tail": Rung("NPD, target: tail", "npd", fresh | tail),
         "tail-lambda=1": Rung("NPD, target: tail, λ = 1", "npd", fresh | tail | alone),
+        "npd-skip": Rung("NPD, skipping after unlikely tokens", "npd", fresh | skip),
+        "tail-skip": Rung("NPD, target: tail, skipping", "npd", fresh | tail | skip),
         "every_epoch": Rung("refresh every epoch", "npd", often),
         "on_policy": Rung("strict on-policy (λ = 1, no filter)", "on_policy", strict),
     }  # fmt: skip
