@@ -76,7 +76,7 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "it, one seed. Ratios are npd's over the peer's, paired by seed: of rates (1 and 2) more "
         f"is better, of the time (3) less. Met: by every seed. {BOUND} {FEWER}",
         "",
-        _weights(about["setting"], about.get("tried", ())),
+        _weights(about["setting"], about.get("tried", ()), has_second="npd_tail" in sides),
         "",
         f"The start: {', '.join(f'{words} {start[name]:.4f}' for name, words in known.items())}; "
         f"fine-tuned from a student at held-out KL {start['start_kl']:.3f}.",
@@ -89,8 +89,7 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         "",
         *_curves(sides, known),
         "",
-        "- npd's second setting: "
-        + ", ".join(f"{name}={value}" for name, value in about["second"].items()),
+        *_second(about, has_second="npd_tail" in sides),
         *_tried(about),
         *foot(about, about["setting"], [load for c in cells for load in c["load"]]),
     ]
@@ -102,8 +101,22 @@ def _pair_of(about: Mapping[str, Any]) -> str:
     return f"ladder's pair (task {task})" if task else "real pair"
 
 
+def _second(about: Mapping[str, Any], *, has_second: bool) -> list[str]:
+    told = ", ".join(f"{name}={value}" for name, value in about["second"].items())
+    return [f"- npd's second setting: {told}"] if has_second else []
+
+
 def _tried(about: Mapping[str, Any]) -> list[str]:
-    """What was tried on the real pair."""
+    """What was tried before."""
+    if "tuned_task" in about:
+        rates = "; ".join(
+            f"{NAMES[side]} {rate:g}: {kl:.4f}, {own:.4f}, {wrong:.3f} ({seconds})"
+            for side, rate, seconds, kl, own, wrong in about["tuned_task"]
+        )
+        return [
+            "- learning rates tried before on sums, one run each, other prompts: held-out KL, KL "
+            f"on own text, share of wrong workings after so many CPU s: {rates}"
+        ]
     if "tuned" not in about:
         return []
     rates = "; ".join(
@@ -128,16 +141,21 @@ def _time_of(about: Mapping[str, Any]) -> str:
     )
 
 
-def _weights(setting: Mapping[str, Any], tried: Sequence[Sequence[Any]]) -> str:
+def _weights(
+    setting: Mapping[str, Any], tried: Sequence[Sequence[Any]], *, has_second: bool
+) -> str:
     """What the sides' weights and learning rates are."""
     dtype = setting["peer_dtype"]
     fastest = max(tried, key=lambda one: one[3])[1] if tried else None
     why = ", the fastest of those tried" if dtype == fastest else ""
+    second = (
+        f", and {setting['second_lr']:g} with the second setting, which was made after the preset "
+        "had been seen"
+    )
     return (
         f"TRL: {dtype} weights and optimiser state{why}, learning rate {setting['peer_lr']:g}; "
-        f"npd: float32 weights, {setting['npd_lr']:g}, and {setting['second_lr']:g} with the "
-        "second setting, which was made after the preset had been seen. Speeds are comparable; of "
-        "KLs remember that, and that rates were chosen by few runs of some sides (see below)."
+        f"npd: float32 weights, {setting['npd_lr']:g}{second if has_second else ''}. Speeds are "
+        "comparable; of KLs remember that, and that rates were chosen by few runs (see below)."
     )
 
 

@@ -94,8 +94,16 @@ def test_a_peer_that_never_improves_sets_no_target_and_the_weights_are_named():
     target = "no target: the peer is never below its start"
     assert f"| 3. CPU time to the peer's lowest held-out KL, share |  | <= 1/3 | {target} |" in text
     assert "TRL: bfloat16 weights and optimiser state, the fastest of those tried" in text
-    assert "learning rate 0.0002; npd: float32 weights, 5e-05, and 0.0001 with the second" in text
-    assert "made after the preset had been seen" in text
+    assert "learning rate 0.0002; npd: float32 weights, 5e-05. Speeds are comparable" in text
+    assert "second setting" not in text
+    both = page_of(
+        [
+            made_up("npd_tail", 0, [(0, 1.0), (90, 0.5)], rate=300),
+            made_up("gkd", 0, [(0, 1.0), (90, 1.1)], rate=60),
+        ]
+    )
+    assert "5e-05, and 0.0001 with the second setting, which was made after the preset" in both
+    assert "- npd's second setting: score.top_k=32" in both
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_tiny_runs_on_a_pair_of_the_ladder(tmp_path):
     assert page.startswith("# Whole runs against TRL, on the ladder's pair (task sum)")
     assert "share of wrong workings, at the end" in page
     assert "`python benchmarks/peers_run.py --task sum --seeds 1 --sides npd" in page
-    assert "learning rates tried" not in page
+    assert "- learning rates tried before on sums, one run each" in page
 
 
 def test_without_data_and_task_it_says_what_to_name(room, monkeypatch, capsys):  # noqa: F811
