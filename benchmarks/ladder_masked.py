@@ -7,7 +7,7 @@ its rungs, seed by seed; what is finished stays there. The masks:
 
 - `inside`: what stands in a part of a working after its first wrong character, where nothing is
   right any more (`after_errors.py`);
-- `random`: as many tokens of the same texts, at random.
+- `random`: as many tokens of the same texts, at random, the same each time one is trained on.
 
 npd's own `loss.skip_after` needs no knowledge of a task and is a rung of the ladder (`rungs.py`,
 group `skip`); these masks do, so rows are cut here, as the trainer gets them.
@@ -44,7 +44,6 @@ MASKS = ("inside", "random")
 
 def keeper(mask: str, task: str, chat: Chat) -> Keep:
     """What says of a sample's response tokens which are trained on: booleans `[L]`."""
-    chance = random.Random(0)
 
     def inside(sample: Sample) -> list[int]:
         rollout = rollout_of(sample)
@@ -53,9 +52,12 @@ def keeper(mask: str, task: str, chat: Chat) -> Keep:
         return [place for place in found if place < len(rollout.response_ids)]
 
     def left_out(sample: Sample) -> Sequence[int]:
-        length = len(rollout_of(sample).response_ids)
-        found = inside(sample)
-        return found if mask == "inside" else chance.sample(range(length), len(found))
+        found, rollout = inside(sample), rollout_of(sample)
+        if mask == "inside":
+            return found
+        # The same whenever this sample is trained on.
+        chance = random.Random(f"{rollout.sample_id}-{rollout.version}")
+        return chance.sample(range(len(rollout.response_ids)), len(found))
 
     def keep(sample: Sample) -> Any:
         is_kept = np.ones(len(rollout_of(sample).response_ids), bool)

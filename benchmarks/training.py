@@ -236,7 +236,7 @@ def padded_loop(
                     batch.labels_N,
                     *support,
                     normalizer=tokens,
-                    **loss.model_dump(),
+                    **loss.of_tokens,
                 )
             yield out.loss
 

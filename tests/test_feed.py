@@ -130,13 +130,13 @@ def test_rows_are_those_of_their_steps_and_one_step_ahead_at_most():
         reads.append(ref.sample_id)
         return found(ref)
 
-    steps = feed(steps_of(samples), read, rank=0, is_pinned=False)
+    steps = feed(steps_of(samples), read, SFT, rank=0, is_pinned=False)
     for i, given in enumerate(steps):
         assert max(reads) <= i + 1
         expected = build_row([samples[i]], version=0, device="cpu")
         assert given.step.index == i
         assert given.idle == ()
-        assert given.num_tokens == len(samples[i].response_ids)
+        assert given.num_tokens == (len(samples[i].response_ids), 0)
         assert torch.equal(given.rows[0].packed.input_ids, expected.packed.input_ids)
         assert torch.equal(given.rows[0].labels_N, expected.labels_N)
     assert reads == [0, 1, 2, 3]
@@ -147,7 +147,7 @@ def test_a_rank_with_fewer_rows_is_given_the_shortest_sample_for_its_idle_turns(
     refs = refs_of(samples)
     ranks = (tuple(Row((ref,)) for ref in refs[:3]), (Row((refs[3],)),))
     segment = Segment(0, 0, (Step(0, 1e-3, ranks),))
-    (given,) = feed(segment, reader(samples), rank=1, is_pinned=False)
+    (given,) = feed(segment, reader(samples), SFT, rank=1, is_pinned=False)
     assert len(given.rows) == 1
     assert [row.labels_N.tolist() for row in given.idle] == [samples[1].response_ids.tolist()] * 2
 
@@ -182,7 +182,7 @@ def test_a_step_that_fails_leaves_no_reader_behind(tiny_model_dir):
 
 
 def test_an_empty_segment_reads_nothing():
-    assert list(feed(Segment(0, 0, ()), None, rank=0, is_pinned=False)) == []
+    assert list(feed(Segment(0, 0, ()), None, SFT, rank=0, is_pinned=False)) == []
 
 
 def test_training_is_float32_whatever_the_compute_type(tiny_model_dir):

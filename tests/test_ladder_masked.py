@@ -43,11 +43,12 @@ def test_inside_is_what_follows_a_wrong_character_in_its_part(chat):
     assert np.flatnonzero(~keep(sample(chat))).tolist() == [TEXT.index("54") + 1]
 
 
-def test_as_many_are_left_out_at_random_and_not_always_the_same(chat):
+def test_as_many_are_left_out_at_random_and_of_a_sample_always_the_same(chat):
     keep = ladder_masked.keeper("random", "list", chat)
-    places = [np.flatnonzero(~keep(sample(chat))).tolist() for _ in range(20)]
+    places = [np.flatnonzero(~keep(sample(chat, i))).tolist() for i in range(20)]
     assert {len(found) for found in places} == {1}
     assert len({found[0] for found in places}) > 5
+    assert places == [np.flatnonzero(~keep(sample(chat, i))).tolist() for i in range(20)]
 
 
 def test_trainers_get_rows_without_what_is_left_out(chat):

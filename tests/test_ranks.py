@@ -25,6 +25,8 @@ from test_trainer import (
 )
 
 LOSS = LossConfig(target="tail")
+# Random text: the teacher finds most of it about this unlikely.
+SKIPPING = LossConfig(target="tail", skip_after=0.002, skip_tokens=1)
 LENGTHS = ((3, 5), (1, 1), (7, 12), (2, 9), (4, 3), (1, 6), (5, 5))
 # Rows of each step, as indices of samples: more than ranks, fewer, one, unequal costs.
 STEPS = (
@@ -52,9 +54,9 @@ def segment_on(size, samples, steps=STEPS, first=1):
     )
 
 
-def factory_of(size, directory, samples, config=FP32):
+def factory_of(size, directory, samples, config=FP32, loss=LOSS):
     by_id = tuple(zip([ref.sample_id for ref in refs_of(samples)], samples, strict=True))
-    return BenchFactory(size, str(directory), config, LOSS, by_id)
+    return BenchFactory(size, str(directory), config, loss, by_id)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +106,13 @@ BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "tied", "config"),
-    [(2, True, BF16), (4, False, FP32)],
-    ids=["2-tied-bf16-recomputed", "4-untied"],
+    ("size", "tied", "config", "loss"),
+    [(2, True, BF16, LOSS), (4, False, FP32, SKIPPING)],
+    ids=["2-tied-bf16-recomputed", "4-untied-skipping"],
 )
-def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
+def test_ranks_take_the_steps_of_one(size, tied, config, loss, samples, tmp_path):
     directory = save_model(tmp_path / "student", seed=0, tied=tied)
-    alone = make_trainer(directory, samples, config, LOSS)
+    alone = make_trainer(directory, samples, config, loss)
     kept, smallest = {}, {}
 
     def keep(*_):
@@ -120,12 +122,13 @@ def test_ranks_take_the_steps_of_one(size, tied, config, samples, tmp_path):
 
     alone.optimizer.register_step_pre_hook(keep)
     expected = alone.train(segment_on(1, samples))
+    assert all((step.skipped_tokens > 0) == (loss is SKIPPING) for step in expected.steps)
 
     async def story(group):
         calls = [("train", segment_on(size, samples)), ("last_gradients",), ("weights",), ("held",)]
         return [(await group.call(*call)).value for call in calls]
 
-    made = factory_of(size, directory, samples, config)
+    made = factory_of(size, directory, samples, config, loss)
     reports, gradients, weights, held = on_ranks(tmp_path, made, story)
     check_alike(expected.steps, reports[0].steps)
     check_same(kept, gradients, atol=1e-7, rtol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,13 @@ def test_what_follows_an_unlikely_token_is_left_out_up_to_the_end(samples):
     assert left_out == [[], [], [2, 3, 4, 9, 10], [1, 2]]
 
 
+def test_a_stretch_of_unlikely_tokens_is_left_out_whole(samples):
+    logprobs = np.full(12, -1.0, np.float32)
+    logprobs[[1, 3, 5, 8]] = -np.inf
+    found = kept(replace(samples[2], teacher_logprobs=logprobs), SKIP)
+    assert np.flatnonzero(found).tolist() == [0, 1, 8, 11]
+
+
 @pytest.mark.parametrize("after", [0.0, 0.005])
 def test_nothing_is_left_out_without_a_bound_or_above_it(samples, after):
     loss = LossConfig(skip_after=after)
@@ -70,7 +78,7 @@ def test_a_step_is_the_loss_with_weight_0_at_those_tokens(tiny_model_dir, sample
         weights_N=weights,
         behavior_N=row.behavior_N,
     )
-    assert report.response_tokens == 20
+    assert (report.response_tokens, report.skipped_tokens) == (20, 7)
     assert report.loss == pytest.approx(float(expected.loss.detach()), rel=1e-5)
     # What is left out is context all the same.
     assert report.total_tokens == sum(sample.rollout.num_tokens for sample in samples)
@@ -84,6 +92,12 @@ def test_packing_does_not_change_a_step(tiny_model_dir, samples):
         found.append(weights_of(trainer))
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_s_own_options_are_those_that_are_not_of_skipping():
+    options = SKIP.of_tokens
+    assert set(options) < set(inspect.signature(near_policy_loss).parameters)
+    assert set(LossConfig.model_fields) - set(options) == {"skip_after", "skip_tokens"}
 
 
 def test_it_changes_what_is_learned(tiny_model_dir, samples):

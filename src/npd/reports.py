@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimiser step measured; means are over its response tokens, all ranks together.
+    """What one optimiser step measured; means are over its response tokens, all ranks together,
+    but for the `skipped_tokens` that `loss.skip_after` leaves out.
 
     `drift` estimates KL(theta || gen) and `drift_k3` KL(gen || theta) in nats per token on samples
     of the newest snapshot, None when the step held none or no behaviour log-probs exist. `ess` is
@@ -37,6 +38,7 @@ class StepReport:
     lag_mean: float = 0.0
     lag_max: int = 0
     overlap: float | None = None
+    skipped_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

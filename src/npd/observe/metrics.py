@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "lr": Metric("1", "learning rate of the step"),
     "num_samples": Metric("samples", "documents in the step"),
     "response_tokens": Metric("tokens", "tokens that carry loss"),
+    "skipped_tokens": Metric("tokens", "response tokens left out by `loss.skip_after`"),
     "total_tokens": Metric("tokens", "prompt and response tokens of the step"),
     "num_rows": Metric("rows", "packed rows of the step, all ranks together"),
     "fill": Metric("share", "packed tokens over the capacity of the rows"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -41,9 +41,14 @@ class LossConfig(Section):
     """Response positions whose logits exist at once; null chooses by vocabulary and device."""
     skip_after: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Leave out of the loss what follows a token that the teacher finds less likely than this, such
-    as 0.01: there its own prediction means little (docs/method.md). 0 leaves out nothing."""
+    as 0.01 (docs/method.md). Metrics are of the tokens trained on. 0 leaves out nothing."""
     skip_tokens: Positive = 3
-    """How many tokens after such a one are left out."""
+    """How many tokens after each such one, those left out included, are left out."""
+
+    @property
+    def of_tokens(self) -> dict[str, Any]:
+        """The options of `near_policy_loss`; the others say which tokens it gets."""
+        return self.model_dump(exclude={"skip_after", "skip_tokens"})
 
 
 class LoraConfig(Section):

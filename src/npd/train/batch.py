@@ -34,6 +34,7 @@ class TrainRow:
     `positions_N` index the row's T tokens: those whose next token, `labels_N`, is a response's.
     `topk_*_NK` are None for samples no teacher has seen. `behavior_N` are the newest snapshot's
     log-probs of the labels, NaN at tokens of other samples; None when the row has none.
+    `num_skipped` response tokens are among the T but not the N (`only`).
 
     Example: prompt [5, 6], response [7, 2] packs to ids [5, 6, 7], positions [1, 2], labels [7, 2].
     """
@@ -44,6 +45,7 @@ class TrainRow:
     topk_ids_NK: Tensor | None
     topk_logprobs_NK: Tensor | None
     behavior_N: Tensor | None
+    num_skipped: int = 0
 
     def to(self, device: str | torch.device) -> TrainRow:
         """The same on `device`; what is pinned is on its way there when this returns."""
@@ -54,18 +56,19 @@ class TrainRow:
         return self._each(Tensor.pin_memory)
 
     def only(self, kept_N: Tensor) -> TrainRow:
-        """The same, with the loss at the kept positions alone."""
+        """The same, to be trained at the kept positions alone; the others stay as context."""
 
         def of(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[kept_N]
 
-        return TrainRow(
-            self.packed,
-            self.positions_N[kept_N],
-            self.labels_N[kept_N],
-            of(self.topk_ids_NK),
-            of(self.topk_logprobs_NK),
-            of(self.behavior_N),
+        return replace(
+            self,
+            positions_N=self.positions_N[kept_N],
+            labels_N=self.labels_N[kept_N],
+            topk_ids_NK=of(self.topk_ids_NK),
+            topk_logprobs_NK=of(self.topk_logprobs_NK),
+            behavior_N=of(self.behavior_N),
+            num_skipped=int((~kept_N).sum()),
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TrainRow:
@@ -80,6 +83,7 @@ class TrainRow:
             maybe(self.topk_ids_NK),
             maybe(self.topk_logprobs_NK),
             maybe(self.behavior_N),
+            self.num_skipped,
         )
 
 
@@ -89,9 +93,10 @@ def rollout_of(sample: Sample) -> Rollout:
 
 
 def kept(sample: Sample, loss: LossConfig) -> NDArray[np.bool_]:
-    """Which response tokens `[L]` count in the loss: all but those skipped after an unlikely one.
+    """Which response tokens `[L]` are trained on: none of the `skip_tokens` after an unlikely one.
 
-    The first always counts; and all of a sample that no teacher has seen.
+    One that is left out leaves out what follows it all the same if it is unlikely itself. The first
+    token always stays; and all of a sample that no teacher has seen.
     """
     is_kept = np.ones(len(rollout_of(sample).response_ids), dtype=np.bool_)
     if loss.skip_after > 0.0 and isinstance(sample, Scored):
@@ -102,17 +107,8 @@ def kept(sample: Sample, loss: LossConfig) -> NDArray[np.bool_]:
     return is_kept
 
 
-def build_row(
-    samples: Sequence[Sample],
-    *,
-    version: int,
-    device: str | torch.device,
-    loss: LossConfig | None = None,
-) -> TrainRow:
-    """Lay `samples` end to end, in order; drift is measured on those written by `version`.
-
-    Positions that `loss` skips are inputs like others, but nothing is trained there.
-    """
+def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.device) -> TrainRow:
+    """Lay `samples` end to end, in order; drift is measured on those written by `version`."""
     rollouts = [rollout_of(sample) for sample in samples]
     assert all(len(r.prompt_ids) for r in rollouts), "a response needs a token before it"
     documents = [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in rollouts]
@@ -131,8 +127,6 @@ def build_row(
         _floats([s.topk_logprobs for s in scored]) if scored else None,
         _floats(behavior) if measured else None,
     )
-    if loss is not None and loss.skip_after > 0.0:
-        row = row.only(torch.from_numpy(np.concatenate([kept(s, loss) for s in samples])))
     return row.to(device)
 
 

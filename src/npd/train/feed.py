@@ -12,8 +12,11 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from npd.config import LossConfig
-from npd.train.batch import Read, TrainRow, build_row
+from npd.train.batch import Read, TrainRow, build_row, kept
 from npd.types import SampleRef, Segment, Step
 
 
@@ -30,22 +33,27 @@ class StepRows:
     idle: tuple[TrainRow, ...]
 
     @property
-    def num_tokens(self) -> int:
-        """Response tokens of the rows."""
-        return sum(len(row.labels_N) for row in self.rows)
+    def num_tokens(self) -> tuple[int, int]:
+        """Response tokens of the rows: trained on, and skipped."""
+        trained = sum(len(row.labels_N) for row in self.rows)
+        return trained, sum(row.num_skipped for row in self.rows)
 
 
 def feed(
-    segment: Segment, read: Read, *, rank: int, is_pinned: bool, loss: LossConfig | None = None
+    segment: Segment, read: Read, loss: LossConfig, *, rank: int, is_pinned: bool
 ) -> Generator[StepRows, None, None]:
-    """The segment's steps in order, each with the rows of `rank` in main memory.
+    """The segment's steps in order, each with the rows of `rank` in main memory, without what
+    `loss` skips.
 
     `read` is called by one thread at a time, which is another in each segment.
     """
 
     def row_of(refs: Sequence[SampleRef]) -> TrainRow:
         samples = [read(ref) for ref in refs]
-        row = build_row(samples, version=segment.version, device="cpu", loss=loss)
+        row = build_row(samples, version=segment.version, device="cpu")
+        if loss.skip_after > 0.0:
+            is_kept = np.concatenate([kept(sample, loss) for sample in samples])
+            row = row.only(torch.from_numpy(is_kept))
         return row.pinned() if is_pinned else row
 
     def prepare(step: Step) -> StepRows:

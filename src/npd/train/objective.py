@@ -27,8 +27,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._is_bf16 = config.dtype == "bfloat16"
-        self._settings = loss.model_dump(exclude={"skip_after", "skip_tokens"})  # of rows
+        self._is_bf16, self._settings = config.dtype == "bfloat16", loss.of_tokens
         self._keeps_casts = not is_sharded
 
     def forward(self, row: TrainRow, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:

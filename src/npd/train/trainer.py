@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,8 @@ class Trainer:
                 The weights and the optimiser are as the step before left them.
         """
         reports = []
-        ahead = feed(
-            segment,
-            self._read,
-            rank=self.world.rank,
-            is_pinned=self.device.startswith("cuda"),
-            loss=self.loss,
-        )
+        is_pinned, rank = self.device.startswith("cuda"), self.world.rank
+        ahead = feed(segment, self._read, self.loss, rank=rank, is_pinned=is_pinned)
         with closing(ahead) as steps:
             started = time.perf_counter()
             for step in steps:
@@ -209,7 +205,8 @@ class Trainer:
         return self.last_step
 
     def _step(self, given: StepRows, version: int, started: float) -> StepReport:
-        step, tokens = given.step, sum(self.world.gather(given.num_tokens))
+        counts = self.world.gather(given.num_tokens)
+        step, (tokens, skipped) = given.step, map(sum, zip(*counts, strict=True))
         try:
             with step_randomness(self.device, self._seed, step.index, self.world.rank):
                 rows = [self._backward(row, tokens) for row in given.rows]
@@ -231,7 +228,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.last_step = step.index
         seconds = time.perf_counter() - started
-        return report(step, measured, tokens, version, self.config.row_tokens, seconds)
+        found = report(step, measured, tokens, version, self.config.row_tokens, seconds)
+        return replace(found, skipped_tokens=skipped)
 
     def _backward(self, row: TrainRow, tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add one row's gradient; gives its share of the step's loss and its metric sums."""
