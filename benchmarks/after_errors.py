@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from common import commit
+from common import commit, machine, versions
 from ladder_bench import Bench, one_thread
 from ladder_setting import SETTINGS, with_values
 from npd.chat import Chat
@@ -36,7 +36,6 @@ _NUM_TEXTS = 500
 _SUM = re.compile(r"(\d+)\+(\d+)=(\d+)")
 _FORMS = {
     "sum": _SUM,
-    "mend": _SUM,
     "list": re.compile(r"([srxuk])[=>:](\d{5})"),
     "program": re.compile(r"([abc])=([abc])([+-])([abc])=(\d\d[+-]\d\d)=(\d\d)"),
 }
@@ -50,6 +49,7 @@ class Part:
     """A place in a response, and any of what may stand there after all that is written before."""
 
     start: int
+    end: int
     allowed: tuple[str, ...]
     is_after_error: bool
 
@@ -64,7 +64,8 @@ def parts(task: str, prompt: str, response: str) -> Iterator[Part]:
         if found is None:
             return
         for group, allowed in _follows(task, found, known):
-            yield Part(start + found.start(group), tuple(allowed), is_after)
+            first, end = (start + place for place in found.span(group))
+            yield Part(first, end, tuple(allowed), is_after)
             is_after = is_after or found[group] not in allowed
         start += len(step) + 1
 
@@ -109,8 +110,9 @@ def places(task: str, prompt: str, response: str) -> Iterator[tuple[int, str, st
     beyond it they are `inside` one, and nothing is right there any more.
     """
     for part in parts(task, prompt, response):
-        for offset in range(len(part.allowed[0])):
-            place = part.start + offset
+        # One that is too short is wrong at the place behind it, which belongs to what follows.
+        for place in range(part.start, min(part.end, part.start + len(part.allowed[0]))):
+            offset = place - part.start
             so_far = response[part.start : place]
             may = {text[offset] for text in part.allowed if text[:offset] == so_far}
             kind = "after" if part.is_after_error else "before"
@@ -197,6 +199,15 @@ def shares(by_kind: Tallies) -> list[float | None]:
     return found + [tally.kl / kl if kl else None for tally in by_kind.values()]
 
 
+def made_with() -> list[str]:
+    """Lines at the end of a page: the machine and the versions."""
+    host, found = machine(), versions()
+    return [
+        f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; one thread",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in found.items())}",
+    ]
+
+
 def page(found: Mapping[str, Mapping[int, Sequence[float | None]]], about: Sequence[str]) -> str:
     """The Markdown page of each model's `shares` by seed: means over seeds, then all of them."""
     columns = (
@@ -230,7 +241,7 @@ def main() -> int:
     """Print the page, and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of a ladder that was run")
-    parser.add_argument("--task", choices=sorted(SETTINGS), default="sum")
+    parser.add_argument("--task", choices=sorted(_FORMS), default="sum")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--rungs", nargs="+", default=["start"], help="students beside the teacher")
@@ -261,6 +272,7 @@ def main() -> int:
             "- command, after the ladder's: `python benchmarks/after_errors.py --folder DIR "
             f"--task {args.task} --seeds {args.seeds} --rungs {rungs}{changed}`",
             f"- commit: {commit()}",
+            *made_with(),
         ],
     )
     print(text)

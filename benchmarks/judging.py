@@ -61,10 +61,7 @@ def glance(made: pair.Pair, student: Path) -> dict[str, float]:
 def _answers(made: pair.Pair, model: Any, scored: Sequence[Scored]) -> list[str]:
     """Greedy responses to the held-out prompts, in order."""
     written = _write(made, model, scored, temperature=0.0)
-    return [
-        made.chat.decode(rollout.response_ids)
-        for rollout in sorted(written, key=lambda rollout: rollout.sample_id)
-    ]
+    return [made.chat.decode(rollout.response_ids) for rollout in written]
 
 
 def _on_own_text(made: pair.Pair, model: Any) -> dict[str, Any]:

@@ -28,8 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from after_errors import places
-from common import commit
+from after_errors import made_with, places
 from ladder_bench import Bench, one_thread
 from ladder_page import Cell
 from ladder_setting import SETTINGS, with_values
@@ -141,7 +140,7 @@ def main() -> int:
     """Run what is missing, print the page, write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of a ladder that was run")
-    parser.add_argument("--task", choices=sorted(SETTINGS), default="sum")
+    parser.add_argument("--task", choices=["list", "program", "sum"], default="sum")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--rungs", nargs="+", default=["rollouts", "npd", "every_epoch"])
@@ -161,12 +160,14 @@ def main() -> int:
         what = ", ".join(missing) or f"none of {', '.join(args.rungs)}"
         sys.exit(f"--folder {args.folder}: {what}: run these rungs with ladder.py first")
     masked = {mask: run_masked(bench, mask, seeds, args.rungs) for mask in args.masks}
+    commits = {cell["commit"] for cells in masked.values() for cell in cells}
     changed = f" --set {' '.join(args.set)}" * bool(args.set)
     options = f"--task {args.task} --masks {' '.join(args.masks)} --rungs {' '.join(args.rungs)}"
     about = [
         "- command, after the ladder's: `python benchmarks/ladder_masked.py --folder DIR "
         f"{options}{changed}`",
-        f"- commit: {commit()}",
+        f"- commits of the runs: {', '.join(sorted(commits))}",
+        *made_with(),
     ]
     text = page(plain, masked, about)
     print(text)

@@ -24,6 +24,7 @@ ORDER = ("sft", "offline", "rollouts", "filter", "npd")
 """The paper's (2605.05940)."""
 # Its points in that order: the average of 11 benchmarks, a 1B student.
 _PAPER = {"sft": 56.28, "offline": 58.79, "rollouts": 61.63, "filter": 62.78, "npd": 64.37}
+_SKIP = "-skip"  # what the names of rungs end in that skip
 _OTHERS = (*ORDER, "seqkd", "on_policy", "every_epoch", "sft_long", "teacher_text")
 
 
@@ -104,6 +105,7 @@ def page(
         "",
         *_steps(rows, labels),
         "",
+        *_skips(rows, labels),
         *_variants(rows, labels),
         *_insides(rows, labels),
         "",
@@ -159,26 +161,43 @@ def _steps(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) ->
         "the paper's points", "KL, nats/token", "KL on its own text", "mean drift, nats/token",
     )  # fmt: skip
     for before, after in [*pairwise(present), (present[0], present[-1])]:
-        gained = differences(rows[after], rows[before])
-        worked = where_known(rows[after], rows[before], "workings")
         have_drift = all(
             cell["drift"] is not None for name in (before, after) for cell in rows[name].values()
         )
         drift = differences(rows[after], rows[before], "drift") if have_drift else []
-        lines.append(
-            row(
-                f"{labels[before]} → {labels[after]}",
-                points(gained, signed=True),
-                _above(gained),
-                points(worked, signed=True),
-                _above(worked),
-                f"{_PAPER[after] - _PAPER[before]:+.2f}",
-                number(differences(rows[after], rows[before], "kl"), 4, signed=True),
-                number(where_known(rows[after], rows[before]), 4, signed=True),
-                number(drift, 3, signed=True),
-            )
-        )
+        right, kl = _gains(rows[after], rows[before])
+        paper = f"{_PAPER[after] - _PAPER[before]:+.2f}"
+        label = f"{labels[before]} → {labels[after]}"
+        lines.append(row(label, *right, paper, *kl, number(drift, 3, signed=True)))
     return lines
+
+
+def _gains(after: Mapping[int, Cell], before: Mapping[int, Cell]) -> tuple[list[str], list[str]]:
+    """Right answers and workings, each with its seeds above 0; both KLs."""
+    gained = differences(after, before)
+    worked = where_known(after, before, "workings")
+    right = [text for found in (gained, worked) for text in (_signed(found), _above(found))]
+    kl = (differences(after, before, "kl"), where_known(after, before))
+    return right, [number(found, 4, signed=True) for found in kl]
+
+
+def _signed(values: Sequence[float]) -> str:
+    return points(values, signed=True)
+
+
+def _skips(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
+    """What `loss.skip_after` changes in each rung; nothing where none was run."""
+    lines = head(
+        "with `loss.skip_after`", "against", "points", "seeds above 0", "right workings, points",
+        "seeds above 0", "KL, nats/token", "KL on its own text",
+    )  # fmt: skip
+    found = [name for name in rows if name.endswith(_SKIP)]
+    for name in found:
+        for base in (name.removesuffix(_SKIP), "offline"):
+            if base in rows:
+                right, kl = _gains(rows[name], rows[base])
+                lines.append(row(labels[name], labels[base], *right, *kl))
+    return [*lines, ""] if found else []
 
 
 def _above(values: Sequence[float]) -> str:
@@ -187,7 +206,9 @@ def _above(values: Sequence[float]) -> str:
 
 def _variants(rows: Mapping[str, Mapping[int, Cell]], labels: Mapping[str, str]) -> list[str]:
     """What one other choice in NPD changes; nothing where none was run."""
-    present = [name for name in rows if name in labels and name not in _OTHERS]
+    present = [
+        name for name in rows if name in labels and not (name in _OTHERS or name.endswith(_SKIP))
+    ]
     if not present or "npd" not in rows:
         return []
     lines = head(

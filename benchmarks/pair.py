@@ -116,7 +116,7 @@ class Pair:
         raise NotImplementedError
 
     def prompts(self, seed: int, count: int) -> Path:
-        """`count` prompts that nothing held out, and not the start, has."""
+        """`count` prompts of a seed's own, none of them held out."""
         raise NotImplementedError
 
     def start_run(self) -> tuple[str, dict[str, Any]]:

@@ -79,7 +79,8 @@ def page(start: Cell, cells: Sequence[Cell], about: Mapping[str, Any]) -> str:
         _weights(about["setting"], about.get("tried", ()), has_second="npd_tail" in sides),
         "",
         f"The start: {', '.join(f'{words} {start[name]:.4f}' for name, words in known.items())}; "
-        f"fine-tuned from a student at held-out KL {start['start_kl']:.3f}.",
+        f"fine-tuned from a student at held-out KL {start['start_kl']:.3f}. It is the same for all "
+        "seeds, and so is the teacher; seeds have prompts of their own.",
         "",
         *_numbers(sides, known),
         "",
@@ -114,8 +115,8 @@ def _tried(about: Mapping[str, Any]) -> list[str]:
             for side, rate, seconds, kl, own, wrong in about["tuned_task"]
         )
         return [
-            "- learning rates tried before on sums, one run each, other prompts: held-out KL, KL "
-            f"on own text, share of wrong workings after so many CPU s: {rates}"
+            "- learning rates tried before on sums, one run each, other prompts: lowest held-out "
+            f"KL, KL on own text, share of wrong workings (of so many CPU s): {rates}"
         ]
     if "tuned" not in about:
         return []

@@ -44,6 +44,8 @@ def expected(task, prompt, response):
         ("sum", "16+55+12", "16+55=71,71+12####83", "16 55 71", "", 0),
         # Digits exchanged while copying: 15 is none of the numbers, 56 none of those left.
         ("sum", "16+55+12", "15+56=71,71+12=83####83", "12", "55 71 71 12 83", 0),
+        # A sum that is too short is right as far as it goes, and what follows is read by itself.
+        ("sum", "99+55+12", "99+55=1,1+12=13####13", "99 55 1", "1 12 13", 0),
         ("list", "31245:sr", "s=12345,r>54321####54321", "12345 54321", "", 0),
         ("list", "31245:sr", "s=12354,r>45321####45321", "1234", "45321", 1),
         ("list", "31245:sr", "s=1234,r>45321####45321", "", "", 0),
