@@ -252,16 +252,20 @@ def test_resume_refuses_another_config_or_other_data(make, tmp_path):
         npd.run(make(), resume=True, view=QuietView())
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make):
-    whole = npd.run(make("whole"), view=QuietView())
-    cut = npd.run(make("cut"), view=Interrupting())
+@pytest.mark.parametrize("skip_after", [0.0, 0.002])
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make, skip_after):
+    loss = {"skip_after": skip_after}
+    whole = npd.run(make("whole", loss=loss), view=QuietView())
+    skipped = [step["skipped_tokens"] for step in whole.data.steps]
+    assert all(skipped) if skip_after else not any(skipped)
+    cut = npd.run(make("cut", loss=loss), view=Interrupting())
     assert not cut.is_done
     assert 0 < cut.step < whole.step
     with Ledger.reader(RunLayout(cut.directory).ledger_db) as ledger:
         assert ledger.last_checkpoint().step == cut.step
         assert not list(ledger.segments_after(cut.step)), "saved later than it was trained"
         assert list(ledger.segments_after(cut.step - 1)), "saved as more than it was trained"
-    resumed = npd.run(make("cut"), resume=True, view=QuietView())
+    resumed = npd.run(make("cut", loss=loss), resume=True, view=QuietView())
     assert resumed.is_done
     a, b = weights(whole.student), weights(resumed.student)
     assert all(torch.equal(a[name], b[name]) for name in a)
