@@ -16,6 +16,7 @@ group `skip`); these masks do, so rows are cut here, as the trainer gets them.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -144,7 +145,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Setting")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--rungs", nargs="+", default=["rollouts", "npd", "every_epoch"])
-    parser.add_argument("--out", type=Path, help="file for the page")
+    parser.add_argument("--out", type=Path, help="file for the page; its JSON goes beside it")
     args = parser.parse_args()
     one_thread()
     bench = Bench(with_values(SETTINGS[args.task], args.set), args.folder)
@@ -174,6 +175,8 @@ def main() -> int:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)
+        record = {"cells": {"none": plain, **masked}}
+        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_the_command_compares_with_the_rungs_that_were_run(tmp_path, monkeypatch
     assert ladder_masked.main() == 0
     page = (tmp_path / "page.md").read_text()
     assert "| npd | none | 1 | 0.0 |" in page
+    assert set(json.loads((tmp_path / "page.json").read_text())["cells"]) == {"none", "random"}
     assert "| npd | random | 1 | 0.0 | +0.0 | 0 of 1 | +0.0 |" in page
     # Teacher and start are not trained again, nor the rung once it is there.
     assert capsys.readouterr().err.count("seed 0 start") == 1
