@@ -78,7 +78,6 @@ def rungs(epochs: int, batch: int) -> dict[str, Rung]:
         "tail": Rung("NPD, target: tail", "npd", fresh | tail),
         "tail-lambda=1": Rung("NPD, target: tail, λ = 1", "npd", fresh | tail | alone),
         "npd-skip": Rung("NPD, skipping after unlikely tokens", "npd", fresh | skip),
-        "tail-skip": Rung("NPD, target: tail, skipping", "npd", fresh | tail | skip),
         "every_epoch": Rung("refresh every epoch", "npd", often),
         "on_policy": Rung("strict on-policy (λ = 1, no filter)", "on_policy", strict),
     }  # fmt: skip

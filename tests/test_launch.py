@@ -166,6 +166,13 @@ def test_sglang_is_told_what_it_needs(started, snapshot):
     assert {"--enable-lora", "--trust-remote-code"} <= set(flags)
 
 
+def test_no_key_is_taken_for_an_option(tmp_path, snapshot):
+    spec, launch = ServerSpec(str(snapshot), "float32", CONTEXT), LaunchConfig(command=ENGINE)
+    made = [ServerProcess("sglang", launch, spec, tmp_path / "server.log") for _ in range(2000)]
+    assert all(process.key.isalnum() and len(process.key) >= 43 for process in made)
+    assert len({process.key for process in made}) == 2000
+
+
 def test_a_command_may_place_the_model_itself(tmp_path, snapshot):
     launch = LaunchConfig(command=(*ENGINE, "--model", "{model}"), start_timeout=60.0)
     spec = ServerSpec(str(snapshot), "float32", CONTEXT)

@@ -256,12 +256,12 @@ def test_a_tiny_ladder_runs_once_and_is_kept(room):
         return done
 
     first = run()
-    # The start and nine rungs, and each on its own text.
-    assert first.stderr.count("cpu_seconds") == 20
+    # The start and ten rungs, and each on its own text.
+    assert first.stderr.count("cpu_seconds") == 22
     record = json.loads((room / "out" / "real.json").read_text())
     assert [cell["rung"] for cell in record["cells"]] == [
         "sft", "offline", "rollouts", "filter", "npd", "tail", "tail-lambda=1",
-        "every_epoch", "on_policy",
+        "npd-skip", "every_epoch", "on_policy",
     ]  # fmt: skip
     for cell in record["cells"]:
         assert cell["kl"] >= 0

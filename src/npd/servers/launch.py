@@ -50,7 +50,8 @@ class ServerProcess:
     def __init__(self, engine: str, config: LaunchConfig, spec: ServerSpec, log: Path) -> None:
         self._engine, self._config, self._spec = engine, config, spec
         self.log = self._log = log
-        self.key = secrets.token_urlsafe(32)
+        # Hex: a key that begins with a hyphen, on a command line, is taken for an option.
+        self.key = secrets.token_hex(32)
         self.url = ""
         self._popen: subprocess.Popen[bytes] | None = None
         self._pipe: int | None = None
