@@ -74,7 +74,7 @@ peers: install  ## whole runs against TRL's trainers, on the same pair; DATA=FIL
 	$(BIN)/python benchmarks/peers_run.py --data $(DATA) --folder runs/real --set-pair warm_prompts=96 --out benchmarks/results/peers
 
 peers-sum: install  ## the same on a pair of the ladder, where a KL can be aimed at; goes on likewise
-	$(BIN)/python benchmarks/peers_run.py --task sum --seeds 5 --folder runs/ladder --out benchmarks/results/peers-sum
+	$(BIN)/python benchmarks/peers_run.py --task sum --seeds 5 --sides npd distillation gkd --folder runs/ladder --out benchmarks/results/peers-sum
 
 docs: install  ## the reference pages made from the code
 	$(BIN)/python docs/make.py
