@@ -7,7 +7,8 @@ All rungs go on from one student (`pair.py`), each seed with prompts of its own 
 not seen. Rungs up to NPD write a response to each prompt twice, at the first and at half of the
 epochs, and train on each as often, so that they differ in who writes, the loss, the filter and the
 refresh only. Then NPD with another loss (`tail`, λ = 1), and with `loss.skip_after`; the last two
-write anew in each epoch, and before each step. What is finished stays in `--folder` and is not run again.
+write anew in each epoch, and before each step. What is finished stays in `--folder` and is not run
+again.
 
 Measured afterwards, on prompts that nobody trained on: held-out KL and agreement (npd's, on the
 teacher's greedy responses), ROUGE-L of the student's greedy responses against those, and the KL on
