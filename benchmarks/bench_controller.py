@@ -25,20 +25,30 @@ import numpy as np
 
 from common import Bar, Figure, Spread, make_parser, parse, publish
 from npd.config import RunConfig
+from npd.config.load import load_config
 from npd.control.controller import Controller
-from npd.control.crew import spawn_crew
-from npd.control.dispatch import Dispatcher
+from npd.control.dispatcher import Dispatcher
 from npd.control.monitor import Monitor
+from npd.control.placement import WorkerSet, start_generators, start_scorers, start_trainer
 from npd.control.plan import Plan
+from npd.control.run_directory import OpenRun
+from npd.data.inputs import RunInputs
 from npd.observe.live import PlainView
-from npd.reports import EvalReport, SegmentReport, StepReport
-from npd.runtime import Factory, Reply, Worker
-from npd.runtime.base import NOTHING, Needs
-from npd.settings import load_config
+from npd.runtime import CallResult, Factory, Worker
+from npd.runtime.base import NOTHING, Resources
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.snapshots import publish as publish_directory
-from npd.types import EncodedPrompt, FinishReason, SampleStats, Segment, Step
+from npd.types import (
+    EncodedPrompt,
+    EvalReport,
+    FinishReason,
+    SampleStats,
+    Segment,
+    SegmentReport,
+    Step,
+    StepReport,
+)
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult
 
@@ -135,13 +145,13 @@ class FakeWorker:
         self.name, self.pid = name, None
         self._watch, self._layout = watch, layout
 
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Reply:  # noqa: ASYNC109
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> CallResult:  # noqa: ASYNC109
         """Answer at once."""
         started = time.time()
         with self._watch.part("messages"):
             args = pickle.loads(pickle.dumps(args))
         with self._watch.part("fakes"):
-            reply = Reply(getattr(self, method)(*args), started, time.time())
+            reply = CallResult(getattr(self, method)(*args), started, time.time())
         with self._watch.part("messages"):
             return pickle.loads(pickle.dumps(reply))
 
@@ -156,9 +166,9 @@ class FakeWorker:
 
     def generate(self, task: GenerateTask) -> ShardResult:
         """One in twenty is truncated, so that the pre-filter has something to do."""
-        asks = task.asks
+        requests = task.requests
         return ShardResult(
-            tuple(fake_stats(a.sample_id, a.prompt.index, task.version) for a in asks)
+            tuple(fake_stats(a.sample_id, a.prompt.index, task.version) for a in requests)
         )
 
     def score(self, task: ScoreTask) -> ShardResult:
@@ -205,7 +215,7 @@ class FakeRuntime:
         *,
         threads: int,
         environment: dict[str, str] | None = None,
-        needs: Needs = NOTHING,
+        needs: Resources = NOTHING,
     ) -> Worker:
         """A fake worker; of its factory only the run directory is used."""
         return self._make(name, RunLayout(factory.root))
@@ -258,7 +268,7 @@ def make_config(preset: str, root: Path) -> RunConfig:
 
 def make_prompts(config: RunConfig, samples: int) -> list[EncodedPrompt]:
     """As many prompts as make the run ask for about `samples` samples."""
-    per_prompt = config.num_asks(1)
+    per_prompt = config.num_requests(1)
     assert per_prompt is not None, "presets are bounded by epochs"
     ids = np.arange(60, dtype=np.int32)
     return [EncodedPrompt(i, ids, ids[:5]) for i in range(samples // per_prompt)]
@@ -274,19 +284,12 @@ def drive(config: RunConfig, prompts: list[EncodedPrompt], watch: Stopwatch) -> 
     clocked = Clocked(monitor, watch, "monitor", "note", "started", "span", "message")
     with Ledger(layout.ledger_db) as ledger:
         books = ClockedLedger(ledger, watch)
-        dispatcher = Dispatcher(
-            config,
-            spawn_crew(config, runtime, layout.root),
-            books,
-            prompts=prompts,
-            heldout=(),
-            on_start=clocked.started,
-            on_span=clocked.span,
-            on_message=clocked.message,
+        run = OpenRun(config, RunInputs(prompts, [], {}), layout, books, clocked)
+        workers = WorkerSet(
+            start_generators(run, runtime), start_scorers(run, runtime), start_trainer(run, runtime)
         )
         planner = Clocked(plan, watch, "plan", "handle")
-        controller = Controller(planner, dispatcher, books, layout, clocked)
-        ending = asyncio.run(controller.run(len(prompts), has_heldout=False))
+        ending = asyncio.run(Controller(run, planner, Dispatcher(run, workers)).run())
         found = ledger.conservation()
         monitor.close()
     assert ending.is_done

@@ -37,10 +37,10 @@ from common import (
     speeds,
     take_turns,
 )
-from npd.generate.attention import without_cudnn_attention
+from npd.generate.decoding import without_cudnn_attention
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
-from npd.types import Ask, EncodedPrompt
+from npd.types import EncodedPrompt, SampleRequest
 
 # Of the logarithm of response lengths: chat data sets lie between 0.7 and 1.
 SIGMA = 0.8
@@ -52,7 +52,7 @@ class Work:
     """What both sides do: `limits` are the tokens written for each ask."""
 
     what: str
-    asks: list[Ask]
+    asks: list[SampleRequest]
     limits: list[int]
     batch: int
     bar: Bar | None = None
@@ -63,14 +63,14 @@ class Work:
             yield slice(start, start + self.batch)
 
 
-def build_asks(count: int, low: int, high: int, group: int = 1) -> list[Ask]:
+def build_asks(count: int, low: int, high: int, group: int = 1) -> list[SampleRequest]:
     """`count` asks for `group` samples a prompt; random prompts of `low` to `high` tokens."""
     rng = np.random.default_rng(0)
-    asks: list[Ask] = []
+    asks: list[SampleRequest] = []
     for index, length in enumerate(rng.integers(low, high + 1, count // group)):
         ids = rng.integers(1, VOCAB, length).astype(np.int32)
         prompt = EncodedPrompt(index, ids, ids[:1])
-        asks += [Ask(len(asks) + i, len(asks) + i, prompt) for i in range(group)]
+        asks += [SampleRequest(len(asks) + i, len(asks) + i, prompt) for i in range(group)]
     return asks
 
 
@@ -114,7 +114,7 @@ def reference(model: Any, work: Work) -> int:
     return sum(_generate(model, work.asks[part], work.limits[part]) for part in work.batches())
 
 
-def _generate(model: Any, asks: list[Ask], limits: list[int]) -> int:
+def _generate(model: Any, asks: list[SampleRequest], limits: list[int]) -> int:
     from transformers import StoppingCriteriaList
 
     width = max(len(ask.prompt.prompt_ids) for ask in asks)

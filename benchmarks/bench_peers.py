@@ -61,8 +61,8 @@ from common import (
     take_turns,
 )
 from npd.config import LossConfig, TrainConfig
-from npd.generate.attention import without_cudnn_attention
-from npd.modeling import load_model
+from npd.generate.decoding import without_cudnn_attention
+from npd.models.loading import load_model
 from npd.train.trainer import Trainer
 from npd.types import Scored
 from training import (

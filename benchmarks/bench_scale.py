@@ -34,25 +34,28 @@ import numpy as np
 from bench_controller import FakeRuntime, FakeWorker, fake_stats
 from common import Bar, Figure, Spread, make_parser, parse, peak_mib, publish
 from npd.config import RunConfig
+from npd.config.load import load_config
 from npd.control.controller import Controller
-from npd.control.crew import spawn_crew
-from npd.control.dispatch import Dispatcher
+from npd.control.dispatcher import Dispatcher
 from npd.control.monitor import Monitor
+from npd.control.placement import WorkerSet, start_generators, start_scorers, start_trainer
 from npd.control.plan import Plan
+from npd.control.run_directory import OpenRun
+from npd.data.inputs import RunInputs
 from npd.observe.live import PlainView
-from npd.reports import SegmentReport
-from npd.runtime import Reply
-from npd.settings import load_config
+from npd.runtime import CallResult
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
-from npd.store.shards import (
-    ShardReader,
-    read_rollouts,
-    read_scored,
-    write_rollouts,
-    write_scored,
+from npd.store.shards import ShardReader, read_rollouts, read_scored, write_rollouts, write_scored
+from npd.types import (
+    EncodedPrompt,
+    FinishReason,
+    Rollout,
+    SampleRequest,
+    Scored,
+    Segment,
+    SegmentReport,
 )
-from npd.types import Ask, EncodedPrompt, FinishReason, Rollout, Scored, Segment
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult, generated_stats, scored_stats
 
@@ -95,21 +98,24 @@ class Fake(FakeWorker):
         self._course, self._layout, self._case = course, layout, case
         self._reader = ShardReader(layout.scored, "scored")
 
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Reply:  # noqa: ASYNC109
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> CallResult:  # noqa: ASYNC109
         """Answer at once."""
         started, request = time.time(), pickle.dumps((method, args))
         began = time.process_time()
         method, args = pickle.loads(request)
-        answer = pickle.dumps(Reply(getattr(self, method)(*args), started, time.time()))
+        answer = pickle.dumps(CallResult(getattr(self, method)(*args), started, time.time()))
         self._course.fakes += time.process_time() - began
         return pickle.loads(answer)
 
     def generate(self, task: GenerateTask) -> ShardResult:
         """Texts that nobody wrote, on disk where the store is in."""
-        self._course.at(task.asks[-1].sample_id)
+        self._course.at(task.requests[-1].sample_id)
         if not self._case.has_store:
             return super().generate(task)
-        path, made = self._layout.rollouts(task.shard), [fake_text(ask, task) for ask in task.asks]
+        path, made = (
+            self._layout.rollouts(task.shard),
+            [fake_text(ask, task) for ask in task.requests],
+        )
         read = self._stored(lambda: write_rollouts(path, made), lambda: read_rollouts(path))
         return ShardResult(tuple(generated_stats(rollout) for rollout in read))
 
@@ -145,7 +151,7 @@ class Fake(FakeWorker):
         return found
 
 
-def fake_text(ask: Ask, task: GenerateTask) -> Rollout:
+def fake_text(ask: SampleRequest, task: GenerateTask) -> Rollout:
     """A response of 8 to 31 tokens."""
     length = 8 + ask.sample_id % 24
     ids = np.arange(ask.sample_id, ask.sample_id + length, dtype=np.int32) % 50_000
@@ -216,18 +222,11 @@ def run_case(case: Case) -> dict[str, Any]:
     runtime = FakeRuntime(lambda name, layout: Fake(name, course, layout, case))
     began, wall = time.process_time(), time.perf_counter()
     with Ledger(layout.ledger_db) as ledger:
-        dispatcher = Dispatcher(
-            config,
-            spawn_crew(config, runtime, layout.root),
-            ledger,
-            prompts=prompts,
-            heldout=(),
-            on_start=monitor.started,
-            on_span=monitor.span,
-            on_message=monitor.message,
+        run = OpenRun(config, RunInputs(prompts, [], {}), layout, ledger, monitor)
+        workers = WorkerSet(
+            start_generators(run, runtime), start_scorers(run, runtime), start_trainer(run, runtime)
         )
-        controller = Controller(plan, dispatcher, ledger, layout, monitor)
-        ending = asyncio.run(controller.run(len(prompts), has_heldout=False))
+        ending = asyncio.run(Controller(run, plan, Dispatcher(run, workers)).run())
         cpu, wall = time.process_time() - began, time.perf_counter() - wall
         books = ledger.conservation()
         monitor.close()

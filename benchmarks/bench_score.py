@@ -51,10 +51,16 @@ from common import (
     speeds,
     take_turns,
 )
-from npd.attention import Boundaries
 from npd.config import ScoreConfig
-from npd.head import head_of
-from npd.modeling import PackedBatch, hidden_states, load_model, pack_documents, resolve_device
+from npd.models.lm_head import head_of
+from npd.models.loading import (
+    PackedBatch,
+    hidden_states,
+    load_model,
+    pack_documents,
+    resolve_device,
+)
+from npd.models.packed_attention import Boundaries
 from npd.pack import pack
 from npd.score import build_scorer
 from npd.store.shards import write_scored

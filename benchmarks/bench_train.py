@@ -49,7 +49,7 @@ from common import (
     timed,
 )
 from npd.config import LossConfig, TrainConfig
-from npd.modeling import load_model
+from npd.models.loading import load_model
 from npd.train.trainer import Trainer
 from npd.types import Scored, Segment
 from training import (

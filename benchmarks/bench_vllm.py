@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,36 +27,38 @@ import torch
 
 from bench_generate import log_normal_lengths
 from common import ROOT, Bar, Figure, Spread, make_parser, parse, publish
-from npd.chat import Chat
 from npd.config import GenerateConfig, LaunchConfig
+from npd.data.tokenizer import Chat
+from npd.engines import EngineServer
 from npd.generate.base import Generator, build_generator
-from npd.generate.served import ServedGenerator, Surroundings
+from npd.generate.served import InFlightRequests, ServedGenerator, ServingContext
 from npd.generate.transformers import TransformersGenerator, generate_with
-from npd.generate.writing import Writing
-from npd.modeling import load_model
-from npd.prepare import import_gguf, smollm2_gguf
-from npd.servers import EngineServer
+from npd.models.loading import load_model
+from npd.models.saving import save_pretrained
 from npd.store.shards import write_rollouts
-from npd.train.checkpoint import save_pretrained
-from npd.types import Ask, Failed, Prompt, Rollout
+from npd.types import Failed, Prompt, Rollout, SampleRequest
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+from prepare import import_gguf, smollm2_gguf
 
 
 def make_model(folder: Path) -> Path:
     """The 135M model as a snapshot for a server: its LM head written out."""
     tied = import_gguf(smollm2_gguf(), folder / "tied")
     model, out = load_model(tied, dtype="bfloat16"), folder / "model"
-    save_pretrained(
-        model, out, dtype="bfloat16", source=str(tied), trust_remote_code=False, untie=True
-    )
+    save_pretrained(model, out, dtype="bfloat16", source=tied, untie=True)
     return out
 
 
-def make_asks(chat: Chat, count: int) -> list[Ask]:
-    """Prompts of the demo, each with a seed."""
-    lines = (ROOT / "examples" / "demo" / "prompts.jsonl").read_text().splitlines()
+def make_requests(chat: Chat, count: int) -> list[SampleRequest]:
+    """Requests about topics, each with a seed."""
+    lines = (ROOT / "benchmarks" / "topics.jsonl").read_text().splitlines()
     texts = [str(json.loads(line)["prompt"]) for line in lines]
     prompts = [Prompt(i, text=texts[i % len(texts)]) for i in range(count)]
-    return [Ask(i, 31 * i + 1, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
+    return [
+        SampleRequest(i, 31 * i + 1, prompt) for i, prompt in enumerate(chat.encode_all(prompts))
+    ]
 
 
 def padding_waste(lengths: Sequence[int], batch: int) -> float:
@@ -67,7 +70,7 @@ def padding_waste(lengths: Sequence[int], batch: int) -> float:
 class Writer(Protocol):
     """What is measured: rollouts for asks."""
 
-    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Sequence[Rollout | Failed]:
         """One rollout per ask, in their order."""
 
 
@@ -78,16 +81,18 @@ class LimitedServer:
     engine: ServedGenerator
     limits: Sequence[int]
 
-    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Sequence[Rollout | Failed]:
         """Responses of exactly those lengths."""
         engine = self.engine
 
-        async def write(server: EngineServer, ask: Ask) -> Rollout:
+        async def write(server: EngineServer, ask: SampleRequest) -> Rollout:
             limit = self.limits[ask.sample_id]
             sampling = replace(engine._sampling(), max_new_tokens=limit, stop_ids=())
-            return await Writing(engine._holding, sampling, "finish", True).write(server, ask)
+            return await InFlightRequests(engine._weights, sampling, "finish", True).write(
+                server, ask
+            )
 
-        found = engine._pool.ask(asks, write, at_once=len(asks))
+        found = engine._pool.run_jobs(requests, write, at_once=len(requests))
         return engine._run(found)  # type: ignore[return-value]
 
 
@@ -98,19 +103,21 @@ class LimitedModel:
     engine: TransformersGenerator
     limits: Sequence[int]
 
-    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
+    def generate(self, requests: Sequence[SampleRequest]) -> Sequence[Rollout | Failed]:
         """Responses of exactly those lengths."""
         sampling = replace(self.engine._sampling, stop_ids=frozenset())
-        limits = [self.limits[ask.sample_id] for ask in asks]
-        return generate_with(self.engine._model, asks, sampling, limits=limits)
+        limits = [self.limits[ask.sample_id] for ask in requests]
+        return generate_with(self.engine._model, requests, sampling, limits=limits)
 
 
-def timed(engine: Writer, asks: list[Ask], path: Path) -> tuple[list[Rollout], float, float]:
+def timed(
+    engine: Writer, requests: list[SampleRequest], path: Path
+) -> tuple[list[Rollout], float, float]:
     """Generate and store a shard: the rollouts, seconds by the clock, seconds of our own CPU."""
     wall, cpu = time.perf_counter(), time.process_time()
-    found = engine.generate(asks)
+    found = engine.generate(requests)
     rollouts = [item for item in found if isinstance(item, Rollout)]
-    assert len(rollouts) == len(asks), found
+    assert len(rollouts) == len(requests), found
     write_rollouts(path, rollouts)
     return rollouts, time.perf_counter() - wall, time.process_time() - cpu
 
@@ -136,7 +143,7 @@ def main() -> None:
         folder = Path(directory)
         model = make_model(folder)
         chat = Chat.load(model)
-        asks = make_asks(chat, args.requests)
+        requests = make_requests(chat, args.requests)
 
         def build(batch: int, **options: object) -> Generator:
             settings = {"max_new_tokens": args.new, "batch_size": batch, **options}
@@ -145,7 +152,7 @@ def main() -> None:
                 stop_ids=chat.stop_ids,
                 pad_id=chat.pad_id,
                 vocab_size=chat.vocab_size,
-                surroundings=Surroundings(folder / "server.log", 1024, tell=print),
+                serving=ServingContext(folder / "server.log", 1024, notify=print),
             )
             engine.load(model, 0)
             return engine
@@ -159,7 +166,7 @@ def main() -> None:
             "vllm": LimitedServer(cast(ServedGenerator, server), limits),
         }
         engines: dict[str, Writer] = {"transformers": in_process, "vllm": server}
-        run = partial(timed, asks=asks, path=folder / "shard")
+        run = partial(timed, requests=requests, path=folder / "shard")
         try:
             measured = measure(engines, args.rounds, run)
             even = measure(limited, args.rounds, run)

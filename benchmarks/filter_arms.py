@@ -22,7 +22,7 @@ from ladder_bench import Bench
 from ladder_page import Cell
 from ladder_setting import SUM, digest
 from noise import WORKING
-from npd.settings import load_config
+from npd.config.load import load_config
 from tasks import MARK, is_right, read_problems
 
 SETTING = replace(SUM, is_new=True)

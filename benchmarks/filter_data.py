@@ -19,11 +19,11 @@ from typing import Any
 from filter_rules import Labelled
 from noise import PROSE, Response, Texts, plant
 from npd import stages
-from npd.chat import Chat
 from npd.config import RunConfig
+from npd.config.load import load_config, nested
+from npd.data.tokenizer import Chat
 from npd.errors import DataError, ModelError
 from npd.filters import prefilter
-from npd.settings import load_config, nested
 from npd.store.shards import read_rollouts, read_scored
 from npd.types import FinishReason, SampleStats
 from npd.workers import generated_stats, scored_stats
@@ -155,7 +155,7 @@ def write_run(path: Path, values: Mapping[str, Any]) -> Path:
 # -- Real text ---------------------------------------------------------------------------------
 
 
-# The demo's, which its student was warmed up with.
+# That of `topics.yaml`, which the student was warmed up with.
 _SYSTEM = "Answer in one short sentence."
 # Of the file, for each seed.
 _QUESTIONS = 80
@@ -163,7 +163,7 @@ _QUESTIONS = 80
 
 @dataclass(frozen=True)
 class Models:
-    """The demo's models, and questions for them: JSONL, and the column they are in."""
+    """The pair of `topics.yaml`, and questions for it: JSONL, and the column they are in."""
 
     student: Path
     teacher: Path
@@ -176,7 +176,8 @@ def check(models: Models, num_seeds: int) -> None:
     for role in ("student", "teacher"):
         if not (getattr(models, role) / "config.json").is_file():
             raise ModelError(
-                f"--{role} {getattr(models, role)}: no model there: `make demo` makes the demo's"
+                f"--{role} {getattr(models, role)}: no model there: run `make demo`, "
+                "then `npd run benchmarks/topics.yaml`"
             )
     for seed in range(num_seeds):
         found = len(_questions(models, seed))
@@ -207,7 +208,7 @@ def _questions(models: Models, seed: int) -> list[str]:
 
 
 def real_data(models: Models, folder: Path, *, share: float, seed: int) -> Made:
-    """The demo student's answers to some questions of a file, noise planted, scored."""
+    """The student's answers to some questions of a file, noise planted, scored."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": question} for question in _questions(models, seed)]
     prompts = folder / "prompts.jsonl"

@@ -7,7 +7,7 @@
 Detection: the ladder's students write, noise is planted into a known share of their texts
 (`noise.py`), both models score them, and every rule says whom it cuts. Training: the students go on
 from the noisy texts, and from the clean ones, behind each rule. With `--data`, detection again on
-the answers of the demo's student (`make demo`) to questions of a file; nothing is trained there.
+the answers of a student of 81 M weights (`topics.yaml`) to questions of a file, without training.
 Rules are chosen on the first half of the seeds and confirmed on the others.
 
 Promises: one thread, stages in turn; what is finished stays in `--folder` and is not run again.
@@ -48,11 +48,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="of detection")
     parser.add_argument("--trained", type=int, default=5, help="seeds of training; 0: none")
-    parser.add_argument("--data", type=Path, help="JSONL of questions for the demo's models")
+    parser.add_argument("--data", type=Path, help="JSONL of questions for the pair of topics.yaml")
     parser.add_argument("--column", default="question", help="of the file at --data")
     parser.add_argument("--source", default="", help="what the page calls the file at --data")
     parser.add_argument("--teacher", type=Path, default=Path("models/smollm2-135m"))
-    parser.add_argument("--student", type=Path, default=Path("runs/demo/warm/student"))
+    parser.add_argument("--student", type=Path, default=Path("runs/topics/student"))
     parser.add_argument("--real-seeds", type=int, default=3, help="of the answers to --data")
     parser.add_argument("--out", type=Path, help="folder for filter.json and filter.md")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 import pair
-from npd.chat import Chat
 from npd.config import ScoreConfig
+from npd.data.tokenizer import Chat
+from npd.engines.capabilities import HELDOUT_TOP_K
 from npd.evaluate import Match, heldout_kl
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
-from npd.modeling import decoding, load_model
+from npd.models.loading import decoding, load_model
 from npd.score import build_scorer
-from npd.servers.limits import HELDOUT_TOP_K
 from npd.store.shards import read_scored
-from npd.types import Ask, EncodedPrompt, Rollout, Scored
+from npd.types import EncodedPrompt, Rollout, SampleRequest, Scored
 from rouge import rouge_l
 
 
@@ -118,9 +118,9 @@ def _write(
         batch_size=made.setting.write_batch,
         vocab_size=chat.vocab_size,
     )
-    asks = [
-        Ask(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
+    requests = [
+        SampleRequest(i, i, EncodedPrompt(i, s.rollout.prompt_ids, s.rollout.header_ids))
         for i, s in enumerate(scored)
     ]
     with _computing(made, model), decoding(model):
-        return list(generate_with(model, asks, sampling, with_logprobs=False))
+        return list(generate_with(model, requests, sampling, with_logprobs=False))

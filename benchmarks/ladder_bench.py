@@ -25,7 +25,7 @@ from common import commit
 from ladder_cell import line, measured, right_shares, tidy
 from ladder_page import Cell
 from ladder_setting import ALONE, Setting, Shape, digest
-from npd.settings import load_config, nested
+from npd.config.load import load_config, nested
 from own_text import own_text
 from rungs import rungs
 from steps import answers, right_workings

@@ -10,7 +10,7 @@ from typing import Any
 
 import npd
 from ladder_page import Cell
-from npd.chat import Chat
+from npd.data.tokenizer import Chat
 from npd.filters import delta_ifd
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts

@@ -33,8 +33,8 @@ from after_errors import made_with, places
 from ladder_bench import Bench, one_thread
 from ladder_page import Cell
 from ladder_setting import SETTINGS, with_values
-from npd.chat import Chat
-from npd.train import feed
+from npd.data.tokenizer import Chat
+from npd.train import batch
 from npd.train.batch import Sample, TrainRow, rollout_of
 from tables import head, number, points, row
 
@@ -70,7 +70,7 @@ def keeper(mask: str, task: str, chat: Chat) -> Keep:
 @contextmanager
 def masking(keep: Keep) -> Iterator[list[int]]:
     """Trainers get cut rows; gives the count of their response tokens, and of those left out."""
-    plain, tokens = feed.build_row, [0, 0]
+    plain, tokens = batch.build_row, [0, 0]
 
     def build_row(samples: Sequence[Sample], **options: Any) -> TrainRow:
         is_kept = np.concatenate([keep(sample) for sample in samples])
@@ -78,7 +78,7 @@ def masking(keep: Keep) -> Iterator[list[int]]:
         tokens[1] += int((~is_kept).sum())
         return plain(samples, **options).only(torch.from_numpy(is_kept))
 
-    with patch.object(feed, "build_row", build_row):
+    with patch.object(batch, "build_row", build_row):
         yield tokens
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npd.chat import Chat
+from npd.data.tokenizer import Chat
 from npd.types import Message, Prompt
 from tasks import MARK, is_right
 

@@ -30,15 +30,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import npd
-from common import commit
+from common import ROOT, commit
 from ladder_setting import ALONE, digest
-from npd.chat import Chat
 from npd.config import DataConfig
-from npd.data import encode_prompts, load_prompts
+from npd.config.load import load_config, nested
+from npd.data.prompts import encode_prompts, load_prompts
+from npd.data.tokenizer import Chat
 from npd.errors import DataError
-from npd.prepare import import_gguf, prune_depth, smollm2_gguf
-from npd.settings import load_config, nested
 from npd.store.layout import RunLayout
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+from prepare import import_gguf, prune_depth, smollm2_gguf
 
 # The demo's: left out one at a time, each time the layer whose absence moves the outputs least.
 LAYERS = (0, 1, 2, 8, 9, 10, 11, 12, 21, 22, 23, 24, 27, 28, 29)

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import pair
 from common import machine, number, versions
+from npd.engines.capabilities import HELDOUT_TOP_K
 from npd.errors import DataError, InputError
-from npd.servers.limits import HELDOUT_TOP_K
 from tables import interval
 
 S = TypeVar("S")

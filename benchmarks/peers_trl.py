@@ -24,8 +24,8 @@ import torch
 from transformers import TrainerCallback
 
 from common import clock_of, seconds
-from npd.generate.attention import without_cudnn_attention
-from npd.modeling import load_model
+from npd.generate.decoding import without_cudnn_attention
+from npd.models.loading import load_model
 
 Evaluate = Callable[[Path], dict[str, float]]
 

@@ -33,7 +33,7 @@ from common import ROOT, commit, machine, versions
 from victims import CONTROLLER, KINDS, Victim, find_victims
 
 sys.path.insert(0, str(ROOT / "tests"))
-from leftovers import Surroundings
+from leak_checks import LeakCheck
 from npd.errors import NpdError
 from npd.store.ledger import Ledger
 from npd.store.snapshots import verify
@@ -84,7 +84,6 @@ def parse_args() -> argparse.Namespace:
         "--baselines", type=int, help="undisturbed runs, 2 to 8; default 5; with --quick 3"
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--runtime", default="local", help="runtime.kind of the disturbed run")
     parser.add_argument("--vllm", type=Path, metavar="VENV", help="virtual environment of vLLM")
     parser.add_argument("--out", type=Path, help="folder for soak.json and soak.md")
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary one")
@@ -170,8 +169,8 @@ def _undisturbed(args: argparse.Namespace, folder: Path) -> list[float]:
 
 
 def _disturbed(args: argparse.Namespace, folder: Path, undisturbed: Sequence[float]) -> Soak:
-    run = _make(args, folder, kind=args.runtime)
-    around = Surroundings(folder)
+    run = _make(args, folder, kind="local")
+    around = LeakCheck(folder)
     # What torch compiled it keeps for good.
     kept = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torch")}
     run.environment = around.environment | kept
@@ -187,7 +186,7 @@ def _disturbed(args: argparse.Namespace, folder: Path, undisturbed: Sequence[flo
     return soak
 
 
-def _end(around: Surroundings) -> None:
+def _end(around: LeakCheck) -> None:
     """Kill what is left of a run, until nothing is: its folder is removed next."""
     while processes := around.processes():
         for pid in processes:
@@ -203,9 +202,7 @@ class Killer:
     where they are ahead of the run's progress: what is killed for ever faster never ends.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, run: Run, around: Surroundings, soak: Soak
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, run: Run, around: LeakCheck, soak: Soak) -> None:
         self._args, self._run, self._around, self._soak = args, run, around, soak
         self._random = random.Random(args.seed)
         self._kinds = [CONTROLLER, *KINDS]
@@ -296,7 +293,7 @@ def _final_kl(run: Run) -> float:
 
 
 def _check(
-    args: argparse.Namespace, run: Run, around: Surroundings, soak: Soak, calm: Sequence[float]
+    args: argparse.Namespace, run: Run, around: LeakCheck, soak: Soak, calm: Sequence[float]
 ) -> None:
     """The books, the files, the student, the machine."""
     problems = soak.problems
@@ -362,7 +359,7 @@ def _markdown(args: argparse.Namespace, soak: Soak) -> str:
         *([f"- PROBLEM: {problem}" for problem in soak.problems] or ["Nothing was wrong."]),
         "",
         f"- command: `python benchmarks/soak.py --kills {args.kills} --seed {args.seed} --steps "
-        f"{args.steps} --baselines {args.baselines} --runtime {args.runtime}"
+        f"{args.steps} --baselines {args.baselines}"
         f"{' --vllm VENV' if args.vllm else ''}`",
         f"- commit: {about['commit']}",
         f"- machine: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load "

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npd.chat import Chat
+from npd.data.tokenizer import Chat
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
-from npd.modeling import decoding, load_model
-from npd.types import Ask, Message, Prompt
+from npd.models.loading import decoding, load_model
+from npd.types import Message, Prompt, SampleRequest
 from tasks import MARK
 
 KINDS = ("right", "operand", "addition", "steps", "form", "final")
@@ -77,7 +77,7 @@ def answers(student: Path, problems: Sequence[dict[str, str]], max_new: int) -> 
     """Greedy responses, in order."""
     chat, model = Chat.load(str(student)), load_model(student)
     prompts = [Prompt(i, (Message("user", p["prompt"]),)) for i, p in enumerate(problems)]
-    asks = [Ask(i, i, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
+    requests = [SampleRequest(i, i, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
     sampling = Sampling(
         max_new_tokens=max_new,
         stop_ids=chat.stop_ids,
@@ -88,5 +88,5 @@ def answers(student: Path, problems: Sequence[dict[str, str]], max_new: int) -> 
         vocab_size=chat.vocab_size,
     )
     with decoding(model):
-        written: list[Any] = list(generate_with(model, asks, sampling, with_logprobs=False))
+        written: list[Any] = list(generate_with(model, requests, sampling, with_logprobs=False))
     return [chat.decode(r.response_ids) for r in sorted(written, key=lambda r: r.sample_id)]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from common import VOCAB, timed
 from npd.config import LossConfig, TrainConfig
-from npd.head import head_of
-from npd.modeling import hidden_states
+from npd.models.lm_head import head_of
+from npd.models.loading import hidden_states
 from npd.pack import pack
 from npd.score.prefill import top_k
 from npd.store.shards import ShardReader, write_scored

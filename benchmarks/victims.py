@@ -1,8 +1,7 @@
 """The processes of a run that may be killed, by kind, found among the run's own only.
 
 A kind is a row of `KINDS`: what one of its command line's arguments looks like. Another runtime's
-or another engine's processes get a row of their own. A Ray actor's title says its class, not its
-role.
+or another engine's processes get a row of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ KINDS = {
     "generator": re.compile(r"generator-\d+"),
     "scorer": re.compile(r"scorer-\d+"),
     "trainer rank": re.compile(r"trainer(-\d+)?"),
-    "ray actor": re.compile(r"ray::Seat\S*"),
 }
 
 
@@ -43,7 +41,7 @@ def find_victims(
 
 
 def _kind(arguments: Sequence[str]) -> str | None:
-    if any(argument.endswith("nanny.py") for argument in arguments):
+    if any(argument.endswith("supervisor.py") for argument in arguments):
         return None  # its command line repeats the server's
     for kind, pattern in KINDS.items():
         if any(pattern.fullmatch(argument) for argument in arguments):

@@ -22,68 +22,65 @@ from pydantic import BaseModel
 import npd
 from npd.cli import app
 from npd.config import RunConfig
-from npd.layers import preset_names
+from npd.config.sources import preset_names
 from npd.observe.metrics import METRICS
-from npd.reports import EvalReport, StepReport
+from npd.types import EvalReport, StepReport
 
 REFERENCE = Path(__file__).parent / "reference"
-README = Path(__file__).parents[1] / "README.md"
+TOUR = Path(__file__).parent / "tour.md"
 PACKAGE = Path(npd.__file__).parent
-_TREE = re.compile(r"(?<=<!-- tree -->\n```\n).*?(?=```\n<!-- /tree -->)", re.DOTALL)
+_TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- /tree -->)", re.DOTALL)
 PRESETS = PACKAGE / "presets"
 MADE = "<!-- Made by `make docs` from the code: change the docstrings there, not this page. -->"
 
 
 def main() -> None:
-    """Write every page, and the README's tree."""
-    README.write_text(with_tree(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write every page, and the tour's list of packages."""
+    TOUR.write_text(with_tree(TOUR.read_text(encoding="utf-8")), encoding="utf-8")
     REFERENCE.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (REFERENCE / name).write_text(page(), encoding="utf-8")
         sys.stdout.write(f"docs/reference/{name}\n")
 
 
-# -- README.md -----------------------------------------------------------------------------------
+# -- tour.md -------------------------------------------------------------------------------------
 
 
-def with_tree(readme: str) -> str:
-    """The README with its tree of files brought up to date."""
-    assert _TREE.search(readme), "README.md has lost its tree markers"
-    return _TREE.sub(lambda _: "".join(f"{line}\n" for line in tree_lines()), readme)
+def with_tree(tour: str) -> str:
+    """The tour with its list of packages brought up to date."""
+    assert _TREE.search(tour), "docs/tour.md has lost its tree markers"
+    return _TREE.sub(lambda _: f"{_table(('where', 'what it is'), list(tree_rows()))}\n", tour)
 
 
-def tree_lines() -> Iterator[str]:
-    """One line a file or room of the package: its name and the first words of its docstring."""
-    for path in sorted(PACKAGE.iterdir(), key=lambda path: (path.is_dir(), path)):
+def tree_rows() -> Iterator[tuple[str, str]]:
+    """One row a folder or file of the package: its name and the first sentence of its docstring."""
+    for path in sorted(PACKAGE.iterdir(), key=lambda path: (path.is_file(), path)):
         if path.is_dir() and (path / "__init__.py").exists():
-            yield f"{path.name + '/':<17} {_brief(_docstring(path / '__init__.py'))}"
+            yield f"`{path.name}/`", _first_sentence(_docstring(path / "__init__.py"))
         elif path.suffix == ".py" and path.name != "__init__.py":
-            yield f"{path.name:<17} {_brief(_docstring(path))}"
+            yield f"`{path.name}`", _first_sentence(_docstring(path))
 
 
 def _docstring(file: Path) -> str:
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
 
 
-def _brief(docstring: str) -> str:
-    """The first sentence, or as much of it as fits and still reads well."""
-    sentence = re.split(r"\.(?:\s|$)", docstring, maxsplit=1)[0].replace("\n", " ")
-    while len(sentence) > 70 and (cut := max(map(sentence.rfind, (":", ";", ",")))) > 0:
-        sentence = sentence[:cut]
-    return sentence[:1].lower() + sentence[1:]
+def _first_sentence(docstring: str) -> str:
+    paragraph = docstring.partition("\n\n")[0]
+    return re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph, maxsplit=1)[0].replace("\n", " ")
 
 
 # -- files.md ------------------------------------------------------------------------------------
 
 
 def files_page() -> str:
-    """Every file of the package with what it is, room by room."""
-    parts = ["# Files", MADE, "Every file of `src/npd/`, in its own first words."]
+    """Every file of the package with what it is, folder by folder."""
+    parts = ["# Files", MADE, "Every file of `src/npd/`, in its own first sentence."]
     folders = sorted({file.parent for file in PACKAGE.rglob("*.py")})
     for folder in folders:
         name = folder.relative_to(PACKAGE).as_posix()
         rows = [
-            (f"`{file.name}`", _brief(_docstring(file)))
+            (f"`{file.name}`", _first_sentence(_docstring(file)))
             for file in sorted(folder.glob("*.py"))
             if file.name != "__init__.py"
         ]

@@ -4,13 +4,13 @@
     python examples/grpo.py my-student problems.jsonl rl-student --steps 300 --lr 1e-6
 
 RUN is a finished run of npd, what `npd export` wrote, or any model directory. Each line of
-PROBLEMS has a `prompt` (text or messages) and an `answer`. A response is worth 1 if its last
-answer, on the line after `####` or in `\\boxed{}`, is that one, else 0: the same text (a full stop,
-dollar signs and the commas in 1,080 aside) or, where math-verify is installed, the same
-mathematics. An `answer` may be a whole solution that ends so (GSM8K's).
+PROBLEMS has a `prompt` (text or messages) and an `answer`. A response earns 1 if its last answer,
+on the line after `####` or in `\\boxed{}`, equals that one, else 0. Equal is the same text
+(ignoring a full stop, dollar signs and the commas in 1,080) or, with math-verify installed, the
+same mathematics. An `answer` may be a whole solution that ends in that form (GSM8K's).
 
-Prompts are read as npd read them: a text becomes a user's message where there is a chat template.
-Give `--system` what the run had as `data.system`. Everything else is TRL's.
+Prompts have the same form as in npd: a text becomes a user's message if there is a chat template.
+Pass the run's `data.system` as `--system`. Everything else is TRL's.
 """
 
 from __future__ import annotations

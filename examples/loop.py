@@ -1,12 +1,12 @@
 """Near-Policy Distillation (arXiv 2605.05940) in one file: torch, transformers, nothing of npd.
 
-A student learns from a teacher on text that the student itself wrote a while ago:
+A student learns from a teacher on text that an earlier snapshot of the student wrote:
 
     every `reuse` epochs:
         gen <- a snapshot of the student            only now and then: at `refresh_at`
         D   <- one response by gen to each prompt   generate()
         the teacher reads D: top-k log-probs, NLLs  score()
-        drop what is extreme for either model       judge()
+        drop samples extreme for either model       judge()
         several epochs of packed training on D      train_step()
 
 The library computes the same (tests/test_example_loop.py). It also drops short and repeating texts,

@@ -2,7 +2,7 @@
 # Near-policy distillation over SLURM nodes: one Ray node each, then `npd run` on the first.
 #   sbatch examples/slurm.sh run.yaml
 # The folder it is submitted from must be on a file system that all nodes share. Submit it again to
-# resume. Slurm sends SIGTERM before the time is up: npd then drains, saves, and can go on later.
+# resume. Slurm sends SIGTERM before the time is up: npd then drains, saves and exits, and can be resumed.
 #SBATCH --job-name=npd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -29,7 +29,7 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
     sleep 20
 fi
 
-directory=$(python -c "import sys, npd.settings as s; print(s.load_config(sys.argv[1]).config.directory)" "$config")
+directory=$(python -c "import sys, npd.config.load as s; print(s.load_config(sys.argv[1]).config.directory)" "$config")
 resume=()
 if [ -e "$directory/config.json" ]; then resume=(--resume); fi
 npd run "$config" "${resume[@]}" \

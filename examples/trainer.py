@@ -3,10 +3,9 @@
     python examples/trainer.py STUDENT TEACHER texts.jsonl OUT          # {"text": ...} a line
     python examples/trainer.py STUDENT TEACHER texts.jsonl OUT --trl    # needs: pip install trl
 
-Everything else (data, optimiser, accumulation, DDP, logging) stays the trainer's. Either the
-teacher is asked in each step for its top-k, or batches bring it: `topk_ids` and `topk_logprobs`,
-[B, T, K], where position t holds what the teacher says of the token after t (log-probs untempered,
--inf: no entry).
+Everything else (data, optimiser, accumulation, DDP, logging) stays the trainer's. The top-k comes
+from the teacher in each step, or with the batch: `topk_ids` and `topk_logprobs`, [B, T, K], where
+position t has the teacher's log-probs for the token after t (untempered; -inf: no entry).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from npd import NearPolicyLoss
-from npd.head import head_of
+from npd.models.lm_head import head_of
 
 IGNORED = -100
 

@@ -4,12 +4,11 @@ Log-probs are exactly known, and weights are what a snapshot directory of `make_
 that a reload really changes what is written. What goes wrong is switched on by the test, in
 `Faults`. Does not imitate speed, batching or numerics.
 
-Written against vLLM 0.32 and SGLang 0.5.23 (its source; no SGLang server was there to ask).
+Written against vLLM 0.32.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socket
 import sys
@@ -26,8 +25,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fakes import FakeLM
-from npd import probe
-from npd.probe import Probe
+from npd.models import fingerprint
+from npd.models.fingerprint import Fingerprint
 
 VOCAB = 32
 CONTEXT = 512
@@ -55,7 +54,7 @@ def make_snapshot(
     else:
         adapter = {"base_model_name_or_path": str(base), "r": 8}
         (path / "adapter_config.json").write_text(json.dumps(adapter))
-    probe.write(probe_of(read_lm(path)), path)
+    fingerprint.write(probe_of(read_lm(path)), path)
     return path
 
 
@@ -67,12 +66,12 @@ def read_lm(directory: Path | str) -> FakeLM:
     return lm
 
 
-def probe_of(lm: FakeLM) -> Probe:
+def probe_of(lm: FakeLM) -> Fingerprint:
     """What it says of fixed sequences."""
     rng = np.random.default_rng(5)
     sequences = [rng.integers(0, 30, length).astype(np.int32) for length in _PROBE_LENGTHS]
     logprobs = [lm.token_logprobs(ids[:1], ids[1:]).astype(np.float32) for ids in sequences]
-    return Probe(tuple(sequences), tuple(logprobs))
+    return Fingerprint(tuple(sequences), tuple(logprobs))
 
 
 @dataclass
@@ -245,12 +244,6 @@ class Engine:
         if self.faults.loads_partly:
             new.first = self.lm.first
         self.lm = new
-
-    def checksums(self) -> dict[str, str]:
-        return {
-            name: hashlib.sha256(getattr(self.lm, name).tobytes()).hexdigest()
-            for name in ("first", "previous")
-        }
 
     def hang(self) -> None:
         """Do nothing until the server is closed."""
@@ -452,7 +445,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FakeVllm(FakeServer):
-    """vLLM's paths, as `npd.servers.vllm` uses them."""
+    """vLLM's paths, as `npd.engines.vllm` uses them."""
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         if path == "/health" and self.faults.is_broken:
@@ -474,7 +467,6 @@ class FakeVllm(FakeServer):
                 "/reset_prefix_cache": lambda: {"success": not self.faults.keeps_prefixes},
                 "/weight_info": lambda: {"weight_version": self.engine.tag},
                 "/update_weight_version": lambda: self._set_tag(body["new_version"]),
-                "/weight_checker": lambda: {"checksums": self.engine.checksums()},
             }
         if path not in calls:
             raise _Answer(404, {"detail": "Not Found"})
@@ -566,120 +558,4 @@ class FakeVllm(FakeServer):
         return "Success: LoRA adapter removed successfully."
 
 
-class FakeSglang(FakeServer):
-    """SGLang's paths, as `npd.servers.sglang` uses them. `eos` always ends a response."""
-
-    eos: tuple[int, ...] = ()
-
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
-        if path == "/health" and self.faults.is_broken:
-            raise _Answer(503, None)
-        calls: dict[str, Callable[[], Any]] = {
-            "/health": lambda: None,
-            "/server_info": lambda: {"version": "0.5.23"},
-            "/v1/models": self._models,
-            "/generate": lambda: self._generate(body),
-        }
-        if not self.faults.is_locked:
-            calls |= {
-                "/model_info": lambda: {"weight_version": self.engine.tag},
-                "/pause_generation": lambda: self._pause(body),
-                "/continue_generation": lambda: self._continue(body),
-                "/update_weights_from_disk": lambda: self._update(body),
-                "/update_weight_version": lambda: self._set_tag(body),
-                "/load_lora_adapter": lambda: self._load_adapter(body),
-                "/unload_lora_adapter": lambda: self._unload_adapter(body),
-            }
-        if path not in calls:
-            raise _Answer(404, {"detail": "Not Found"})
-        return calls[path]()
-
-    def _models(self) -> Any:
-        base = {"id": "base", "max_model_len": CONTEXT, "parent": None}
-        loras = [{"id": n, "parent": "base", "max_model_len": None} for n in self.engine.adapters]
-        return {"object": "list", "data": [base, *loras]}
-
-    def _generate(self, body: Any) -> Any:
-        ids, params, name = body["input_ids"], body["sampling_params"], body.get("lora_path")
-        self.meet(ids)
-        if self.engine.named(name) is None:
-            raise _Answer(400, self.error(f"LoRA adapter {name} is not loaded.", 400))
-        assert not params.get("ignore_eos"), "it would ignore stop_token_ids too"
-        told: dict[str, Any] = {"id": "r", "weight_version": self.engine.tag}
-        if body.get("logprob_start_len") == 0:
-            told |= self._input_logprobs(name, ids, body["top_logprobs_num"])
-        stop = {*params.get("stop_token_ids", ()), *self.eos}
-        written = self.engine.write(
-            name,
-            ids,
-            limit=params["max_new_tokens"],
-            stop=tuple(stop),
-            temperature=params["temperature"],
-            top_p=params.get("top_p", 1.0),
-            bias=params.get("logit_bias") or {},
-            seed=params.get("sampling_seed", 42),
-        )
-        pairs = zip(written.logprobs, written.ids, strict=True)
-        told["output_token_logprobs"] = [[logprob, token, None] for logprob, token in pairs]
-        told["finish_reason"] = {
-            "stop": {"type": "stop", "matched": written.ids[-1] if written.ids else None},
-            "length": {"type": "length", "length": len(written.ids)},
-            "abort": {"type": "abort", "message": "Aborted", "status_code": None},
-        }[written.ending]
-        # A matched end token is trimmed from the ids, and stays in the log-probs.
-        shown = written.ids[:-1] if written.ending == "stop" else written.ids
-        return {"text": "", "output_ids": shown, "meta_info": told}
-
-    def _input_logprobs(self, name: str | None, ids: list[int], k: int) -> dict[str, Any]:
-        rows = self.engine.read(name, ids)
-        own = [[float(row[i]), i, None] for i, row in zip(ids[1:], rows, strict=True)]
-        found: dict[str, Any] = {"input_token_logprobs": [[None, ids[0], None], *own]}
-        if k:
-            tops = [np.argsort(-row, kind="stable")[:k].tolist() for row in rows]
-            listed = [
-                [[float(row[i]), i, None] for i in top] for top, row in zip(tops, rows, strict=True)
-            ]
-            found["input_top_logprobs"] = [None, *listed]
-        return found
-
-    def _pause(self, body: Any) -> Any:
-        assert body == {"mode": "abort"}
-        self.engine.hold(cut=True)
-        return {"message": "Generation paused successfully.", "status": "ok"}
-
-    def _continue(self, body: Any) -> Any:
-        assert body == {}
-        self.engine.release()
-        return {"message": "Generation continued successfully.", "status": "ok"}
-
-    def _update(self, body: Any) -> Any:
-        if not self.engine.is_paused:
-            self.engine.drain()
-        try:
-            self.engine.load(body["model_path"])
-        except OSError as error:
-            failed = {"success": False, "message": str(error), "num_paused_requests": 0}
-            raise _Answer(400, failed) from error
-        return {"success": True, "message": "Succeeded to update model weights."}
-
-    def _set_tag(self, body: Any) -> Any:
-        assert body["abort_all_requests"] is False, "it would cut off what is being written"
-        self.engine.tag = body["new_version"]
-        return {"success": True, "message": "", "new_version": body["new_version"]}
-
-    def _load_adapter(self, body: Any) -> Any:
-        if not self.faults.has_loras:
-            message = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
-            raise _Answer(400, {"success": False, "error_message": message})
-        assert body["lora_name"] not in self.engine.adapters
-        self.engine.adapters[body["lora_name"]] = read_lm(body["lora_path"])
-        return {"success": True, "error_message": None, "loaded_adapters": {}}
-
-    def _unload_adapter(self, body: Any) -> Any:
-        if self.engine.adapters.pop(body["lora_name"], None) is None:
-            message = f"LoRA adapter '{body['lora_name']}' not found"
-            raise _Answer(400, {"success": False, "error_message": message})
-        return {"success": True, "error_message": None, "loaded_adapters": {}}
-
-
-FAKES: dict[str, type[FakeServer]] = {"vllm": FakeVllm, "sglang": FakeSglang}
+FAKES: dict[str, type[FakeServer]] = {"vllm": FakeVllm}

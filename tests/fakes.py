@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npd.errors import WorkerLostError
-from npd.reports import SegmentReport, StepReport
 from npd.types import (
-    Ask,
     EncodedPrompt,
     FinishReason,
     IntArray,
     Rollout,
     SampleRef,
+    SampleRequest,
     Scored,
     Segment,
+    SegmentReport,
     Step,
+    StepReport,
 )
 
 END = 1  # token 0 opens a header, token 1 ends a response, the rest are words
@@ -96,19 +97,19 @@ def make_prompts(count: int, vocab_size: int = 32, seed: int = 0) -> list[Encode
     ]
 
 
-def make_asks(count: int, vocab_size: int = 32, seed: int = 0) -> list[Ask]:
+def make_requests(count: int, vocab_size: int = 32, seed: int = 0) -> list[SampleRequest]:
     """One ask for each of `make_prompts(count)`; sample id = prompt index, seed = 1000 + index."""
     prompts = make_prompts(count, vocab_size, seed)
-    return [Ask(sample_id=p.index, seed=1000 + p.index, prompt=p) for p in prompts]
+    return [SampleRequest(sample_id=p.index, seed=1000 + p.index, prompt=p) for p in prompts]
 
 
 def make_rollouts(
     count: int, vocab_size: int = 32, seed: int = 0, **kwargs: object
 ) -> list[Rollout]:
-    """Rollouts of a loaded `FakeGenerator` over `make_asks(count)`."""
+    """Rollouts of a loaded `FakeGenerator` over `make_requests(count)`."""
     generator = FakeGenerator(FakeLM(vocab_size, seed), **kwargs)  # type: ignore[arg-type]
     generator.load(Path("snapshot"), 0)
-    return generator.generate(make_asks(count, vocab_size, seed))
+    return generator.generate(make_requests(count, vocab_size, seed))
 
 
 class FakeGenerator:
@@ -148,20 +149,20 @@ class FakeGenerator:
         """Write as `version` from now on."""
         self.loaded.append((Path(snapshot), version))
 
-    def generate(self, asks: Sequence[Ask]) -> list[Rollout]:
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
         """One rollout an ask, in order."""
         assert not self.is_closed, "generate after close"
         assert self.loaded or not self.needs_load, "generate before load"
         self.calls += 1
         if self.calls in self.fail_on:
             raise self.error(f"fake generator fails on call {self.calls}")
-        return [self._write(ask) for ask in asks]
+        return [self._write(ask) for ask in requests]
 
     def close(self) -> None:
         """No call is allowed after it."""
         self.is_closed = True
 
-    def _write(self, ask: Ask) -> Rollout:
+    def _write(self, ask: SampleRequest) -> Rollout:
         prompt = ask.prompt
         length = None if self.length is None else self.length(ask.seed)
         response = self.lm.sample(prompt.prompt_ids, ask.seed, self.max_new_tokens, length)

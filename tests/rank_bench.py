@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import LossConfig, TrainConfig
-from npd.control.group import RankGroup
-from npd.reports import SegmentReport
 from npd.runtime.local import LocalRuntime
-from npd.types import Segment
+from npd.runtime.rank_group import RankGroup
+from npd.types import Segment, SegmentReport
 
 
 class Bench:
@@ -28,21 +27,21 @@ class Bench:
         self.factory = factory
 
     def join(self, rank: int, meeting: Path) -> None:
+        from npd.models.distributed import connect
         from npd.train.trainer import Trainer
-        from npd.world import connect
 
         made = self.factory
         # torch warns of its own insides while it compiles.
         warnings.simplefilter("ignore" if made.config.compile else "error")
         by_id = dict(made.samples)
-        world = connect(meeting, rank=rank, size=made.size, device="cpu", timeout=60.0)
+        world = connect(meeting, rank=rank, size=made.size, device="cpu", timeout=600.0)
         self.trainer = Trainer(
             made.config,
             made.loss,
             student=made.student,
             read=lambda ref: by_id[ref.sample_id],
             device="cpu",
-            world=world,
+            dist=world,
         )
 
     def train(self, segment: Segment) -> list[SegmentReport]:
@@ -50,7 +49,7 @@ class Bench:
         hook = self.trainer.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())
         report = self.trainer.train(segment)
         hook.remove()
-        return self.trainer.world.gather(report)
+        return self.trainer.dist.gather(report)
 
     def _keep_gradients(self) -> None:
         self.gradients = gradients_of(self.trainer)
@@ -60,7 +59,7 @@ class Bench:
         return self.gradients
 
     def weights(self) -> dict[str, Any] | None:
-        with self.trainer.whole() as model:
+        with self.trainer.full_model() as model:
             if model is None:
                 return None
             embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -69,23 +68,23 @@ class Bench:
 
     def write(self, directory: Path) -> bool | None:
         """A snapshot and an export, as a worker writes them; whether frozen weights were there."""
-        with self.trainer.to_write() as model:
+        with self.trainer.gathered_for_save() as model:
             if model is None:
                 return None
-            self.trainer.save_snapshot(directory / "snapshot", whole=model)
-            self.trainer.save_pretrained(directory / "export", whole=model)
+            self.trainer.save_snapshot(directory / "snapshot", full=model)
+            self.trainer.save_pretrained(directory / "export", full=model)
             return any(not (p.is_meta or p.requires_grad) for p in model.parameters())
 
     def held(self) -> list[int]:
         """Numbers each rank holds of the weights."""
         parameters = list(self.trainer.model.parameters())
-        return self.trainer.world.gather(sum(p.to_local().numel() for p in parameters))
+        return self.trainer.dist.gather(sum(p.to_local().numel() for p in parameters))
 
     def graphs(self) -> list[int]:
         """How many pieces each rank has compiled."""
         from torch._dynamo.utils import counters
 
-        return self.trainer.world.gather(counters["stats"].get("unique_graphs", 0))
+        return self.trainer.dist.gather(counters["stats"].get("unique_graphs", 0))
 
     def save(self, directory: Path) -> None:
         self.trainer.save_checkpoint(directory)
@@ -95,20 +94,20 @@ class Bench:
 
     def die(self, victim: int) -> None:
         """The victim is killed while the others wait for it in a collective."""
-        if self.trainer.world.rank == victim:
+        if self.trainer.dist.rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.trainer.world.gather(None)
+        self.trainer.dist.gather(None)
 
     def close(self) -> None:
-        self.trainer.world.close()
+        self.trainer.dist.close()
 
 
 def gradients_of(trainer: Any) -> dict[str, Any]:
     """The gradients a trainer has at this moment, whole (all ranks must ask)."""
-    from npd.train.parallel import full
+    from npd.train.fsdp import gather
 
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {name: full(p.grad).numpy().copy() for name, p in trained.items()}
+    return {name: gather(p.grad).numpy().copy() for name, p in trained.items()}
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def on_ranks(folder: Path, factory: BenchFactory, story: Callable[[RankGroup], A
     """Run `story(group)` on a trainer of `factory.size` processes, which are gone after it."""
 
     async def whole() -> Any:
-        runtime = LocalRuntime(folder / "logs", call_timeout=120.0)
+        runtime = LocalRuntime(folder / "logs", call_timeout=600.0)
         try:
             ranks = [
                 runtime.spawn(f"trainer-{rank}", factory, threads=1) for rank in range(factory.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ WINDOWED = {
     "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
     "refresh": {"every_steps": 6},
 }  # fmt: skip
+WORKERS = ("generator-0", "scorer-0", "trainer")
 
 
 class Run:
@@ -77,18 +79,35 @@ class Run:
         process = process or self.start()
         assert process.wait(LIMIT) == 0, self.log.read_text()[-3000:]
 
-    def finish_killing(self, victim: str, process: subprocess.Popen) -> int:
-        """Let it end, its worker `victim` killed at three moments; how often that was there."""
-        killed = 0
-        for events in (1, 12, 30):
-            if not self.wait_for(events, process):
-                break
-            pid = child_named(process.pid, victim)
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
+    def finish_killing(self, process: subprocess.Popen) -> None:
+        """Let it end, each worker killed twice: while it loads, and after some of its work."""
+        for victim in WORKERS:
+            os.kill(wait_for_child(process, victim), signal.SIGKILL)
+        for victim, events in zip(WORKERS, (12, 18, 24), strict=True):
+            assert self.wait_for(events, process), self.log.read_text()[-2000:]
+            os.kill(wait_for_child(process, victim), signal.SIGKILL)
         self.finish(process)
-        return killed
+
+    def finish_killed(
+        self, moments: Collection[float], made: tuple[Path, str], *, lost: Path | None = None
+    ) -> None:
+        """Kill the controller after each of these numbers of events, then let it end.
+
+        No file in the folder and of the pattern `made` is made twice. The folder `lost` is deleted
+        after each kill.
+        """
+        times: dict[Path, int] = {}
+        for moment in moments:
+            process = self.start()
+            assert self.wait_for(int(moment), process), self.log.read_text()[-2000:]
+            process.kill()
+            process.wait()
+            assert not self.layout.student.exists()
+            if lost is not None:
+                shutil.rmtree(lost)
+            times = {path: path.stat().st_mtime_ns for path in made[0].rglob(made[1])} | times
+        self.finish()
+        assert {path: path.stat().st_mtime_ns for path in times} == times, "made twice"
 
     def num_events(self) -> int:
         if not self.layout.ledger_db.exists():

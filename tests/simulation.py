@@ -13,8 +13,29 @@ from dataclasses import dataclass, field
 from npd.config import RunConfig
 from npd.control import events as ev
 from npd.control.plan import Plan
-from npd.reports import EvalReport, SegmentReport, StepReport
-from npd.types import FinishReason, Outcome, SampleStats
+from npd.types import EvalReport, FinishReason, Outcome, SampleStats, SegmentReport, StepReport
+
+
+def make_config(**schedule) -> RunConfig:
+    """A small run; `schedule` holds settings of that section, and whole sections by name."""
+    sections = {
+        name: schedule.pop(name)
+        for name in ("filter", "generate", "train", "eval", "checkpoint", "loss", "runtime")
+        if name in schedule
+    }
+    return RunConfig(
+        student="s",
+        teacher="t",
+        generate={"max_new_tokens": 20, "shard_size": 4, **sections.get("generate", {})},
+        data={"max_prompt_tokens": 8},
+        train={"batch_size": 4, "row_tokens": 32, **sections.get("train", {})},
+        schedule={"refresh": "never", "segment_steps": 3, **schedule},
+        eval=sections.get("eval", {"source": "none"}),
+        checkpoint=sections.get("checkpoint", {"every_steps": None}),
+        filter=sections.get("filter", {}),
+        loss=sections.get("loss", {}),
+        runtime=sections.get("runtime", {}),
+    )
 
 
 def step_report(step: int, samples: int, drift: float | None = 0.01) -> StepReport:
@@ -78,17 +99,17 @@ class Simulation:
     def _carry_out(self, action: ev.Action) -> None:
         assert self.stop is None, "an action after the end"
         match action:
-            case ev.Generate(shard, version, asks):
-                is_retry = asks[0].sample_id in self.asked
+            case ev.Generate(shard, version, requests):
+                is_retry = requests[0].sample_id in self.asked
                 assert version <= self.plan.version if is_retry else version == self.plan.version
-                for ask in asks:
+                for ask in requests:
                     assert self.asked.setdefault(ask.sample_id, shard) == shard, "asked twice"
                     self.prompts[ask.prompt] += not is_retry
                 self.open.append(action)
             case ev.Score(_, version):
                 assert version >= self.plan.version - self.config.schedule.max_lag, "paid in vain"
                 self.open.append(action)
-            case ev.Retire(samples):
+            case ev.Finalize(samples):
                 for sample_id, outcome, reason in samples:
                     is_unscored = reason == "score: unreadable"
                     assert is_unscored == (sample_id in self.unscored), reason
@@ -127,7 +148,7 @@ class Simulation:
     def _check(self) -> None:
         live = len(self.asked) - len(self.outcomes)
         assert self.plan.num_live == live
-        assert self.plan.num_asked == len(self.asked)
+        assert self.plan.num_requested == len(self.asked)
         assert live <= self._window(), "the window overflows"
         assert self.plan.oldest_version_needed <= self.plan.version
         for sample_id, outcome in self.outcomes.items():
@@ -151,14 +172,16 @@ class Simulation:
     def _event(self, action: ev.Action) -> ev.Event:
         draw = self.random
         match action:
-            case ev.Generate(shard, version, asks):
+            case ev.Generate(shard, version, requests):
                 if draw.random() < self.fail:
                     return ev.ShardFailed(shard, "generate", "lost")
-                failed = [a for a in asks if self.fail and draw.random() < self.fail / 4]
-                for ask in asks:
+                failed = [a for a in requests if self.fail and draw.random() < self.fail / 4]
+                for ask in requests:
                     newest = self.fail and draw.random() < self.fail
                     self.written[ask.sample_id] = self.plan.version if newest else version
-                stats = tuple(self._stats(a.sample_id, a.prompt) for a in asks if a not in failed)
+                stats = tuple(
+                    self._stats(a.sample_id, a.prompt) for a in requests if a not in failed
+                )
                 return ev.ShardGenerated(
                     shard, stats, tuple((a.sample_id, "refused") for a in failed)
                 )

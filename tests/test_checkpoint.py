@@ -50,7 +50,7 @@ def test_going_on_from_a_checkpoint_repeats_an_uninterrupted_run(tiny_model_dir,
 def test_dropout_is_repeated_too(tmp_path):
     import json
 
-    from conftest import save_model
+    from tiny_model import save_model
 
     source = save_model(tmp_path / "source", seed=0)
     config = json.loads((source / "config.json").read_text())
@@ -156,7 +156,7 @@ def test_no_checkpoint_is_a_store_error(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("shape", [{"hidden": 48}, {"layers": 3}, {"tied": False}])
 def test_another_models_checkpoint_is_refused(saved, tmp_path, shape):
-    from conftest import save_model
+    from tiny_model import save_model
 
     trainer = make_trainer(save_model(tmp_path / "other", **shape), make_rollouts())
     before = weights_of(trainer)

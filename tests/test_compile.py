@@ -11,13 +11,11 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from conftest import save_model
-from desk import Desk
+from cli_fixture import Shell
 from npd.config import LoraConfig, LossConfig
 from npd.errors import ConfigError, ModelError
-from npd.modeling import decoding, load_model
-from npd.train.compiled import compile_layers
-from npd.train.compilers import check_compilers
+from npd.models.loading import decoding, load_model
+from npd.train.compile import check_compilers, compile_layers
 from npd.types import Row, Segment, Step
 from rank_bench import gradients_of, on_ranks
 from test_ranks import check_alike, check_same, factory_of, samples, segment_on  # noqa: F401
@@ -31,6 +29,7 @@ from test_trainer import (
     teacher,  # noqa: F401
     weights_of,
 )
+from tiny_model import save_model
 
 LOSS = LossConfig(target="tail")
 # torch warns of its own insides while it compiles.
@@ -190,7 +189,7 @@ def test_a_run_that_goes_on_repeats_one_that_was_not_stopped(samples, tmp_path, 
 def test_evaluating_and_decoding_compile_nothing(samples, tiny_model_dir):  # noqa: F811
     trainer = make_trainer(tiny_model_dir, samples, with_compile(FP32), LOSS)
     ids = torch.arange(3, 20)[None]
-    with trainer.whole() as model, decoding(model), torch.no_grad():
+    with trainer.full_model() as model, decoding(model), torch.no_grad():
         found = model(input_ids=ids).logits
         model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert num_graphs() == 0
@@ -233,12 +232,12 @@ def test_it_is_told_before_anything_starts(
     tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    desk = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
-    desk.write(train={"compile": True})
-    assert "compiler" in desk.npd("doctor", "run.yaml").out
+    shell = Shell(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    shell.write(train={"compile": True})
+    assert "compiler" in shell.npd("doctor", "run.yaml").out
     monkeypatch.setenv("CXX", "no-such-compiler")
-    found = desk.npd("doctor", "run.yaml")
+    found = shell.npd("doctor", "run.yaml")
     assert found.code != 0
     assert "FAIL  compiler" in found.out
-    assert "train.compile needs a C++ compiler" in desk.npd("run", "run.yaml").complaint(2)
-    assert not desk.layout.root.exists()
+    assert "train.compile needs a C++ compiler" in shell.npd("run", "run.yaml").complaint(2)
+    assert not shell.layout.root.exists()

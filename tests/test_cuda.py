@@ -1,8 +1,8 @@
 """What is done on a GPU is what is done on a CPU: kernels, scores, text, steps, whole runs.
 
 Skipped where there is none. Best run in one process (`-p no:xdist`): processes share a GPU badly.
-The paths for GPUs are also in test_fused.py (the kernels are compiled, and interpreted),
-test_feed.py (nothing waits for the device) and test_modeling.py (attention).
+The paths for GPUs are also in test_triton_passes.py (the kernels are compiled, and interpreted),
+test_batch.py (nothing waits for the device) and test_packed_models.py (attention).
 """
 
 import os
@@ -16,16 +16,16 @@ import torch
 from torch._inductor import config as inductor
 
 import npd
-from npd.attention import _on_device
 from npd.config import GenerateConfig, LoraConfig, LossConfig, ScoreConfig, TrainConfig
 from npd.generate.transformers import TransformersGenerator
-from npd.modeling import load_model, on_device
+from npd.models.loading import load_model, on_device
+from npd.models.packed_attention import _on_device
 from npd.score import build_scorer
 from npd.train.batch import build_row
 from npd.train.objective import Objective
 from npd.train.trainer import Trainer
 from run_process import WINDOWED, check_all_steps
-from test_generate import VOCAB, make_asks, responses
+from test_generate import VOCAB, make_requests, responses
 from test_score import SHAPES, random_rollouts
 from test_trainer import make_rollouts, own, refs_of, score, segment_of
 from test_trainer import teacher as teacher
@@ -53,7 +53,7 @@ LENGTHS = [(1 + 5 * i % 23, 1 + 7 * i % 31) for i in range(40)]
 
 def test_kernels_are_the_chunked_loss():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "fused_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py"],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "FUSED_DEVICE": "cuda"},
@@ -98,7 +98,7 @@ def test_text(tiny_model_dir, temperature):
             config, stop_ids=range(30), pad_id=0, vocab_size=VOCAB, device=device
         )
         generator.load(tiny_model_dir, 3)
-        return generator.generate(make_asks())
+        return generator.generate(make_requests())
 
     got, expected = written("cuda"), written("cpu")
     assert responses(got) == responses(expected)

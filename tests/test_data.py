@@ -1,18 +1,24 @@
 """Prompt sources: formats, columns, bad records, and the held-out split."""
 
 import json
+import re
+import shlex
 import sys
+from collections import Counter
+from datetime import date
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_tokenizer
-from npd.chat import Chat
 from npd.config import DataConfig
-from npd.data import encode_prompts, load_prompts
+from npd.config.load import load_config
+from npd.data.prompts import encode_prompts, load_prompts
+from npd.data.tokenizer import Chat
 from npd.errors import ConfigError, DataError
 from npd.types import Message, Prompt
+from tiny_model import make_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -86,11 +92,42 @@ def test_numeric_answers_become_text(jsonl):
 def test_nulls_are_absent(jsonl):
     record = {"prompt": None, "messages": [USER], "completion": None, "teacher": None}
     assert one(jsonl(record)) == Prompt(0, messages=(Message("user", "2+2?"),))
+    record = {"prompt": "p", "tools": "null", "documents": "", "chat_template_kwargs": "null"}
+    assert one(jsonl(record)) == Prompt(0, text="p")
 
 
 def test_blank_lines_byte_order_mark_and_unicode(jsonl):
     path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}', b"", b"   ", '{"prompt": "é 你好"}'.encode())
     assert texts(load(path).train) == ["a", "é 你好"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
+def test_json_list(tmp_path, indent, start, name):
+    path = tmp_path / name
+    records = [GOOD, {"prompt": "a\u2028b"}, {"prompt": ""}]
+    path.write_bytes(start + json.dumps(records, indent=indent).encode())
+    with pytest.raises(DataError, match=r"alpaca\.jsonl? item 3: prompt is empty"):
+        load(str(path))
+    assert texts(load(str(path), on_bad_record="drop").train) == ["hi", "a\u2028b"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(
+        DataError, match=r"alpaca\.jsonl?(:1)?: not JSON .*: write one JSON object per line"
+    ):
+        load(str(path), on_bad_record="drop")
+    path.write_text(json.dumps(GOOD) + "\n")
+    assert texts(load(str(path)).train) == ["hi"]
+
+
+def test_a_line_that_is_a_list_is_no_list_of_records(jsonl):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    no_record = r"1: a record must be a JSON object, not a list"
+    for path in (jsonl(turns), jsonl(turns, GOOD), jsonl([], GOOD), jsonl([1, 2], GOOD), jsonl([])):
+        with pytest.raises(DataError, match=no_record):
+            load(path)
+    for path in (jsonl(turns, GOOD), jsonl([], GOOD), jsonl([GOOD], GOOD)):
+        assert texts(load(path, on_bad_record="drop").train) == ["hi"]
 
 
 def test_parquet(tmp_path):
@@ -103,6 +140,19 @@ def test_parquet(tmp_path):
     first, second = load(path).train
     assert first == Prompt(0, messages=(Message("user", "2+2?"),), completion="4")
     assert [message.role for message in second.messages] == ["user", "assistant", "user"]
+
+
+def test_answers_as_parquet_has_them(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    for answer, text in ((Decimal("1.50"), "1.50"), (2**60, str(2**60)), (0.5, "0.5")):
+        pq.write_table(pa.Table.from_pylist([{"prompt": "p", "answer": answer}]), path)
+        assert one(str(path)).answer == text
+    pq.write_table(pa.Table.from_pylist([{"prompt": "p", "answer": date(2024, 1, 2)}]), path)
+    with pytest.raises(DataError, match=r"answer must be text or a number, .*leave_out=\[answer\]"):
+        load(str(path))
 
 
 def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
@@ -125,7 +175,7 @@ def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
         (b"\xff\xfe", "unreadable", "not UTF-8"),
         (["a"], "unreadable", "must be a JSON object, not a list"),
         ({"question": "a"}, "no_prompt", r"columns are question: set .*prompt: question"),
-        ({}, "no_prompt", "its columns are none"),
+        ({}, "no_prompt", "columns are none"),
         ({"prompt": ""}, "empty_prompt", "prompt is empty"),
         ({"prompt": " \n"}, "empty_prompt", "prompt is empty"),
         ({"prompt": []}, "empty_prompt", "no user message"),
@@ -133,18 +183,57 @@ def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
         ({"prompt": [{"role": "user", "content": " "}]}, "empty_prompt", "no user message"),
         ({"prompt": 3}, "not_text", "prompt must be text or a list of messages, not 3"),
         ({"messages": "hi"}, "not_text", "messages must be a list of messages, not 'hi'"),
-        ({"prompt": "\ud800"}, "not_text", "half a character"),
-        ({"prompt": [{"from": "human", "value": "x"}]}, "bad_messages", "`role` and `content`"),
+        ({"prompt": "\ud800"}, "not_text", "not valid Unicode"),
+        ({"prompt": [{"says": "human", "value": "x"}]}, "bad_messages", "`role` and `content`"),
+        (
+            {"prompt": [{"from": "alien", "value": "x"}]},
+            "bad_messages",
+            "from 'alien', but `from` must be one of",
+        ),
         ({"prompt": ["hi"]}, "bad_messages", "`role` and `content`"),
         ({"prompt": [{"role": "user", "content": None}]}, "not_text", "must be text"),
-        ({"prompt": [USER, ASSISTANT]}, "bad_messages", "ends with the assistant's turn"),
+        ({"prompt": [USER, ASSISTANT]}, "bad_messages", "ends with an assistant turn"),
         ({"prompt": "a", "completion": ""}, "empty_completion", "completion is empty"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            "empty_completion",
+            "the last message is empty: remove it",
+        ),
         ({"prompt": "a", "completion": 3}, "not_text", "completion must be text or a list"),
         ({"prompt": "a", "completion": [USER]}, "bad_messages", "one assistant message"),
         ({"prompt": "a", "completion": []}, "bad_messages", "one assistant message"),
-        ({"prompt": "a", "answer": ["4"]}, "not_text", "answer must be text"),
-        ({"prompt": "a", "answer": True}, "not_text", "answer must be text"),
+        ({"prompt": "a", "answer": ["4"]}, "not_text", r"number, not .*leave_out=\[answer\]"),
+        ({"prompt": "a", "answer": True}, "not_text", "answer must be text or a number"),
+        ({"prompt": "a", "answer": {"value": "4"}}, "not_text", "answer must be text or a number"),
+        ({"id": "7", "data": ["q", "a"]}, "no_prompt", "give each record a `prompt` of text"),
+        ({"chosen": "H: a", "rejected": "H: b"}, "no_prompt", "give each record a `prompt`"),
+        (
+            {"messages": [USER, ASSISTANT, ASSISTANT]},
+            "bad_messages",
+            "two assistant turns: keep one",
+        ),
+        ({"data": [GOOD]}, "no_prompt", "give each record a `prompt` of text"),
+        ({"prompt": "a", "answer": ""}, "empty", "answer is empty"),
+        (b'{"prompt": "a", "answer": Infinity}', "not_text", "finite number"),
         ({"prompt": "a", "teacher": 2}, "not_text", "teacher must be text"),
+        (b'{"prompt": "a", "prompt": "b"}', "unreadable", "'prompt' is twice"),
+        (
+            {"messages": [USER, ASSISTANT], "completion": "5"},
+            "two_completions",
+            r"data\.leave_out=\[completion\]",
+        ),
+        ({"prompt": "a", "tools": "{oops"}, "bad_tools", "tools is text but not JSON"),
+        ({"prompt": "a", "tools": {"name": "f"}}, "bad_tools", "must be a list of objects"),
+        (
+            {"prompt": "a", "chat_template_kwargs": {"tokenize": True}},
+            "bad_tools",
+            "cannot set 'tokenize'",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "not_text",
+            "is not plain text",
+        ),
     ],
 )
 def test_bad_records_name_their_line_or_are_counted(jsonl, record, reason, message):
@@ -160,7 +249,9 @@ def test_bad_records_name_their_line_or_are_counted(jsonl, record, reason, messa
 
 
 def test_dropping_everything_shows_why(jsonl):
-    with pytest.raises(DataError, match=r"holds no prompts.*jsonl:1: no `prompt`.*question, x"):
+    with pytest.raises(
+        DataError, match=r"has no prompts.*jsonl:1: there is no `prompt`.*question, x"
+    ):
         load(jsonl({"question": "a", "x": 1}), on_bad_record="drop")
 
 
@@ -173,14 +264,180 @@ def test_renaming_a_column_that_is_not_there_names_the_nearest(jsonl):
 
 
 def test_renaming_to_a_column_npd_does_not_have(jsonl):
-    with pytest.raises(ConfigError, match=r"'promt', which is no column.*did you mean prompt"):
+    with pytest.raises(ConfigError, match=r"'promt', which is not a column.*did you mean prompt"):
         load(jsonl(GOOD), columns={"promt": "question"})
+
+
+HINTS = [
+    ({"question": "2+2?", "answer": "4"}, Prompt(0, text="2+2?", completion="4", answer="4")),
+    (
+        {"instruction": "Add one", "input": "3", "output": "4"},
+        Prompt(0, text="Add one\n\n3", completion="4"),
+    ),
+    (
+        {"instruction": "Say hi", "input": "", "output": "hi"},
+        Prompt(0, text="Say hi", completion="hi"),
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        Prompt(0, messages=(Message("user", "2+2?"),), completion="4"),
+    ),
+    ({"text": "once upon a time"}, Prompt(0, text="once upon a time")),
+    (
+        {"source": "web", "chosen": [USER, ASSISTANT], "rejected": [USER]},
+        Prompt(0, messages=(Message("user", "2+2?"),), completion="4"),
+    ),
+    (
+        {"prompt_id": "x", "thread": [USER, ASSISTANT]},
+        Prompt(0, messages=(Message("user", "2+2?"),), completion="4"),
+    ),
+    ({"prompt": "2+2?", "answer": ["4"]}, Prompt(0, text="2+2?")),
+    ({"id": "3", "body": "hello"}, Prompt(0, text="hello")),
+    ({"id": 3, "body": "hello"}, Prompt(0, text="hello")),
+    ({"null": "hello", "say: what": "x"}, Prompt(0, text="hello")),
+    ({"say: what": "hello"}, Prompt(0, text="hello")),
+    (
+        {"prompt": [USER, ASSISTANT]},
+        Prompt(0, messages=(Message("user", "2+2?"),), completion="4"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), HINTS)
+def test_the_hint_for_other_formats_works_as_it_is_typed(jsonl, record, expected, tmp_path):
+    path = jsonl(record)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    sets = re.findall(r"--set '[^']*'", str(caught.value))
+    given = [shlex.split(each)[1] for each in sets][-1]
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"preset: npd\nstudent: s\nteacher: t\ndata: {{train: {path}}}\n")
+    config = load_config(str(settings), [given]).config.data
+    assert load_prompts(config.model_copy(update={"heldout_size": 0})).train == [expected]
+
+
+def test_columns_that_hold_something_and_are_not_used_are_told(jsonl):
+    record = {
+        "prompt": "p",
+        "messages": [USER],
+        "context": "long",
+        "id": 3,
+        "empty": "",
+        "no": None,
+    }
+    found = load(jsonl(record, {"prompt": "q", "id": 4}))
+    assert found.unread == {"messages": 1, "context": 1, "id": 2}
+    assert load(jsonl(record), leave_out=("id", "context")).unread == {"messages": 1}
+    alpaca = jsonl({"instruction": "i", "input": "x", "output": "o"})
+    found = load(alpaca, columns={"prompt": "instruction", "completion": "output"})
+    assert (found.unread, found.joined) == ({}, 1)
+
+
+def test_system_column_is_the_first_message(jsonl):
+    system = Message("system", "be brief")
+    assert one(jsonl({"prompt": "p", "system": "be brief"})).messages == (
+        system,
+        Message("user", "p"),
+    )
+    assert one(jsonl({"prompt": [USER], "system": "be brief"})).messages[0] == system
+    twice = {"prompt": [{"role": "system", "content": "x"}, USER], "system": "be brief"}
+    with pytest.raises(DataError, match="different system messages"):
+        load(jsonl(twice))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_keys_of_messages_and_template_columns_are_kept_as_they_are(jsonl):
+    turns = [
+        USER | {"name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "x1"},
+        {"role": "assistant", "content": "4", "reasoning_content": "one more"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    record = {
+        "messages": turns,
+        "tools": json.dumps(tools),
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    prompt = one(jsonl(record))
+    assert prompt.messages == (
+        Message("user", "2+2?", {"name": "ann"}),
+        Message("assistant", None, {"tool_calls": [CALL]}),
+        Message("tool", "3", {"tool_call_id": "x1"}),
+    )
+    assert prompt.completion == Message("assistant", "4", {"reasoning_content": "one more"})
+    assert prompt.template_args == {"tools": tools, "enable_thinking": False}
+    bare = one(jsonl(record), leave_out=("name", "reasoning_content", "tools"))
+    assert (bare.messages[0].extra, bare.completion) == ({}, "4")
+    assert bare.template_args == {"enable_thinking": False}
+
+
+def test_answers_that_call_tools_need_no_text(jsonl):
+    for content in ("", None):
+        called = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+        expected = Message("assistant", content, {"tool_calls": [CALL]})
+        assert one(jsonl({"messages": [USER, called]})).completion == expected
+        assert one(jsonl({"prompt": "p", "completion": [called]})).completion == expected
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [("human", "gpt"), ("User", "Assistant"), ("user", "model"), ("prompter", "bot")],
+)
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_speakers_by_other_names(jsonl, asks, answers, keys):
+    role, content = keys
+    turns = [{role: asks, content: "2+2?"}, {role: answers, content: "4"}]
+    expected = Prompt(0, messages=(Message("user", "2+2?"),), completion="4")
+    assert one(jsonl({"messages": turns})) == expected
+
+
+def test_roles_of_templates_own_stay_as_they_are(jsonl):
+    turns = [USER, {"role": "observation", "content": "4"}, {"role": "ipython", "content": "5"}]
+    found = one(jsonl({"messages": turns})).messages
+    assert [message.role for message in found] == ["user", "observation", "ipython"]
+
+
+def test_text_parts_are_one_text(jsonl):
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    assert one(jsonl({"messages": [{"role": "user", "content": parts}]})) == Prompt(
+        0, messages=(Message("user", "2+2?"),)
+    )
+
+
+def test_what_data_frames_write_for_nothing_is_nothing(jsonl):
+    record = b'{"prompt": "p", "completion": NaN, "answer": NaN, "teacher": NaN}'
+    assert one(jsonl(record)) == Prompt(0, text="p")
+
+
+def test_nulls_that_arrow_adds_are_no_keys(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calls = [{"role": "assistant", "content": None, "tool_calls": [CALL]}, USER]
+    rows = [{"prompt": [USER]}, {"prompt": [USER, *calls]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    first, second = load(str(tmp_path / "calls.parquet")).train
+    assert first.messages == (Message("user", "2+2?"),)
+    assert second.messages[1] == Message("assistant", None, {"tool_calls": [CALL]})
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="two columns called 'prompt'"):
+        load(str(tmp_path / "twice.parquet"))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_empty_file(tmp_path, content):
     (tmp_path / "empty.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=r"empty\.jsonl holds no prompts: it is empty"):
+    with pytest.raises(DataError, match=r"empty\.jsonl has no prompts: it is empty"):
         load(str(tmp_path / "empty.jsonl"))
 
 
@@ -224,16 +481,29 @@ def test_dataset_directory_through_the_datasets_library(jsonl, tmp_path, monkeyp
     assert texts(found.heldout) == ["c"]
     with pytest.raises(DataError, match=r'Unknown split "dev"'):
         load(source, split="dev", columns=columns)
-    with pytest.raises(DataError, match=r"set \(train\) row 1: no `prompt`"):
+    with pytest.raises(DataError, match=r"set \(train\) row 1: there is no `prompt`"):
         load(source)
 
 
-def test_heldout_comes_off_the_end_before_the_limit(jsonl):
-    path = jsonl(*({"prompt": str(i)} for i in range(10)))
-    found = load(path, heldout_size=3, limit=4)
-    assert texts(found.train) == ["0", "1", "2", "3"]
-    assert texts(found.heldout) == ["7", "8", "9"]
-    assert [p.index for p in (*found.train, *found.heldout)] == list(range(7))
+def test_heldout_is_drawn_by_seed_before_the_limit(jsonl):
+    path = jsonl(*({"prompt": str(i)} for i in range(100)))
+    found = load(path, heldout_size=10, limit=50)
+    drawn = texts(found.heldout)
+    assert drawn == sorted(drawn, key=int)
+    assert len(set(drawn)) == 10
+    assert drawn != [str(i) for i in range(90, 100)], "the tail of a sorted file is no sample of it"
+    assert texts(found.train) == [str(i) for i in range(100) if str(i) not in drawn][:50]
+    assert [p.index for p in (*found.train, *found.heldout)] == list(range(60))
+    again, other = (
+        load_prompts(DataConfig(train=path, heldout_size=10), seed).heldout for seed in (0, 1)
+    )
+    assert texts(again) == drawn != texts(other)
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 1), (19, 1), (60, 6), (640, 64), (1000, 64)])
+def test_a_tenth_is_held_out_and_64_at_most(jsonl, count, size):
+    found = load(jsonl(*({"prompt": str(i)} for i in range(count))), heldout_size=None)
+    assert (len(found.heldout), len(found.train)) == (size, count - size)
 
 
 def test_heldout_file(jsonl):
@@ -246,13 +516,15 @@ def test_heldout_file(jsonl):
 
 def test_heldout_prompts_are_never_trained_on(jsonl):
     train = jsonl({"prompt": "same"}, {"prompt": "a"}, {"prompt": [USER]}, {"prompt": "same"})
-    found = load(train, heldout_size=1)
-    assert texts(found.train) == ["a", None]
-    assert found.dropped == {"in_heldout": 1}
+    for seed in range(4):
+        found = load_prompts(DataConfig(train=train, heldout_size=1), seed)
+        asked = [p.text or p.messages[0].content for p in (*found.train, *found.heldout)]
+        assert (len(set(asked)), found.dropped) in ((3, {}), (3, {"in_heldout": 1}))
+        assert not {p.text for p in found.heldout if p.text} & set(texts(found.train))
     test = jsonl({"prompt": "2+2?"}, name="test.jsonl")
     found = load(train, heldout=test)
     assert texts(found.train) == ["same", "a", "same"]
-    with pytest.raises(DataError, match="every training prompt is among the held-out"):
+    with pytest.raises(DataError, match="every training prompt is also held out"):
         load(train, heldout=train)
 
 
@@ -274,15 +546,16 @@ def test_too_few_prompts_to_hold_out(jsonl, count):
 def test_split_loses_and_mixes_nothing(tmp_path_factory, words, size, limit):
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
-    at = max(0, len(words) - size)
-    heldout = words[at:]
-    expected = [word for word in words[:at] if word not in heldout]
-    if not expected:
-        with pytest.raises(DataError):
-            load(str(path), heldout_size=size)
+    try:
+        found = load(str(path), heldout_size=size, limit=limit)
+    except DataError:
+        # Too few, or every word that is left is held out too: then there are few different ones.
+        assert len(words) <= size or len(set(words)) <= size
         return
-    found = load(str(path), heldout_size=size, limit=limit)
-    assert texts(found.heldout) == heldout
+    heldout = texts(found.heldout)
+    assert len(heldout) == size
+    assert not Counter(heldout) - Counter(words)
+    expected = [word for word in words if word not in heldout]
     assert texts(found.train) == expected[:limit]
     indices = [p.index for p in (*found.train, *found.heldout)]
     assert indices == list(range(len(indices)))
@@ -302,6 +575,14 @@ def test_encode_prompts_keeps_order(chat):
     assert encoded[1].prompt_ids.tolist() == chat.encode(prompts[1]).prompt_ids.tolist()
     assert dropped == {}
     assert encode_prompts([], chat, DataConfig()) == ([], {})
+
+
+def test_prompts_that_the_template_refuses_one_and_all(chat):
+    prompts = [Prompt(0, text="hi", template_args={"tools": [{"a": 1}]})]
+    with pytest.raises(DataError, match=r"drops `tools`.*on_bad_record: drop\)$"):
+        encode_prompts(prompts, chat, DataConfig())
+    with pytest.raises(DataError, match=r"every prompt was dropped.*writes it$"):
+        encode_prompts(prompts, chat, DataConfig(on_bad_record="drop"))
 
 
 def test_long_prompts_stop_with_the_longest_or_are_counted(chat):

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_model
 from npd.errors import ModelError
-from npd.generate.attention import decode_attention, without_cudnn_attention
-from npd.generate.decoding import Draft, decode
+from npd.generate.decoding import (
+    Draft,
+    cache_name,
+    decode,
+    decode_attention,
+    without_cudnn_attention,
+)
 from npd.generate.sampling import Sampling
 from npd.generate.transformers import generate_with
-from npd.types import Ask, EncodedPrompt, FinishReason
+from npd.types import EncodedPrompt, FinishReason, SampleRequest
 from test_generate import full_logprobs
+from tiny_model import make_model
 
 VOCAB = 300  # the tiny model's embedding is padded to 304
 TINY = {
@@ -63,34 +68,34 @@ def model():
 
 
 def test_a_prompt_may_be_of_any_integer_type(model):
-    asks = make_asks(3)
-    prompts = [replace(a.prompt, prompt_ids=a.prompt.prompt_ids.astype(np.int64)) for a in asks]
-    wide = [ask._replace(prompt=prompt) for ask, prompt in zip(asks, prompts, strict=True)]
+    requests = make_requests(3)
+    prompts = [replace(a.prompt, prompt_ids=a.prompt.prompt_ids.astype(np.int64)) for a in requests]
+    wide = [ask._replace(prompt=prompt) for ask, prompt in zip(requests, prompts, strict=True)]
     sampling = Sampling(5, frozenset(), 0)
-    found, expected = (list(generate_with(model, given, sampling)) for given in (wide, asks))
+    found, expected = (list(generate_with(model, given, sampling)) for given in (wide, requests))
     assert [r.response_ids.tolist() for r in found] == [r.response_ids.tolist() for r in expected]
 
 
 def test_a_text_that_would_rotate_those_beside_it_otherwise_is_refused(model):
-    asks = make_asks(2)
-    longest = max(len(ask.prompt.prompt_ids) for ask in asks)
+    requests = make_requests(2)
+    longest = max(len(ask.prompt.prompt_ids) for ask in requests)
     scaling = {"rope_type": "longrope", "original_max_position_embeddings": longest + 5}
     other = copy.copy(model)
     other.config = copy.copy(model.config)
     other.config.rope_parameters = scaling
-    list(generate_with(other, asks, Sampling(5, frozenset(), 0)))
-    with pytest.raises(ModelError, match="rotary positions do not depend on the texts beside it"):
-        list(generate_with(other, asks, Sampling(6, frozenset(), 0)))
+    list(generate_with(other, requests, Sampling(5, frozenset(), 0)))
+    with pytest.raises(ModelError, match="rotary positions depend on other texts"):
+        list(generate_with(other, requests, Sampling(6, frozenset(), 0)))
 
 
-def make_asks(count, group=1, longest=20, vocab=VOCAB):
+def make_requests(count, group=1, longest=20, vocab=VOCAB):
     """`group` asks of each prompt; those of one prompt are not neighbours."""
     rng = np.random.default_rng(0)
     prompts = [
         EncodedPrompt(i, rng.integers(3, vocab, n).astype(np.int32), np.array([1], np.int32))
         for i, n in enumerate(rng.integers(2, longest + 1, count // group))
     ]
-    return [Ask(i, 7 * i + 1, prompts[i % len(prompts)]) for i in range(count)]
+    return [SampleRequest(i, 7 * i + 1, prompts[i % len(prompts)]) for i in range(count)]
 
 
 def make_limits(count, longest):
@@ -103,11 +108,11 @@ def make_sampling(new, batch_size, stop=(), **kwargs):
     return Sampling(new, frozenset(stop), 0, batch_size=batch_size, vocab_size=VOCAB, **kwargs)
 
 
-def alone(model, asks, limits, new):
+def alone(model, requests, limits, new):
     sampling = make_sampling(new, 1)
     return [
         generate_with(model, [ask], sampling, limits=[limit])[0]
-        for ask, limit in zip(asks, limits, strict=True)
+        for ask, limit in zip(requests, limits, strict=True)
     ]
 
 
@@ -147,28 +152,31 @@ class Fed:
 def test_rows_that_change_hands_write_what_they_write_alone(model, batch_size):
     """Long enough that the cache is moved to the left and made anew several times."""
     limits = make_limits(20, 150)
-    asks = make_asks(20)
-    found = generate_with(model, asks, make_sampling(150, batch_size), limits=limits)
+    requests = make_requests(20)
+    found = generate_with(model, requests, make_sampling(150, batch_size), limits=limits)
     assert [len(rollout.response_ids) for rollout in found] == limits
     assert {rollout.finish for rollout in found} == {FinishReason.LENGTH}
-    assert_same(found, alone(model, asks, limits, 150))
+    assert_same(found, alone(model, requests, limits, 150))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 12])
 def test_samples_of_one_prompt_read_it_once(model, batch_size):
-    asks = make_asks(24, group=8)
+    requests = make_requests(24, group=8)
     limits = make_limits(24, 40)
     with Fed(model) as fed:
-        found = generate_with(model, asks, make_sampling(40, batch_size), limits=limits)
+        found = generate_with(model, requests, make_sampling(40, batch_size), limits=limits)
     assert sum(rows for rows, _ in fed.prompts) == 3
-    assert_same(found, alone(model, asks, limits, 40))
+    assert_same(found, alone(model, requests, limits, 40))
 
 
 def test_equal_prompts_of_different_records_share_their_reading_only(model):
     ids = np.array([5, 6, 7], np.int32)
-    asks = [Ask(i, i, EncodedPrompt(i, ids.copy(), ids[:1], teacher=f"t{i}")) for i in range(3)]
+    requests = [
+        SampleRequest(i, i, EncodedPrompt(i, ids.copy(), ids[:1], teacher=f"t{i}"))
+        for i in range(3)
+    ]
     with Fed(model) as fed:
-        found = generate_with(model, asks, make_sampling(5, 3))
+        found = generate_with(model, requests, make_sampling(5, 3))
     assert fed.prompts == [(1, 3)]
     assert [(r.prompt_index, r.teacher) for r in found] == [(0, "t0"), (1, "t1"), (2, "t2")]
     assert len({tuple(r.response_ids.tolist()) for r in found}) == 3
@@ -176,9 +184,9 @@ def test_equal_prompts_of_different_records_share_their_reading_only(model):
 
 def test_rows_stay_full_while_asks_wait(model):
     limits = [3] * 60 + [50] * 4
-    asks = make_asks(64)
+    requests = make_requests(64)
     with Fed(model) as fed:
-        generate_with(model, asks, make_sampling(50, 8), limits=limits)
+        generate_with(model, requests, make_sampling(50, 8), limits=limits)
     # The first token of each response comes of its prompt.
     needed = sum(limits) - len(limits)
     assert needed <= sum(fed.steps) <= needed + 8
@@ -188,20 +196,20 @@ def test_rows_stay_full_while_asks_wait(model):
 def test_few_rows_at_once_are_given_away_or_dropped_together(model):
     limits = list(range(2, 34))
     with Fed(model) as fed:
-        generate_with(model, make_asks(32), make_sampling(40, 32), limits=limits)
+        generate_with(model, make_requests(32), make_sampling(40, 32), limits=limits)
     assert set(fed.steps) <= {32, 28, 24, 21, 18, 15, 13, 11, 9, 7, 6, 5, 4, 3, 2, 1}
 
 
 def test_responses_that_end_with_their_first_token_leave_no_row_idle(model):
-    asks = make_asks(40)
+    requests = make_requests(40)
     with Fed(model) as fed:
-        found = generate_with(model, asks, make_sampling(9, 4), limits=[1] * 40)
+        found = generate_with(model, requests, make_sampling(9, 4), limits=[1] * 40)
     assert fed.steps == []
     assert [len(rollout.response_ids) for rollout in found] == [1] * 40
 
 
 def test_a_limit_and_a_stop_meet_in_one_token(model):
-    draft = Draft(make_asks(1)[0], 1)
+    draft = Draft(make_requests(1)[0], 1)
     decode(model, [draft], make_sampling(1, 1, stop=range(304)))
     assert draft.is_done
     assert draft.rollout(2, True).finish is FinishReason.STOP
@@ -218,8 +226,8 @@ def test_families_match_a_full_forward_pass_when_rows_change_hands(family):
     torch.manual_seed(0)
     config = config_class(**FAMILIES[family], **ENDS)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    asks, limits = make_asks(9, group=2), make_limits(9, 80)
-    for rollout in generate_with(model, asks, make_sampling(80, 3), limits=limits):
+    requests, limits = make_requests(9, group=2), make_limits(9, 80)
+    for rollout in generate_with(model, requests, make_sampling(80, 3), limits=limits):
         assert np.allclose(rollout.logprobs, full_logprobs(model, rollout), atol=5e-5, rtol=0)
 
 
@@ -231,10 +239,30 @@ def test_a_row_that_is_done_needs_no_more_positions_than_the_model_has():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**FAMILIES["GPT2"], n_positions=24, **ENDS)).eval()
     ids = np.array([3, 4, 5, 6], np.int32)
-    asks = [Ask(i, i, EncodedPrompt(i, ids, ids[:1])) for i in range(31)]
+    requests = [SampleRequest(i, i, EncodedPrompt(i, ids, ids[:1])) for i in range(31)]
     limits = [20] + [10] * 15 + [20] * 15
-    found = generate_with(model, asks, make_sampling(20, 16), limits=limits)
-    assert_same(found, alone(model, asks, limits, 20))
+    found = generate_with(model, requests, make_sampling(20, 16), limits=limits)
+    assert_same(found, alone(model, requests, limits, 20))
+
+
+class Older(torch.nn.Module):
+    def forward(self, input_ids, past_key_values=None, **kwargs): ...
+
+
+class Newer(torch.nn.Module):
+    def forward(self, input_ids, cache=None, **kwargs): ...
+
+
+class OfItsOwn(torch.nn.Module):
+    def forward(self, input_ids, past_key_values=None, cache=None): ...
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(Older, "past_key_values"), (Newer, "cache"), (OfItsOwn, "past_key_values")],
+)
+def test_a_cache_is_given_under_the_name_that_the_model_knows(architecture, name):
+    assert cache_name(architecture()) == name
 
 
 def test_a_model_without_attention_is_one_clear_error():
@@ -242,7 +270,7 @@ def test_a_model_without_attention_is_one_clear_error():
 
     config = MambaConfig(vocab_size=304, hidden_size=32, num_hidden_layers=2, state_size=8)
     with pytest.raises(ModelError, match=r"mamba has no attention layer.*generate\.engine"):
-        generate_with(MambaForCausalLM(config).eval(), make_asks(2), make_sampling(4, 2))
+        generate_with(MambaForCausalLM(config).eval(), make_requests(2), make_sampling(4, 2))
 
 
 def test_decoding_keeps_off_cudnns_attention_which_plans_for_every_length(model):
@@ -256,7 +284,7 @@ def test_decoding_keeps_off_cudnns_attention_which_plans_for_every_length(model)
     try:
         for outside in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(outside)
-            generate_with(model, make_asks(4), make_sampling(5, 2))
+            generate_with(model, make_requests(4), make_sampling(5, 2))
             assert torch.backends.cuda.cudnn_sdp_enabled() is outside
             with pytest.raises(ZeroDivisionError), decode_attention(model):
                 raise ZeroDivisionError

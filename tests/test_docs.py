@@ -79,10 +79,13 @@ def test_reference_pages_are_current(name):
     assert committed == make().PAGES[name](), "run `make docs` and commit the result"
 
 
-def test_the_readme_is_short_and_its_tree_current():
-    readme = (ROOT / "README.md").read_text()
-    assert readme == make().with_tree(readme), "run `make docs` and commit the result"
-    assert len(readme.splitlines()) < 200
+def test_the_tours_list_of_rooms_is_current():
+    tour = (ROOT / "docs" / "tour.md").read_text()
+    assert tour == make().with_tree(tour), "run `make docs` and commit the result"
+
+
+def test_the_readme_is_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
 def test_config_values_are_explained():
@@ -123,10 +126,41 @@ def test_config_keys_exist(page):
 
 
 @every_page
+def test_named_files_exist(page):
+    if page.name == "log.md":  # entries stay as they were written
+        return
+    words = [word for span in spans(page.read_text()) for word in span.split()]
+    found = [re.match(r"([\w./-]+\.(?:py|sh))(?::\w.*)?$", word) for word in words]
+    roots = (ROOT, ROOT / "src" / "npd", ROOT / "benchmarks", ROOT / "examples" / "demo")
+    names = {match[1] for match in found if match}
+    names |= {word for word in words if re.match(r"(examples|benchmarks|tests|docs)/\w", word)}
+    missing = {name for name in names if not any((root / name).exists() for root in roots)}
+    assert not {name for name in missing if not list((ROOT / "src" / "npd").rglob(name))}
+
+
+@every_page
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     local = [link.partition("#")[0] for link in links if not link.startswith(("http", "#"))]
     assert not [link for link in local if not (page.parent / link).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    plain = [re.sub(r"\[(.+?)\]\(.+?\)|`", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+@every_page
+def test_links_lead_to_headings(page):
+    links = re.findall(r"\]\(((?!http)[^)\s]*)#([^)\s]+)\)", page.read_text())
+    missing = [
+        f"{to}#{name}"
+        for to, name in links
+        if name not in anchors(page.parent / to if to else page)
+    ]
+    assert not missing
 
 
 @cache

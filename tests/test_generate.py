@@ -10,25 +10,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import fake_servers
 import fakes
-from conftest import make_model, save_model
 from npd.config import GenerateConfig
 from npd.errors import DataError, ModelError, RunError, StoreError
 from npd.generate import build_generator
-from npd.generate.dataset import DatasetGenerator
+from npd.generate.base import DatasetGenerator
 from npd.generate.sampling import Sampling, choose, inverse_cdf, nucleus
-from npd.generate.served import ServedGenerator, Surroundings
+from npd.generate.served import ServedGenerator, ServingContext
 from npd.generate.transformers import TransformersGenerator, generate_with
-from npd.modeling import hidden_states, load_model, pack_documents
-from npd.types import Ask, EncodedPrompt, FinishReason
+from npd.models.loading import hidden_states, load_model, pack_documents
+from npd.types import EncodedPrompt, FinishReason, SampleRequest
+from tiny_model import make_model, save_model
 
 VOCAB = 300  # the tiny model's embedding is padded to 304
 LENGTHS = (3, 9, 1, 5, 5, 17, 2, 9)
 
 
-def make_asks(lengths=LENGTHS, vocab=VOCAB, completions=True):
+def make_requests(lengths=LENGTHS, vocab=VOCAB, completions=True):
     rng = np.random.default_rng(0)
 
     def ids(length):
@@ -38,7 +39,7 @@ def make_asks(lengths=LENGTHS, vocab=VOCAB, completions=True):
         EncodedPrompt(i, ids(n), np.array([1], np.int32), ids(3 + i) if completions else None)
         for i, n in enumerate(lengths)
     ]
-    return [Ask(100 + i, 7 * i + 1, prompt) for i, prompt in enumerate(prompts)]
+    return [SampleRequest(100 + i, 7 * i + 1, prompt) for i, prompt in enumerate(prompts)]
 
 
 def make_sampling(new=12, stop=range(30), **kwargs):
@@ -80,11 +81,11 @@ def serving(engine, snapshot, log):
         config = GenerateConfig(
             engine=engine, urls=(one.url, other.url), max_new_tokens=6, batch_size=4
         )
-        around = Surroundings(log=log, context=512)
+        around = ServingContext(log=log, context=512)
         yield ServedGenerator(config, around, stop_ids=[fakes.END])
 
 
-@pytest.fixture(params=["fake", "transformers", "dataset", "vllm", "sglang"])
+@pytest.fixture(params=["fake", "transformers", "dataset", "vllm"])
 def kind(request):
     return request.param
 
@@ -111,16 +112,16 @@ def generator(kind, snapshot, tmp_path):
 
 
 def contract_asks():
-    return make_asks(vocab=30)
+    return make_requests(vocab=30)
 
 
 def test_contract_one_rollout_per_ask_in_order(generator):
-    asks = contract_asks()
-    rollouts = generator.generate(asks)
-    assert [r.sample_id for r in rollouts] == [a.sample_id for a in asks]
-    assert [r.prompt_index for r in rollouts] == [a.prompt.index for a in asks]
-    assert [r.seed for r in rollouts] == [a.seed for a in asks]
-    for ask, rollout in zip(asks, rollouts, strict=True):
+    requests = contract_asks()
+    rollouts = generator.generate(requests)
+    assert [r.sample_id for r in rollouts] == [a.sample_id for a in requests]
+    assert [r.prompt_index for r in rollouts] == [a.prompt.index for a in requests]
+    assert [r.seed for r in rollouts] == [a.seed for a in requests]
+    for ask, rollout in zip(requests, rollouts, strict=True):
         assert np.array_equal(rollout.prompt_ids, ask.prompt.prompt_ids)
         assert np.array_equal(rollout.header_ids, ask.prompt.header_ids)
 
@@ -138,9 +139,9 @@ def test_contract_shapes_types_and_bounds(generator):
 
 
 def test_contract_asking_again_gives_the_same(generator):
-    asks = contract_asks()
-    again = generator.generate(asks[::-1])[::-1]
-    assert responses(generator.generate(asks)) == responses(again)
+    requests = contract_asks()
+    again = generator.generate(requests[::-1])[::-1]
+    assert responses(generator.generate(requests)) == responses(again)
 
 
 def test_contract_version_is_the_loaded_one(generator, snapshot):
@@ -169,16 +170,16 @@ def test_build_generator_follows_the_config():
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_logprobs_are_the_untempered_ones_of_a_full_forward_pass(model, kwargs, batch_size):
     sampling = make_sampling(batch_size=batch_size, **kwargs)
-    for rollout in generate_with(model, make_asks(), sampling):
+    for rollout in generate_with(model, make_requests(), sampling):
         reference = full_logprobs(model, rollout)
         assert np.allclose(rollout.logprobs, reference, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_greedy_equals_generate(model, batch_size):
-    asks = make_asks()
-    rollouts = generate_with(model, asks, make_sampling(temperature=0.0, batch_size=batch_size))
-    for ask, rollout in zip(asks, rollouts, strict=True):
+    requests = make_requests()
+    rollouts = generate_with(model, requests, make_sampling(temperature=0.0, batch_size=batch_size))
+    for ask, rollout in zip(requests, rollouts, strict=True):
         ids = torch.from_numpy(ask.prompt.prompt_ids.astype(np.int64))[None]
         out = model.generate(
             ids,
@@ -193,21 +194,21 @@ def test_greedy_equals_generate(model, batch_size):
 
 def test_greedy_sees_every_finish(model):
     """Guards the test above: it would say little if no greedy row stopped early."""
-    rollouts = generate_with(model, make_asks(), make_sampling(temperature=0.0))
+    rollouts = generate_with(model, make_requests(), make_sampling(temperature=0.0))
     assert {rollout.finish for rollout in rollouts} == set(FinishReason)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.7, "top_p": 0.9}])
 def test_a_sample_does_not_depend_on_its_batch(model, kwargs):
     """Alone nothing is padded and nothing is dropped, so this covers padding and compaction too."""
-    asks = make_asks(LENGTHS * 3)
+    requests = make_requests(LENGTHS * 3)
     alone = [
         generate_with(model, [ask], make_sampling(new=20, batch_size=1, **kwargs))[0]
-        for ask in asks
+        for ask in requests
     ]
     for batch_size in (3, 24):
         sampling = make_sampling(new=20, batch_size=batch_size, **kwargs)
-        together = generate_with(model, asks, sampling)
+        together = generate_with(model, requests, sampling)
         assert responses(together) == responses(alone)
     assert len({len(rollout.response_ids) for rollout in alone}) > 3
 
@@ -238,7 +239,7 @@ def test_other_attention_shapes_match_a_full_forward_pass(kwargs):
     )
     model = Qwen3ForCausalLM(config).eval()
     for batch_size in (1, 8):
-        for rollout in generate_with(model, make_asks(), make_sampling(batch_size=batch_size)):
+        for rollout in generate_with(model, make_requests(), make_sampling(batch_size=batch_size)):
             assert np.allclose(rollout.logprobs, full_logprobs(model, rollout), atol=2e-5, rtol=0)
 
 
@@ -246,8 +247,8 @@ def test_other_attention_shapes_match_a_full_forward_pass(kwargs):
 def test_any_loaded_model_can_write_and_stays_as_it_was(tiny_model_dir, model, is_packed):
     loaded = load_model(tiny_model_dir, packed=is_packed)
     attention = loaded.config._attn_implementation
-    rollouts = generate_with(loaded, make_asks(), make_sampling())
-    assert responses(rollouts) == responses(generate_with(model, make_asks(), make_sampling()))
+    rollouts = generate_with(loaded, make_requests(), make_sampling())
+    assert responses(rollouts) == responses(generate_with(model, make_requests(), make_sampling()))
     assert loaded.config._attn_implementation == attention
     if is_packed:
         batch = pack_documents([rollouts[0].prompt_ids], "cpu")
@@ -255,23 +256,27 @@ def test_any_loaded_model_can_write_and_stays_as_it_was(tiny_model_dir, model, i
 
 
 def test_a_sample_depends_on_its_seed(model):
-    ask = make_asks()[0]
-    asks = [Ask(i, seed, ask.prompt) for i, seed in enumerate([5, 6, 5, -1, 2**64 - 1])]
-    first, other, same, negative, wrapped = responses(generate_with(model, asks, make_sampling()))
+    ask = make_requests()[0]
+    requests = [
+        SampleRequest(i, seed, ask.prompt) for i, seed in enumerate([5, 6, 5, -1, 2**64 - 1])
+    ]
+    first, other, same, negative, wrapped = responses(
+        generate_with(model, requests, make_sampling())
+    )
     assert first == same
     assert first != other
     assert negative == wrapped
 
 
 def test_a_longer_limit_only_continues_a_response(model):
-    asks = make_asks()
-    short = responses(generate_with(model, asks, make_sampling(new=5)))
-    long = responses(generate_with(model, asks, make_sampling(new=10)))
+    requests = make_requests()
+    short = responses(generate_with(model, requests, make_sampling(new=5)))
+    long = responses(generate_with(model, requests, make_sampling(new=10)))
     assert all(b[: len(a)] == a for a, b in zip(short, long, strict=True))
 
 
 def test_finish_says_how_a_response_ended(model):
-    rollouts = generate_with(model, make_asks() * 4, make_sampling())
+    rollouts = generate_with(model, make_requests() * 4, make_sampling())
     assert {rollout.finish for rollout in rollouts} == set(FinishReason)
     for rollout in rollouts:
         stops = [token < 30 for token in rollout.response_ids.tolist()]
@@ -281,7 +286,7 @@ def test_finish_says_how_a_response_ended(model):
 
 
 def test_a_response_of_one_end_token_is_recorded(model):
-    rollouts = generate_with(model, make_asks(), make_sampling(stop=range(304)))
+    rollouts = generate_with(model, make_requests(), make_sampling(stop=range(304)))
     assert all(len(rollout.response_ids) == 1 for rollout in rollouts)
     assert {rollout.finish for rollout in rollouts} == {FinishReason.STOP}
 
@@ -291,11 +296,11 @@ def test_samples_follow_the_softmax():
     model = make_model(seed=3, hidden=16, vocab=8, std=0.3)
     prompt = EncodedPrompt(0, np.array([3, 4], np.int32), np.array([1], np.int32))
     count = 4000
-    asks = [Ask(i, i, prompt) for i in range(count)]
+    requests = [SampleRequest(i, i, prompt) for i in range(count)]
     for kwargs, power in (({}, 1.0), ({"temperature": 0.5}, 2.0)):
         sampling = make_sampling(new=1, batch_size=1000, vocab_size=6, stop=(), **kwargs)
         seen = np.bincount(
-            [rollout.response_ids[0] for rollout in generate_with(model, asks, sampling)],
+            [rollout.response_ids[0] for rollout in generate_with(model, requests, sampling)],
             minlength=6,
         )
         with torch.no_grad():
@@ -391,13 +396,13 @@ def test_load_in_place_equals_a_fresh_load(tiny_model_dir, tmp_path):
     different.save_pretrained(other)
     moved, fresh = make_generator(), make_generator()
     moved.load(tiny_model_dir, 0)
-    before = responses(moved.generate(make_asks()))
+    before = responses(moved.generate(make_requests()))
     held = moved._model
     moved.load(other, 1)
     fresh.load(other, 1)
     assert moved._model is held
     assert (moved.snapshot, moved.version) == (other, 1)
-    after, expected = moved.generate(make_asks()), fresh.generate(make_asks())
+    after, expected = moved.generate(make_requests()), fresh.generate(make_requests())
     assert responses(after) == responses(expected) != before
     for a, b in zip(after, expected, strict=True):
         assert np.array_equal(a.logprobs, b.logprobs)
@@ -410,7 +415,7 @@ def test_load_of_another_architecture_builds_anew(tiny_model_dir, tmp_path, kwar
     generator.load(tiny_model_dir, 0)
     generator.load(other, 1)
     reference = make_model(seed=5, **kwargs)
-    for rollout in generator.generate(make_asks()):
+    for rollout in generator.generate(make_requests()):
         assert np.allclose(rollout.logprobs, full_logprobs(reference, rollout), atol=2e-5)
 
 
@@ -423,7 +428,7 @@ def test_load_in_place_reads_sharded_weights(tiny_model_dir, tmp_path):
     held = generator._model
     generator.load(sharded, 1)
     assert generator._model is held
-    for rollout in generator.generate(make_asks()):
+    for rollout in generator.generate(make_requests()):
         assert np.allclose(rollout.logprobs, full_logprobs(make_model(seed=5), rollout), atol=2e-5)
 
 
@@ -442,9 +447,9 @@ def test_a_truncated_snapshot_is_a_store_error_and_leaves_nothing_loaded(
         generator.load(broken, 1)
     assert generator.version is None
     with pytest.raises(AssertionError, match="load"):
-        generator.generate(make_asks())
+        generator.generate(make_requests())
     generator.load(tiny_model_dir, 2)
-    assert {rollout.version for rollout in generator.generate(make_asks())} == {2}
+    assert {rollout.version for rollout in generator.generate(make_requests())} == {2}
 
 
 def test_a_missing_snapshot_is_a_model_error(tmp_path):
@@ -455,7 +460,7 @@ def test_a_missing_snapshot_is_a_model_error(tmp_path):
 def test_the_teacher_as_writer_leaves_no_logprobs(tiny_teacher_dir):
     generator = make_generator(source="teacher")
     generator.load(tiny_teacher_dir, 0)
-    assert all(rollout.logprobs is None for rollout in generator.generate(make_asks()))
+    assert all(rollout.logprobs is None for rollout in generator.generate(make_requests()))
 
 
 def test_non_finite_weights_are_a_run_error():
@@ -463,26 +468,36 @@ def test_non_finite_weights_are_a_run_error():
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(RunError, match=r"sample 105 \(prompt 5\)"):
-        generate_with(model, make_asks(), make_sampling())
+        generate_with(model, make_requests(), make_sampling())
+
+
+def test_a_model_whose_weights_are_not_finite_is_named_as_it_is_loaded(tiny_teacher_dir, tmp_path):
+    broken = shutil.copytree(tiny_teacher_dir, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    says = rf"the teacher {broken}: its weights are not finite \(model\.norm\.weight\)"
+    with pytest.raises(ModelError, match=says):
+        make_generator(source="teacher").load(broken, 0)
 
 
 def test_a_sample_beyond_the_context_is_a_model_error(model):
-    with pytest.raises(ModelError, match=r"17 tokens and 500 .* 512 positions.*max_new_tokens"):
-        generate_with(model, make_asks(), make_sampling(new=500))
-    with pytest.raises(ModelError, match="512 positions"):
-        generate_with(model, make_asks([505]), make_sampling(new=8))
-    generate_with(model, make_asks([504]), make_sampling(new=8))
+    with pytest.raises(ModelError, match=r"17 tokens .* 500 .* 512.*max_new_tokens"):
+        generate_with(model, make_requests(), make_sampling(new=500))
+    with pytest.raises(ModelError, match="context of 512"):
+        generate_with(model, make_requests([505]), make_sampling(new=8))
+    generate_with(model, make_requests([504]), make_sampling(new=8))
 
 
 # The data as the writer.
 
 
 def test_dataset_completions_come_back_cut_at_the_limit():
-    asks = make_asks([2, 2, 2])
-    rollouts = DatasetGenerator(4).generate(asks)
+    requests = make_requests([2, 2, 2])
+    rollouts = DatasetGenerator(4).generate(requests)
     assert [len(rollout.response_ids) for rollout in rollouts] == [3, 4, 4]
     assert [str(rollout.finish) for rollout in rollouts] == ["stop", "stop", "length"]
-    for ask, rollout in zip(asks, rollouts, strict=True):
+    for ask, rollout in zip(requests, rollouts, strict=True):
         assert np.array_equal(rollout.response_ids, ask.prompt.completion_ids[:4])
         assert rollout.logprobs is None
 
@@ -490,7 +505,7 @@ def test_dataset_completions_come_back_cut_at_the_limit():
 @pytest.mark.parametrize("completion", [None, np.array([], np.int32)])
 def test_dataset_without_completion_names_the_prompt_and_the_remedy(completion):
     ids = np.array([1], np.int32)
-    ask = Ask(0, 0, EncodedPrompt(41, ids, ids, completion))
+    ask = SampleRequest(0, 0, EncodedPrompt(41, ids, ids, completion))
     with pytest.raises(DataError, match=r"prompt 41 .*completion.*generate\.source"):
         DatasetGenerator(4).generate([ask])
 

@@ -10,8 +10,7 @@ import time
 import pytest
 
 from npd.errors import RunError
-from npd.store.ledger import Ledger
-from npd.store.records import Conservation
+from npd.store.ledger import Conservation, Ledger
 
 
 @pytest.fixture

@@ -11,22 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import npd
-from conftest import save_model
 from npd.config import GenerateConfig, LoraConfig, TrainConfig
+from npd.config.load import load_config
 from npd.errors import ConfigError, ModelError, StoreError
 from npd.export import export_model
 from npd.generate.transformers import TransformersGenerator
-from npd.modeling import decoding, load_model
-from npd.settings import load_config
+from npd.models.loading import decoding, load_model
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
 from test_checkpoint import ROWS, segments
-from test_modeling import PACKABLE, family_dir
+from test_packed_models import PACKABLE, family_dir
 from test_run import Interrupting, QuietView, check_books, make, weights
 from test_trainer import (
     make_rollouts,
@@ -38,6 +37,7 @@ from test_trainer import (
     segment_of,
     weights_of,
 )
+from tiny_model import make_tokenizer, save_model
 
 __all__ = ["make"]  # the fixture
 
@@ -266,7 +266,7 @@ def test_the_export_needs_no_peft(tiny_model_dir, tmp_path):
 
 
 def test_a_refreshed_generator_writes_what_the_new_adapter_does(tiny_model_dir, tmp_path):
-    from test_generate import make_asks, responses
+    from test_generate import make_requests, responses
 
     trainer = trained(tiny_model_dir, steps=1)
     trainer.save_snapshot(tmp_path / "v1")
@@ -278,14 +278,14 @@ def test_a_refreshed_generator_writes_what_the_new_adapter_does(tiny_model_dir, 
     def build():
         return TransformersGenerator(settings, stop_ids=[2], pad_id=0, vocab_size=304)
 
-    one, asks = build(), make_asks()
+    one, requests = build(), make_requests()
     written = []
     for version, name in enumerate(("v1", "v2", "whole", "v1", "v2")):
         one.load(tmp_path / name, version)
         fresh = build()
         fresh.load(tmp_path / name, version)
-        written.append(responses(one.generate(asks)))
-        assert written[-1] == responses(fresh.generate(asks)), name
+        written.append(responses(one.generate(requests)))
+        assert written[-1] == responses(fresh.generate(requests)), name
     assert written[0] != written[1]
     assert (written[0], written[1]) == (written[3], written[4])
 
@@ -310,7 +310,7 @@ def test_an_adapter_is_never_unpickled(adapter):
 def test_an_adapter_without_its_base_or_of_another_one(adapter, tmp_path):
     save_model(tmp_path / "other", hidden=48)
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"is an adapter of .*base, which is not there"):
+    with pytest.raises(ModelError, match=r"is an adapter of .*base, which is missing"):
         load_model(adapter)
     (tmp_path / "other").rename(tmp_path / "base")
     with pytest.raises(ModelError, match="does not fit its base"):
@@ -322,6 +322,7 @@ def test_an_adapter_without_its_base_or_of_another_one(adapter, tmp_path):
     [
         ({"peft_type": "IA3"}, "of kind IA3"),
         ({"base_model_name_or_path": None}, "an unnamed model"),
+        ({"base_model_name_or_path": 5}, "of kind LORA for 5"),
         (None, "is damaged"),
     ],
 )
@@ -332,6 +333,36 @@ def test_an_adapter_that_cannot_be_merged(adapter, change, message):
     )
     with pytest.raises(ModelError, match=message):
         load_model(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda name: name, ""),
+        (lambda name: "" if "layers.0" in name else name, r"\d+ tensors are missing, such as"),
+        (lambda name: f"module.{name}", "tensors are missing"),
+        (lambda name: [name, name.replace("layers.0", "layers.7")], "tensors are not of any layer"),
+    ],
+)
+def test_tensors_of_an_adapter_that_its_base_has_no_place_for_are_named(adapter, change, says):
+    """Peft only warns, and merges what is left."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        names = change(name)
+        for new in filter(None, [names] if isinstance(names, str) else names):
+            tensors[new] = tensor.clone()
+    save_file(tensors, file)
+    if not says:
+        load_model(adapter, packed=False)
+        return
+    with pytest.raises(ModelError, match=f"does not fit its base .*{says}"):
+        load_model(adapter, packed=False)
+
+
+def test_an_adapter_with_settings_for_generating_but_no_end_tokens(adapter):
+    (adapter / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    assert load_model(adapter, packed=False).generation_config.eos_token_id is not None
 
 
 def test_a_damaged_adapter_is_a_store_error_for_the_generator(adapter):
@@ -361,10 +392,10 @@ def test_a_run_does_not_start_from_an_adapter(adapter, make):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lora.rank=0", "train.lora.rank must be greater than or equal to 1, not 0"),
+        ("train.lora.rank=0", "train.lora.rank must be at least 1, not 0"),
         ("train.lora.dropout=1", "train.lora.dropout must be less than 1, not 1"),
-        ("train.lora.targets=q_proj", "train.lora.targets must be 'all-linear' or a valid tuple"),
-        ("train.lora.targets=[]", "at least 1 item"),
+        ("train.lora.targets=q_proj", "train.lora.targets must be 'all-linear' or a list"),
+        ("train.lora.targets=[]", "a list of 1 or more values"),
         ("train.lora=16", "train.lora is a section: set train.lora.<key>, not train.lora itself"),
         ("train.lora.rnk=1", "unknown key train.lora.rnk: did you mean train.lora.rank?"),
         ("train.lora.dora=1", "unknown key train.lora.dora"),
@@ -417,7 +448,9 @@ def test_a_run_with_a_refresh_writes_what_peft_itself_would(make, tiny_model_dir
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     for rollout in rollouts:
         logprobs = response_logprobs(model, rollout)
-        assert logprobs.argmax(-1).tolist() == rollout.response_ids.tolist()
+        # Ids beyond the tokenizer's, padding of the embedding, are never chosen.
+        known = logprobs[:, : len(make_tokenizer())]
+        assert known.argmax(-1).tolist() == rollout.response_ids.tolist()
         np.testing.assert_allclose(rollout.logprobs, own(model, rollout).logprobs, atol=1e-3)
         assert not np.allclose(rollout.logprobs, own(start, rollout).logprobs, atol=1e-2)
 

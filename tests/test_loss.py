@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from npd.config.sections import chunk_for
 from npd.errors import ConfigError
-from npd.head import Head
-from npd.sections import chunk_for
+from npd.models.lm_head import Head
 from npd.train.loss import NearPolicyLoss, near_policy_loss
 
 IMPLS = ("reference", "chunked")
@@ -536,6 +536,18 @@ def test_a_kept_graph_gives_the_same_gradient_again():
     for times in (1, 2, 3):
         loss.backward(retain_graph=True)
         torch.testing.assert_close(free.grad, times * run(hidden, weight, labels, ids, logprobs)[1])
+
+
+def test_a_second_backward_pass_leaves_the_first_ones_gradients_alone():
+    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2)
+    want = run(hidden, weight, labels, ids, logprobs)[1:3]
+    free = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    loss = near_policy_loss(free[0], free[1], labels, ids, logprobs).loss
+    factors = (-2.5, 1.0, 4.0)  # not 1 at first, so that gradients are scaled in place
+    found = [torch.autograd.grad(factor * loss, free, retain_graph=True) for factor in factors]
+    for factor, got in zip(factors, found, strict=True):
+        for gradient, whole in zip(got, want, strict=True):
+            torch.testing.assert_close(gradient, factor * whole)
 
 
 def test_only_what_is_asked_for_gets_a_gradient():

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from npd.control.group import RankGroup
 from npd.errors import ModelError
-from npd.head import Head, head_of
+from npd.models.lm_head import Head, head_of
 from npd.runtime.local import LocalRuntime
+from npd.runtime.rank_group import RankGroup
 from npd.train.loss import near_policy_loss
 from test_loss import make_case
 from tiny_model import make_model
@@ -37,10 +37,10 @@ class HalfOfTheTokens:
     """A rank: a part of the head by FSDP2, and every second token."""
 
     def join(self, rank: int, meeting: Path) -> None:
-        from npd.world import connect
+        from npd.models.distributed import connect
 
         warnings.simplefilter("error")
-        self.world = connect(meeting, rank=rank, size=2, device="cpu", timeout=60.0)
+        self.world = connect(meeting, rank=rank, size=2, device="cpu", timeout=600.0)
 
     def run(self, impl: str) -> Any:
         """Each rank's loss and hidden gradient, and the head's gradients, whole."""
@@ -76,7 +76,7 @@ class Half:
 @pytest.mark.slow
 def test_a_head_sharded_over_two_ranks_has_the_gradient_of_a_whole_one(tmp_path):
     async def story():
-        runtime = LocalRuntime(tmp_path / "logs", call_timeout=120.0)
+        runtime = LocalRuntime(tmp_path / "logs", call_timeout=600.0)
         try:
             ranks = [runtime.spawn(f"rank-{rank}", Half(), threads=1) for rank in range(2)]
             group = RankGroup("ranks", ranks, tmp_path / "meeting")

@@ -3,7 +3,8 @@
 import io
 import json
 import logging
-from dataclasses import fields
+import os
+from dataclasses import asdict, fields
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,16 @@ from hypothesis import strategies as st
 
 from npd.errors import ConfigError, RunError, StoreError
 from npd.observe.jsonl import JsonLines, read_json_lines
-from npd.observe.live import LiveState, PlainView, WorkerState, clock_text, make_view
+from npd.observe.live import (
+    LiveState,
+    PlainView,
+    RichView,
+    WorkerState,
+    clock_text,
+    make_view,
+    render_panel,
+)
 from npd.observe.metrics import METRICS, MetricsWriter, metric, read_metrics
-from npd.observe.panel import RichView, render_panel
 from npd.observe.trace import (
     Span,
     TraceWriter,
@@ -22,9 +30,10 @@ from npd.observe.trace import (
     idle_shares,
     overlap_seconds,
     read_trace,
+    sessions,
 )
 from npd.observe.trackers import build_trackers
-from npd.reports import EvalReport, StepReport
+from npd.types import EvalReport, StepReport
 from store_samples import file_size_limit
 
 NOT_NUMBERS = {"step", "samples", "kl_sums", "teacher_kls"}
@@ -111,7 +120,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 
 
 def test_unknown_tracker_names_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"'wandb'; known: tensorboard"):
+    with pytest.raises(ConfigError, match=r"'wandb': use one of tensorboard"):
         build_trackers(["wandb"], tmp_path)
     assert build_trackers([], tmp_path) == []
 
@@ -148,6 +157,41 @@ def test_trace_round_trip_and_perfetto(tmp_path):
         (6_000_000, 2_000_000),
     ]
     assert work[1]["args"] == {"segment": 0}
+
+
+def test_lines_of_a_trace_that_are_no_spans_are_passed_over(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    good = Span("trainer", "train", 1.0, 2.5, {"segment": 0})
+    bad = [
+        *("", "{", "[1]", "null", "\ud800", "\x00" * 9, "{}", '{"worker": "trainer"}', "[" * 5000),
+        json.dumps(asdict(good))[:-9],
+        *(json.dumps(asdict(good) | other) for other in (
+            {"start": "1"}, {"end": 0.5}, {"end": 1e300}, {"args": 3}, {"worker": 7}, {"more": 1},
+        )),
+    ]  # fmt: skip
+    lines = [json.dumps(asdict(good)), *bad, json.dumps(asdict(good)), "torn"]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    assert read_trace(path) == [good, good]
+    assert export_perfetto(path, tmp_path / "trace.json") == 2
+    assert read_trace(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [os.symlink, lambda _, path: os.mkfifo(path)])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(tmp_path, make):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("mine\n")
+    path = tmp_path / "metrics.jsonl"
+    make(theirs, path)
+    with pytest.raises(RunError, match=r"metrics\.jsonl.*npd does not write to it: remove"):
+        MetricsWriter(path)
+    assert theirs.read_text() == "mine\n"
+
+
+def test_a_clock_that_was_set_back_between_sessions_counts_no_time():
+    marks = [Span("controller", "start", at, at) for at in (1000.0, 10.0)]
+    spans = [marks[0], Span("a", "train", 1001.0, 1005.0), marks[1], Span("a", "train", 11.0, 14.0)]
+    assert sessions(spans) == [(1000.0, 1005.0), (10.0, 14.0)]
+    assert sessions(marks) == []
 
 
 def test_an_empty_trace_exports(tmp_path):
@@ -208,6 +252,16 @@ def test_plain_view_is_quiet_between_lines_and_never_loses_the_last(caplog):
         "step 24/30",
     ]
     assert "loss 0.500" in lines[0]
+
+
+def test_a_long_run_writes_fewer_lines():
+    now, lines = [0.0], []
+    view = PlainView(clock=lambda: now[0], write=lines.append)
+    for second in range(0, 24 * 3600, 5):
+        now[0] = float(second)
+        view.update(LiveState(elapsed=second, step=second))
+    assert len([line for line in lines if " s" in line]) <= 5, "the first minute: every 15 s"
+    assert 700 < len(lines) < 900, "a day: every two minutes"
 
 
 def test_without_a_terminal_the_view_is_plain():

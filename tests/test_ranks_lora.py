@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import npd
-from conftest import save_model
 from npd.config import LoraConfig
-from npd.modeling import load_model
+from npd.models.loading import load_model
 from npd.store.layout import RunLayout
 from rank_bench import gradients_of, on_ranks
 from test_ranks import (
@@ -27,6 +26,7 @@ from test_ranks import (
 )
 from test_run import QuietView, check_same_run
 from test_trainer import make_trainer, teacher  # noqa: F401
+from tiny_model import save_model
 from tiny_run import tiny_config, write_prompts
 
 pytestmark = pytest.mark.timeout(1200)

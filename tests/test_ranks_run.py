@@ -46,7 +46,7 @@ def test_a_run_on_two_ranks_makes_the_student_of_one(tmp_path, tiny_model_dir, t
     with Ledger.reader(layout.ledger_db) as ledger:
         assert [row.version for row in ledger.snapshots()] == [0, 1]
     assert not list(layout.root.glob(".meeting*")), "the place to meet is gone"
-    assert {path.name for path in layout.logs.glob("trainer*")} == {
+    assert {path.name for path in layout.logs.glob("trainer*.log")} == {
         "trainer-0.log",
         "trainer-1.log",
     }

@@ -1,7 +1,11 @@
 """The report: well-formed, self-contained, escaped, and saying the numbers it was given."""
 
+import base64
+import hashlib
+import json
 import random
 import re
+import sys
 from dataclasses import replace
 from statistics import stdev
 from xml.etree import ElementTree
@@ -10,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from browser import browser
+from cli_fixture import Shell
 from npd.observe.report import (
     Example,
     FilterBounds,
@@ -19,12 +25,17 @@ from npd.observe.report import (
     StageRate,
     build_report,
 )
-from npd.observe.report.bars import bin_edges, count
-from npd.observe.report.charts import moving_mean, thin
-from npd.observe.report.gantt import merge
-from npd.observe.report.html import Html, el
-from npd.observe.report.noise import change_error, share_error
-from npd.observe.report.scales import duration, nice_bounds, number, tick_labels, ticks, time_ticks
+from npd.observe.report.chart_data import (
+    bin_edges,
+    count,
+    merge,
+    moving_mean,
+    nice_bounds,
+    thin,
+    time_ticks,
+)
+from npd.observe.report.data import change_error, share_error
+from npd.observe.report.page import Html, duration, el, number
 from npd.observe.trace import Span
 from npd.types import FinishReason, Outcome, SampleStats
 
@@ -113,8 +124,45 @@ def page(data):
     return build_report(data)
 
 
+SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+DATA = re.compile(r'<script type="application/json">(.*?)</script>', re.DOTALL)
+
+
+def without_library(page):
+    """The page as npd writes it, without the JavaScript of others."""
+    return SCRIPT.sub("", page)
+
+
 def tree_of(page):
-    return ElementTree.fromstring(page.encode("utf-8"))
+    return ElementTree.fromstring(DATA.sub("", without_library(page)).encode("utf-8"))
+
+
+def never(constant):
+    raise AssertionError(f"{constant} in a drawing")
+
+
+def specs(page):
+    """What is drawn on a page, by what it is described as."""
+    found = [json.loads(block, parse_constant=never) for block in DATA.findall(page)]
+    return {spec["description"]: spec for spec in found}
+
+
+@pytest.fixture
+def drawn(page):
+    """The drawings of the page; nothing to look at without Altair."""
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    return specs(page)
+
+
+def source(spec, layer):
+    """The name of the rows that a layer is drawn from; rows of all layers stand above them."""
+    return layer.get("data", spec.get("data"))["name"]
+
+
+def marks(spec):
+    """The marks of a drawing with the rows they are drawn from."""
+    return {(layer["mark"]["type"], source(spec, layer)) for layer in spec["layer"]}
 
 
 def words(page):
@@ -159,18 +207,53 @@ def test_page_loads_nothing(page):
     assert not re.search(r"url\(|@import|http", style)
 
 
-def test_evil_text_stays_text(page):
-    assert "<script" not in page
-    assert "<img" not in page
-    assert "\x00" not in page
+def test_only_scripts_of_its_own_run_and_nothing_is_fetched(page, drawn):
+    policy = next(e for e in tree_of(page).iter("meta") if e.get("http-equiv")).get("content")
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    hashes = [hashlib.sha256(script.encode()).digest() for script in SCRIPT.findall(page)]
+    assert len(hashes) == 2
+    allowed = {f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes}
+    assert set(rules["script-src"].split()) == allowed
+    assert not [spec for spec in drawn.values() if '"url"' in json.dumps(spec)]
+
+
+def test_evil_text_stays_text(page, drawn):
+    own = without_library(page)
+    assert own.count("<script") == len(drawn) > 0
+    assert "<img" not in own
+    assert "\x00" not in own
     assert '<script>alert("x")</script>' in words(page)
+    assert not [block for block in DATA.findall(page) if set(block) & set("<>&\x00\u2028")]
+    bars = drawn["Why samples were not trained on"]["datasets"]["bars"]
+    assert '<script>alert("x")</script>' in bars[0]["y"]
+    assert "\ud800" not in bars[0]["y"]
+
+
+def test_every_drawing_is_valid_vega_lite(data, page):
+    altair = pytest.importorskip("altair")
+    pages = [page, *map(build_report, variants(data))]
+    found = [spec for each in pages for spec in specs(each).values()]
+    assert len(found) > 30
+    for spec in found:
+        altair.Chart.from_dict(spec, validate=True)
+        assert spec["width"] == "container"
+        named = {source(spec, layer) for layer in spec["layer"]}
+        assert named == set(spec["datasets"]), "rows that nothing draws"
+
+
+def test_colours_are_those_of_the_page(drawn):
+    text = json.dumps(list(drawn.values()))
+    assert not re.search(r'"#[0-9a-fA-F]{3,8}"|"(?:red|blue|steelblue|black|white)"', text)
+    assert set(re.findall(r"var\(--(\w+)\)", text)) >= {"c1", "c2", "c3", "c4", "c5", "bad"}
 
 
 def test_no_drawing_holds_a_number_that_is_none(data):
+    pytest.importorskip("altair")
     for variant in variants(data):
-        tree = tree_of(build_report(variant))
-        shapes = [value for e in tree.iter() if e.tag != "title" for value in e.attrib.values()]
-        assert not any(re.search(r"\b(nan|inf)\b", value) for value in shapes)
+        for spec in specs(build_report(variant)).values():
+            rows = [row for rows in spec["datasets"].values() for row in rows]
+            assert not [row for row in rows if {"nan", "inf"} & {str(v) for v in row.values()}]
 
 
 def test_missing_data_is_said_not_drawn(data):
@@ -180,12 +263,12 @@ def test_missing_data_is_said_not_drawn(data):
         "No optimiser step was taken",
         "No drift was measured",
         "No sample has a Δ-IFD",
-        "No trace was kept",
+        "The run has no trace",
         "No sample texts",
         "0 optimiser steps in 0 s",
     ):
         assert sentence in text
-    assert "<svg" not in build_report(EMPTY)
+    assert "<script" not in build_report(EMPTY)
     assert "set eval.every_steps" in words(build_report(replace(data, evals=())))
 
 
@@ -220,40 +303,184 @@ def test_run_figures_match_the_input(page):
     assert "247 tokens/s" in text
     assert "12,345 tokens in 600 samples" in text
     assert "25 % of the 6 min 40 s of training" in text
-    assert "generator: 47 %" in text
-    assert "trainer: 40 %" in text
 
 
 def test_conservation_is_checked(data, page):
     assert "600 asked = 100 trained out + 300 rejected + 100 stale + 0 failed + 100 live" in words(
         page
     )
-    assert "✓ nothing lost" in words(page)
+    assert "✓ adds up" in words(page)
     lossy = replace(data, conservation={**data.conservation, "live": 97})
     assert "does not add up: -3" in words(build_report(lossy))
 
 
 def test_delta_legend_counts_by_brute_force(data, page):
     cut = [s for s in data.samples if s.reason == "degenerate"]
-    assert f"cut below: degenerate {len(cut)}" in words(page)
-    marks = re.findall(r"cut below: degenerate: (\d+)", page)
-    assert sum(map(int, marks)) == len(cut)
-    assert "low 0 − tolerance 0.05" in words(page)
+    assert f"rejected below: degenerate {len(cut)}" in words(page)
 
 
-def test_lag_histogram_counts(data, page):
+def test_delta_histogram_counts_by_brute_force(data, drawn):
+    spec = drawn["Histogram of delta IFD"]
+    for name, reason in (
+        ("rejected below: degenerate", "degenerate"),
+        ("rejected above: disconnect", "disconnect"),
+    ):
+        bins = [row for row in spec["datasets"]["bins"] if row["name"] == name]
+        assert sum(row["n"] for row in bins) == sum(s.reason == reason for s in data.samples)
+        assert all(row["y2"] - row["y"] == row["n"] for row in bins)
+    heights = {row["x"]: row["y2"] for row in spec["datasets"]["bins"]}
+    assert sum(heights.values()) == len(data.deltas), "stacks stand on each other"
+    assert ("rect", "bins") in marks(spec)
+    assert "low 0 − tolerance 0.05" in [rule["label"] for rule in spec["datasets"]["rules"]]
+
+
+def test_lag_histogram_counts(data, drawn):
     lags = [s.lag for s in data.samples if s.lag is not None]
-    for lag in set(lags):
-        assert f"snapshots behind when trained on {lag}: {lags.count(lag)} " in words(page)
+    spec = drawn["Lag histogram"]
+    columns = {row["x"]: row["y"] for row in spec["datasets"]["columns"]}
+    assert columns == {str(lag): lags.count(lag) for lag in range(max(lags) + 1)}
+    assert marks(spec) == {("bar", "columns"), ("text", "columns")}
 
 
-def test_drift_line_and_refresh_are_marked(data, page):
+def test_drift_line_and_refresh_are_marked(data, page, drawn):
     over = sum(1 for s in data.steps if s["drift"] is not None and s["drift"] > 0.1)
     known = sum(1 for s in data.steps if s["drift"] is not None)
     assert over > 0
     assert f"{over} of {known} measured steps lie above 0.10" in words(page)
-    assert "near-policy line 0.10" in words(page)
-    assert "v1 at 60" in words(page)
+    spec = drawn["Policy drift"]
+    assert spec["datasets"]["rules"] == [
+        {"y": 0.1, "label": "near-policy line 0.10", "color": "var(--bad)"}
+    ]
+    assert spec["datasets"]["markers"] == [{"x": 60.0, "label": "v1"}]
+    assert {("rule", "rules"), ("text", "rules"), ("rule", "markers"), ("text", "labels")} < marks(
+        spec
+    )
+
+
+def test_lines_go_through_every_point(data, drawn):
+    spec = drawn["Loss and its parts"]
+    assert {("line", "faint"), ("line", "bold"), ("rect", "hover")} < marks(spec)
+    faint = [(row["x"], row["y"]) for row in spec["datasets"]["faint"] if row["name"] == "CE"]
+    assert faint == [(s["step"], pytest.approx(s["ce"], rel=1e-5)) for s in data.steps]
+    (line,) = (layer for layer in spec["layer"] if source(spec, layer) == "bold")
+    assert line["encoding"]["x"]["field"] == "x"
+    assert line["encoding"]["y"]["field"] == "y"
+    assert line["encoding"]["color"]["scale"] is None
+    assert line["encoding"]["x"]["title"] == "step"
+    assert spec["title"] == "nats/token"
+
+
+def test_the_pointer_tells_every_line(drawn):
+    spec = drawn["Held-out agreement and exact match"]
+    first = {"x": 0.0, "x2": 60.0, "at": "0", "v0": "50.0 %", "v1": "10.0 %"}
+    assert spec["datasets"]["hover"][0] == first
+    (strips,) = (layer for layer in spec["layer"] if source(spec, layer) == "hover")
+    titles = [field["title"] for field in strips["encoding"]["tooltip"]]
+    assert titles == ["step", "top-token agreement", "exact match"]
+
+
+def test_the_timeline_tells_who_worked_when(drawn):
+    rows = drawn["Timeline of the workers"]["datasets"]
+    blocks = [(row["y"], row["x"], row["x2"]) for row in rows["blocks"]]
+    assert sorted(blocks) == [
+        ("generator", 0, 400), ("trainer", 300, 700), ("trainer", 700, 754)
+    ]  # fmt: skip
+    assert rows["shared"] == [{"x": 300, "x2": 400}]
+
+
+def test_bars_tell_rates_and_idle_time(drawn):
+    idle = drawn["Idle share by worker"]["datasets"]["bars"]
+    assert [(row["y"], row["label"]) for row in idle] == [
+        ("generator", "47 %"),
+        ("trainer", "40 %"),
+    ]
+    rates = drawn["Tokens per second by stage"]
+    assert [row["x"] for row in rates["datasets"]["bars"]] == [pytest.approx(12_345 / 400), 246.75]
+    assert marks(rates) == {("bar", "bars"), ("text", "bars")}
+
+
+def test_a_long_run_makes_a_page_of_bounded_size(data):
+    """Of 30,000 steps and 60,000 spans: the same few hundred points a line, and 2,000 blocks."""
+    pytest.importorskip("altair")
+    rng = random.Random(1)
+    long = replace(
+        data,
+        steps=list(fake_steps(30_000, rng)),
+        samples=list(fake_samples(20_000, rng)),
+        snapshots=[(v, 30 * v) for v in range(1000)],
+        spans=[
+            Span("ab"[i % 2], "train", START + i, START + i + 0.7, {"segment": i})
+            for i in range(60_000)
+        ],
+    )
+    page = build_report(long)
+    assert len(without_library(page)) < 2_000_000
+    assert len(specs(page)["Policy drift"]["datasets"]["labels"]) <= 8
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """As if the extra were not installed."""
+    monkeypatch.setitem(sys.modules, "altair", None)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_without_the_extra_charts_are_tables(data):
+    page = build_report(data)
+    assert "<script" not in page
+    text = words(page)
+    assert "pip install 'npd[report]'" in text
+    assert re.search(r"step CE KD loss 1 2\.500 – 1\.\d+ ", text)
+    assert "step KL(teacher ‖ student) 0 1.250 120 0.7500" in text
+    assert "worker work time generator generate 6 min 40 s trainer publish 54 s" in text
+    assert "idle, % of wall time generator 47 % trainer 40 %" in text
+    assert "snapshots behind when trained on samples 0 100" in text
+    assert 'script>alert("x")' in text
+    for variant in variants(data):
+        assert "nan" not in words(build_report(variant))
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_run_without_the_extra_ends_well_and_says_what_to_install(
+    tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    shell.write(observe={"report": True})
+    done = shell.npd("run", "run.yaml")
+    assert done.code == 0, done.err
+    line = "charts    pip install 'npd[report]', then npd show --report run"
+    assert done.out.splitlines().count(line) == 1
+    assert "tokens per busy second" in words(shell.layout.report_html.read_text())
+    assert line in shell.npd("show", "run").out
+    monkeypatch.undo()
+    pytest.importorskip("altair")
+    monkeypatch.chdir(tmp_path)
+    assert "charts  " not in shell.npd("show", "run", "--report").out
+    assert specs(shell.layout.report_html.read_text())
+    monkeypatch.setitem(sys.modules, "altair", None)
+    assert "charts  " not in shell.npd("show", "run").out, "it has them"
+
+
+def test_a_browser_draws_every_chart_and_asks_for_nothing(tmp_path, page, drawn):
+    path = tmp_path / "report.html"
+    path.write_text(page)
+    with browser(tmp_path / "profile") as tab:
+        tab.open(path)
+        assert tab.requests == [path.as_uri()]
+        assert tab.value("document.querySelectorAll('.chart svg').length") == len(drawn)
+        for width in (1240, 375):
+            tab.look(width, dark=width < 1000)
+            widths = "[...document.querySelectorAll('.chart svg')].map(s => s.clientWidth)"
+            assert max(tab.value(widths)) <= width
+            assert tab.value("document.documentElement.scrollWidth") <= width
+        tab.look(1240, dark=False)
+        tab.value("document.querySelector('.chart').scrollIntoView({behavior: 'instant'})")
+        tab.point(300, 120)
+        told = tab.value("document.querySelector('#vg-tooltip-element').innerText")
+        assert re.match(r"step\t\d+\nCE\t\d\.\d+\nKD\t", told)
+        assert tab.requests == [path.as_uri()]
+        assert not tab.complaints
 
 
 def test_a_step_trained_twice_counts_as_its_last(data):
@@ -289,13 +516,14 @@ def test_histogram_counts_each_value_once(values, cover):
 
 @settings(deadline=None)
 @given(floats, floats)
-def test_ticks_are_few_inside_and_evenly_apart(a, b):
+def test_bounds_are_round_and_hold_both_values(a, b):
     low, high = nice_bounds(min(a, b), max(a, b))
-    found = ticks(low, high)
-    assert low <= min(a, b) + 1e-9
-    assert high >= max(a, b) - 1e-9
-    assert 2 <= len(found) <= 9
-    assert len(set(tick_labels(found))) == len(found)
+    rounding = 1e-9 * (high - low)
+    assert low <= min(a, b) + rounding
+    assert high >= max(a, b) - rounding
+    assert low < high
+    if abs(a - b) > 1e-6:
+        assert high - low <= 2 * abs(a - b) + 1e-9, "most of the height is used"
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.9, 59, 754, 90_000, 4_000_000])
@@ -348,7 +576,7 @@ def test_durations_are_written_plainly(seconds, text):
 
 def test_elements_escape_strings_but_not_markup():
     assert el("p", "a < b", Html("<br/>"), class_='"') == '<p class="&quot;">a &lt; b<br/></p>'
-    assert el("line", x1=1.0, stroke_width=0.126, y=None) == '<line x1="1" stroke-width="0.13"/>'
+    assert el("meta", http_equiv="x", content=None) == '<meta http-equiv="x"/>'
 
 
 def test_one_of_a_thing_is_not_called_many(data):
@@ -363,7 +591,7 @@ def test_one_of_a_thing_is_not_called_many(data):
     for said in ("1 optimiser step,", "1 held-out prompt,", "1 scored sample.", "1 sample, mean",
                  "1 token in 1 sample,", "1 of 1 measured step lies above"):  # fmt: skip
         assert said in text
-    nodes = re.findall(r'[>"]([^<>"]*)', build_report(one))
+    nodes = re.findall(r'[>"]([^<>"]*)', without_library(build_report(one)))
     many = re.compile(r"(?<![\d.,])1 (?:\w+ )?(?:steps|samples|prompts|tokens)\b")
     assert not [node for node in nodes if many.search(node)]
 
@@ -420,3 +648,47 @@ def test_the_error_of_exact_match_is_that_of_prompts_with_answers():
     evals = [{"step": 0, "exact_match": 0.5, "num_prompts": 100, "num_answers": 25}]
     assert share_error(0.5, evals) == pytest.approx(0.1)
     assert share_error(0.5, [{"step": 0, "num_prompts": 100}]) == pytest.approx(0.05)
+
+
+def test_the_library_is_bundled_once_for_a_user(tmp_path, monkeypatch):
+    pytest.importorskip("vl_convert")
+    from npd.observe.report import charts
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    charts._library.cache_clear()
+    bundle = charts._library()
+    (kept,) = (tmp_path / "npd").iterdir()
+    assert charts._read_own(kept) == bundle
+    kept.write_text(bundle[:-9], encoding="utf-8")  # written in part
+    assert charts._read_own(kept) is None
+    charts._library.cache_clear()
+    assert charts._library() == bundle
+    kept.chmod(0o666)  # anybody may have written it
+    assert charts._read_own(kept) is None
+    link = tmp_path / "link.js"
+    link.symlink_to(kept)
+    kept.chmod(0o600)
+    assert charts._read_own(kept) == bundle
+    assert charts._read_own(link) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # no directory
+    charts._library.cache_clear()
+    assert charts._library() == bundle
+    charts._library.cache_clear()
+
+
+def test_libraries_that_do_not_fit_each_other_leave_tables(data, monkeypatch):
+    pytest.importorskip("vl_convert")
+    import altair
+
+    from npd.observe.report import charts
+
+    monkeypatch.setattr(altair, "SCHEMA_VERSION", "v6.99.0")
+    charts._library.cache_clear()
+    try:
+        page = build_report(data)
+    finally:
+        monkeypatch.undo()
+        charts._library.cache_clear()
+        assert "Tables stand in place of charts" in page
+    assert "<table" in page
+    assert "vegaEmbed" not in page

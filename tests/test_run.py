@@ -15,23 +15,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import npd
-from conftest import save_model
 from fake_servers import FakeVllm, make_snapshot
-from npd import probe
-from npd.control.codec import decode
+from npd.config.load import load_config
 from npd.control.controller import Controller
-from npd.control.preparation import prepare
+from npd.control.events import decode
+from npd.control.preflight import prepare
 from npd.errors import ConfigError, DataError, ModelError, RunError
+from npd.models import fingerprint
+from npd.models.metadata import model_settings
 from npd.observe.live import LiveState
 from npd.observe.metrics import read_metrics
 from npd.observe.trace import overlap_seconds, read_trace
-from npd.servers.models import model_settings
-from npd.settings import load_config
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
 from npd.types import Outcome
 from run_process import check_books
+from tiny_model import save_model
 from tiny_run import tiny_config, tiny_settings, write_prompts
 
 
@@ -53,19 +53,57 @@ class QuietView:
         self.is_closed = True
 
 
-@pytest.fixture
-def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    """Makes tiny configs in `tmp_path`, over the same data; `student` replaces the model."""
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
+def _maker(folder, student, teacher):
+    prompts = write_prompts(folder / "prompts.jsonl")
 
-    def build(name="run", student=tiny_model_dir, **sections):
-        return tiny_config(student, tiny_teacher_dir, prompts, tmp_path / name, **sections)
+    def build(name="run", student=student, **sections):
+        return tiny_config(student, teacher, prompts, folder / name, **sections)
 
     return build
 
 
+@pytest.fixture
+def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    """Makes tiny configs in `tmp_path`, over the same data; `student` replaces the model."""
+    return _maker(tmp_path, tiny_model_dir, tiny_teacher_dir)
+
+
+@pytest.fixture(scope="module")
+def make_shared(tmp_path_factory, tiny_model_dir, tiny_teacher_dir):
+    """Makes configs of runs that several tests read."""
+    return _maker(tmp_path_factory.mktemp("shared"), tiny_model_dir, tiny_teacher_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(make_shared):
+    """An undisturbed run with a report, and the view that saw it."""
+    view = QuietView()
+    return npd.run(make_shared("whole", observe={"report": True}), view=view), view
+
+
+@pytest.fixture(scope="module")
+def interrupted(make_shared):
+    """The same run, stopped half way with two checkpoints."""
+    config = make_shared("cut", checkpoint={"every_steps": 2, "keep": 2})
+    return npd.run(config, view=Interrupting()), config
+
+
+@pytest.fixture
+def cut(interrupted, tmp_path):
+    """A config that resumes a copy of the interrupted run."""
+    result, config = interrupted
+    shutil.copytree(result.directory, tmp_path / "cut")
+    return config.model_copy(update={"run_dir": tmp_path / "cut"})
+
+
 def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def check_same_student(one, two):
+    """Bit for bit."""
+    a, b = weights(one.student), weights(two.student)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def check_same_run(one, two, *, rel=1e-4, atol=4e-3, rtol=1e-7):
@@ -82,9 +120,8 @@ def check_same_run(one, two, *, rel=1e-4, atol=4e-3, rtol=1e-7):
         np.testing.assert_allclose(found[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
-def test_a_run_ends_with_a_student_a_report_and_balanced_books(make, tiny_model_dir):
-    view = QuietView()
-    result = npd.run(make(), view=view)
+def test_a_run_ends_with_a_student_a_report_and_balanced_books(whole, tiny_model_dir):
+    result, view = whole
     layout = RunLayout(result.directory)
     assert result.is_done
     outcomes = check_books(layout, reuse=2)
@@ -110,10 +147,9 @@ def test_the_student_moves_towards_the_teacher(make):
     assert [m["step"] for m in steps] == list(range(1, len(steps) + 1))
 
 
-def test_two_runs_of_the_same_config_are_the_same_run(make):
-    first, second = (npd.run(make(name), view=QuietView()) for name in ("one", "two"))
-    a, b = weights(first.student), weights(second.student)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_two_runs_of_the_same_config_are_the_same_run(whole, make):
+    first, second = whole[0], npd.run(make(), view=QuietView())
+    check_same_student(first, second)
     assert [s["loss"] for s in first.data.steps] == [s["loss"] for s in second.data.steps]
 
 
@@ -155,26 +191,31 @@ def _flat(values, prefix=""):
             yield f"{prefix}{name}", value
 
 
-def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(make):
+def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(make_shared, whole):
     with pytest.raises(ConfigError, match="holds no run to resume"):
-        npd.run(make(), resume=True, view=QuietView())
-    result = npd.run(make(), view=QuietView())
-    before = {p: p.stat().st_mtime_ns for p in result.directory.rglob("*.arrow")}
+        npd.run(make_shared("none"), resume=True, view=QuietView())
+    config, directory = make_shared("whole"), whole[0].directory
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*.arrow")}
     with pytest.raises(ConfigError, match="holds a run already"):
-        npd.run(make(), view=QuietView())
-    again = npd.run(make(), resume=True, view=QuietView())
+        npd.run(config, view=QuietView())
+    again = npd.run(config, resume=True, view=QuietView())
     assert again.is_done
-    assert {p: p.stat().st_mtime_ns for p in result.directory.rglob("*.arrow")} == before
+    assert {p: p.stat().st_mtime_ns for p in directory.rglob("*.arrow")} == before
 
 
-def test_resume_refuses_other_completions_and_other_models(make, tmp_path, tiny_model_dir):
+def test_resume_refuses_another_config_other_data_and_other_models(make, tmp_path, tiny_model_dir):
     student = shutil.copytree(tiny_model_dir, tmp_path / "student")
     npd.run(make(student=student), view=QuietView())
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        npd.run(make(student=student, train={"lr": 5e-3}), resume=True, view=QuietView())
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     rows[3]["completion"] = "something else"
     changed = "".join(json.dumps(row) + "\n" for row in rows)
     original = (tmp_path / "prompts.jsonl").read_text()
     (tmp_path / "prompts.jsonl").write_text(changed)
+    with pytest.raises(DataError, match="the prompts changed"):
+        npd.run(make(student=student), resume=True, view=QuietView())
+    write_prompts(tmp_path / "prompts.jsonl", 23)
     with pytest.raises(DataError, match="the prompts changed"):
         npd.run(make(student=student), resume=True, view=QuietView())
     (tmp_path / "prompts.jsonl").write_text(original)
@@ -192,10 +233,7 @@ def test_nothing_is_held_out_or_scored_for_it_where_nothing_is_evaluated(make):
         assert ledger.conservation().asked == 2 * 24, "all prompts are trained on"
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(make):
-    whole = npd.run(make("whole"), view=QuietView())
-    settings = {"checkpoint": {"every_steps": 2, "keep": 2}}
-    cut = npd.run(make("cut", **settings), view=Interrupting())
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(whole, cut):
     layout = RunLayout(cut.directory)
     with Ledger.reader(layout.ledger_db) as ledger:
         kept = [row.path for row in ledger.checkpoints() if row.path.exists()]
@@ -205,19 +243,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(make):
     data[-9] ^= 4
     weights_file.write_bytes(data)
     view = QuietView()
-    resumed = npd.run(make("cut", **settings), resume=True, view=view)
-    assert any("Going back further" in message for message in view.messages)
-    a, b = weights(whole.student), weights(resumed.student)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    resumed = npd.run(cut, resume=True, view=view)
+    assert any("an earlier checkpoint" in message for message in view.messages)
+    check_same_student(whole[0], resumed)
 
 
-def test_resume_without_any_checkpoint_repeats_everything(make):
-    whole = npd.run(make("whole"), view=QuietView())
-    cut = npd.run(make("cut"), view=Interrupting())
+def test_resume_without_any_checkpoint_repeats_everything(whole, cut):
     shutil.rmtree(RunLayout(cut.directory).checkpoints)
-    resumed = npd.run(make("cut"), resume=True, view=QuietView())
-    a, b = weights(whole.student), weights(resumed.student)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    check_same_student(whole[0], npd.run(cut, resume=True, view=QuietView()))
 
 
 def test_the_ledger_and_the_shards_name_the_same_prompts(make, tmp_path):
@@ -243,46 +276,40 @@ def test_teachers_that_the_run_does_not_have_are_refused_before_anything_starts(
     assert not make().directory.exists()
 
 
-def test_resume_refuses_another_config_or_other_data(make, tmp_path):
-    npd.run(make(), view=QuietView())
-    with pytest.raises(ConfigError, match=r"train\.lr"):
-        npd.run(make(train={"lr": 5e-3}), resume=True, view=QuietView())
-    write_prompts(tmp_path / "prompts.jsonl", 23)
-    with pytest.raises(DataError, match="the prompts changed"):
-        npd.run(make(), resume=True, view=QuietView())
-
-
-@pytest.mark.parametrize("skip_after", [0.0, 0.002])
-def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(make, skip_after):
-    loss = {"skip_after": skip_after}
-    whole = npd.run(make("whole", loss=loss), view=QuietView())
-    skipped = [step["skipped_tokens"] for step in whole.data.steps]
-    assert all(skipped) if skip_after else not any(skipped)
-    cut = npd.run(make("cut", loss=loss), view=Interrupting())
+def check_resumes(whole, cut, config):
+    """`cut`, interrupted after a step, resumes as `config` to the student of `whole`."""
     assert not cut.is_done
     assert 0 < cut.step < whole.step
-    with Ledger.reader(RunLayout(cut.directory).ledger_db) as ledger:
+    with Ledger.reader(RunLayout(config.directory).ledger_db) as ledger:
         assert ledger.last_checkpoint().step == cut.step
         assert not list(ledger.segments_after(cut.step)), "saved later than it was trained"
         assert list(ledger.segments_after(cut.step - 1)), "saved as more than it was trained"
-    resumed = npd.run(make("cut", loss=loss), resume=True, view=QuietView())
+    resumed = npd.run(config, resume=True, view=QuietView())
     assert resumed.is_done
-    a, b = weights(whole.student), weights(resumed.student)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    check_same_student(whole, resumed)
     check_books(RunLayout(resumed.directory), reuse=2)
 
 
-def test_a_lost_shard_file_is_made_again_on_resume(make):
-    whole = npd.run(make("whole"), view=QuietView())
-    cut = npd.run(make("cut"), view=Interrupting())
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(whole, interrupted, cut):
+    assert not any(step["skipped_tokens"] for step in whole[0].data.steps)
+    check_resumes(whole[0], interrupted[0], cut)
+
+
+def test_an_interrupted_run_that_skips_tokens_does_too(make):
+    loss = {"skip_after": 0.002}
+    whole = npd.run(make("whole", loss=loss), view=QuietView())
+    assert all(step["skipped_tokens"] for step in whole.data.steps)
+    cut = npd.run(make("cut", loss=loss), view=Interrupting())
+    check_resumes(whole, cut, make("cut", loss=loss))
+
+
+def test_a_lost_shard_file_is_made_again_on_resume(whole, cut):
     layout = RunLayout(cut.directory)
     with Ledger.reader(layout.ledger_db) as ledger:
         shard = ledger.samples("live")[0].shard
     layout.rollouts(shard).unlink()
     layout.scored(shard).unlink()
-    resumed = npd.run(make("cut"), resume=True, view=QuietView())
-    a, b = weights(whole.student), weights(resumed.student)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    check_same_student(whole[0], npd.run(cut, resume=True, view=QuietView()))
 
 
 class Interrupting(QuietView):
@@ -297,6 +324,25 @@ class Interrupting(QuietView):
         if state.step >= 4 and not self._sent:
             self._sent = True
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class InterruptingEarly(QuietView):
+    """Sends the process a real SIGINT at the first line, before there are workers."""
+
+    def message(self, text):
+        super().message(text)
+        if len(self.messages) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_before_the_work_begins_says_how_to_go_on(make):
+    view = InterruptingEarly()
+    with pytest.raises(KeyboardInterrupt):
+        npd.run(make(train={"batch_size": 1000}), view=view)
+    assert view.messages[-1] == (
+        "interrupted before the work began: resume with npd.run(config, resume=True)"
+    )
+    assert npd.run(make(train={"batch_size": 1000}), resume=True, view=QuietView()).is_done
 
 
 def test_local_processes_overlap_and_keep_the_books(make):
@@ -341,9 +387,8 @@ def test_filters_that_need_no_answer_alone_run_over_any_text(make, source, name)
     assert all(s.stats.nll_student_alone is None for s in result.data.samples)
 
 
-def test_events_are_readable_by_later_code(make):
-    result = npd.run(make(), view=QuietView())
-    with Ledger.reader(RunLayout(result.directory).ledger_db) as ledger:
+def test_events_are_readable_by_later_code(whole):
+    with Ledger.reader(RunLayout(whole[0].directory).ledger_db) as ledger:
         kinds = Counter()
         for _, kind, payload in ledger.events():
             payload.pop("digest")
@@ -358,7 +403,7 @@ def test_what_the_teachers_server_refuses_leaves_alone(make, tmp_path, tiny_teac
     vocab = model_settings(tiny_teacher_dir).vocabulary
     weights = make_snapshot(tmp_path / "weights", 1, vocab=vocab)
     teacher = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
-    shutil.copy(weights / probe.FILE, teacher / probe.FILE)
+    shutil.copy(weights / fingerprint.FILE, teacher / fingerprint.FILE)
     refused = prepare(make()).prompts[3].prompt_ids.tolist()
     view = QuietView()
     with FakeVllm(weights, refuses=lambda ids: ids[: len(refused)] == refused) as server:
@@ -372,6 +417,6 @@ def test_what_the_teachers_server_refuses_leaves_alone(make, tmp_path, tiny_teac
         rows = ledger.samples(Outcome.FAILED)
     assert {row.prompt_index for row in rows} == {3}
     assert all(row.reason.startswith(f"score: {server.url} refuses (400)") for row in rows)
-    told = f"scorer-0: {server.url} holds {teacher}: log-probs within"
+    told = f"scorer-0: {server.url} serves {teacher}: log-probs within"
     assert sum(message.startswith(told) for message in view.messages) == 1
     assert any("score failed for 1 sample: " in message for message in view.messages)

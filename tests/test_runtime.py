@@ -18,7 +18,8 @@ import pytest
 
 from npd.config import RuntimeConfig
 from npd.errors import ModelError, RunError, WorkerLostError
-from npd.runtime import Reply, build_runtime, child
+from npd.runtime import CallResult, build_runtime, worker_main
+from npd.runtime.local import LocalRuntime, search_path
 from worker_factories import BrokenFactory, ClosingFactory, ToyFactory
 
 TESTS = Path(__file__).parent
@@ -62,7 +63,7 @@ def is_running(pid):
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def wait_until_gone(pid, seconds=15.0):
+def wait_until_gone(pid, seconds=600.0):
     deadline = time.monotonic() + seconds
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -82,7 +83,7 @@ def test_calls_keep_one_object_and_measure_themselves(kind, tmp_path):
 
     before = time.time()
     first, second = drive(kind, tmp_path, story)
-    assert isinstance(first, Reply)
+    assert isinstance(first, CallResult)
     assert (first.value, second.value) == (15, 16)
     assert before <= first.started <= first.ended <= second.started
     assert second.ended - second.started >= 0.05
@@ -109,7 +110,7 @@ def test_each_worker_has_a_place_of_its_own(kind, tmp_path):
         assert os.getpid() not in inside
         assert [pid for pid, _ in places] == pids
         # Ray ends the process of an actor that is no more a moment later.
-        assert all(wait_until_gone(pid, 15.0 if kind == "ray" else 0.0) for pid in pids)
+        assert all(wait_until_gone(pid, 600.0 if kind == "ray" else 0.0) for pid in pids)
 
 
 def test_calls_of_one_worker_take_turns_in_order(kind, tmp_path):
@@ -259,7 +260,7 @@ def test_overrun_is_a_loss_until_restart(kind, tmp_path):
 def test_the_runtime_has_a_default_timeout(kind, tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=1)
-        await worker.call("add", 1, timeout=30)
+        await worker.call("add", 1, timeout=600)
         with pytest.raises(WorkerLostError, match=r"runtime\.call_timeout"):
             await worker.call("slow_add", 0.6, 1)
 
@@ -322,12 +323,40 @@ def test_threads_are_in_the_environment_of_a_process(tmp_path):
     assert os.environ["OMP_NUM_THREADS"] != "3"
 
 
+@pytest.mark.parametrize("first", ["", ".", None])
+def test_a_worker_runs_no_file_of_the_current_directory(tmp_path, monkeypatch, first):
+    """Not as a notebook searches it, not by an empty part of PYTHONPATH."""
+    for name in ("json", "socket", "pickle", "numpy", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"print('{name} was run'); raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path) if first is None else first, *sys.path])
+    if first is not None:
+        monkeypatch.setenv("PYTHONPATH", f"{first}{os.pathsep}/nowhere")
+
+    async def story(runtime):
+        worker = runtime.spawn("toy", ToyFactory(), threads=1)
+        return (await worker.call("add", 1)).value, (await worker.call("environment", "PYTHONPATH"))
+
+    total, environment = drive("local", tmp_path, story)
+    assert total == 1
+    assert environment.value[0] in ("/nowhere", os.environ.get("PYTHONPATH"))
+    assert (tmp_path / "toy.log").read_text() == ""
+
+
+def test_what_a_factory_comes_from_is_found_in_the_current_directory_too(monkeypatch):
+    monkeypatch.chdir(TESTS)
+    assert search_path(ToyFactory())[-1] == str(TESTS)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(sys, "path", [str(TESTS), "", "/elsewhere"])
+    assert search_path(ToyFactory())[:2] == [str(TESTS), "/elsewhere"]
+
+
 def test_output_of_every_life_is_appended_to_the_log(tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=1)
-        await worker.call("tell", "first life")
+        await worker.call("notify", "first life")
         await worker.restart()
-        await worker.call("tell", "second life")
+        await worker.call("notify", "second life")
 
     drive("local", tmp_path, story)
     lines = (tmp_path / "toy.log").read_text().splitlines()
@@ -346,7 +375,7 @@ def test_a_listener_whose_socket_is_closed_at_any_moment_ends_quietly(is_told_fi
     ours, theirs = socket.socketpair()
     inbox = SimpleQueue()
     with theirs:
-        child._listen(Closing(fileno=ours.detach()), os.getppid(), inbox)
+        worker_main._listen(Closing(fileno=ours.detach()), os.getppid(), inbox)
     assert inbox.empty()
 
 
@@ -414,6 +443,52 @@ def test_restart_under_a_running_call(tmp_path):
         return (await worker.call("add", 1)).value
 
     assert drive("local", tmp_path, story) == 1
+
+
+def test_a_worker_that_somebody_stopped_goes_on(tmp_path, caplog):
+    async def story():
+        runtime = LocalRuntime(tmp_path, patience=0.2)
+        worker = runtime.spawn("toy", ToyFactory(), threads=1)
+        try:
+            await worker.call("add", 1)
+            os.kill(worker.pid, signal.SIGSTOP)
+            value = (await worker.call("add", 1, timeout=60)).value
+            os.kill(worker.pid, signal.SIGSTOP)  # idle: it still ends by itself
+            return value
+        finally:
+            began = time.monotonic()
+            await runtime.close()
+            assert time.monotonic() - began < 9, "killed after the grace period"
+
+    assert asyncio.run(story()) == 2
+    assert "was stopped (SIGSTOP): continued" in caplog.text
+
+
+def test_no_log_is_written_through_a_link(tmp_path):
+    (tmp_path / "toy.log").symlink_to(tmp_path / "theirs")
+
+    async def story(runtime):
+        runtime.spawn("toy", ToyFactory(), threads=1)
+
+    with pytest.raises(RunError, match=r"cannot start worker toy with its log in .*toy\.log"):
+        drive("local", tmp_path, story)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_closed_worker_is_not_started_again(tmp_path):
+    """As when one worker's error ends a run while another, killed with it, would be replaced."""
+
+    async def story(runtime):
+        worker = runtime.spawn("toy", ToyFactory(), threads=1)
+        restarting = asyncio.create_task(worker.restart())
+        await asyncio.sleep(0)
+        await worker.close()
+        for restart in (restarting, worker.restart()):
+            with pytest.raises(WorkerLostError, match="worker toy is closed"):
+                await restart
+        return worker.pid
+
+    assert drive("local", tmp_path, story) is None
 
 
 def test_a_frozen_process_cannot_hold_up_a_call(tmp_path):
@@ -488,6 +563,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path, forks):
         workers, holders = pids[:3], pids[3:]
         assert len(workers) == 3
         assert all(is_running(pid) for pid in pids)
+        os.kill(workers[1], signal.SIGSTOP)  # one that cannot even listen
         parent.kill()
     try:
         assert [pid for pid in workers if not wait_until_gone(pid)] == []

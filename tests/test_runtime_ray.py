@@ -10,9 +10,9 @@ import pytest
 
 from npd.config import RayConfig
 from npd.errors import ModelError, RunError, WorkerLostError
-from npd.runtime.base import Needs
+from npd.models.distributed import ADDRESS
+from npd.runtime.base import Resources
 from npd.runtime.ray import RayRuntime
-from npd.world import ADDRESS
 from worker_factories import BrokenFactory, ToyFactory
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -23,7 +23,7 @@ def drive(log_dir, story, **config):
 
     async def whole():
         ray = RayConfig(address=os.environ["RAY_ADDRESS"], **config)
-        runtime = RayRuntime(log_dir, ray, call_timeout=60.0)
+        runtime = RayRuntime(log_dir, ray, call_timeout=600.0)
         try:
             return await story(runtime)
         finally:
@@ -38,7 +38,7 @@ def test_a_new_life_is_never_taken_for_the_old_one(tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=1)
         assert (await worker.call("add", 5)).value == 5
-        for number, when in ((signal.SIGKILL, "while it held die"), (signal.SIGTERM, "ended")):
+        for number, when in ((signal.SIGKILL, "during die"), (signal.SIGTERM, "ended")):
             old = worker.pid
             with pytest.raises(WorkerLostError, match=when) as caught:
                 await worker.call("die", number)
@@ -64,9 +64,9 @@ def test_threads_folder_and_log_are_those_of_the_run(tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=3)
         assert (await worker.call("folder")).value == os.getcwd()
-        await worker.call("tell", "first life")
+        await worker.call("notify", "first life")
         await worker.restart()
-        await worker.call("tell", "second life")
+        await worker.call("notify", "second life")
         return (await worker.call("environment", "OMP_NUM_THREADS", "MKL_NUM_THREADS")).value
 
     assert drive(tmp_path, story) == ["3", "3"]
@@ -88,19 +88,55 @@ def test_a_log_folder_that_the_machine_does_not_see_is_no_reason_to_fail(tmp_pat
 
 def test_no_room_is_said_with_what_is_asked_and_what_there_is(tmp_path):
     async def story(runtime):
-        worker = runtime.spawn("toy", ToyFactory(), threads=1, needs=Needs(gpus=2.0))
+        worker = runtime.spawn("toy", ToyFactory(), threads=1, needs=Resources(gpus=2.0))
         with pytest.raises(RunError) as caught:
             await worker.call("add", 1)
         return str(caught.value)
 
     message = drive(tmp_path, story, start_timeout=2.0)
-    for part in ("toy got no place", "1 CPU and 2 GPU", "of 5 CPU and 0 of 0 GPU free", "runtime"):
+    for part in (
+        "toy was not scheduled",
+        "1 CPU and 2 GPU",
+        "of 5 CPU and 0 of 0 GPU free",
+        "runtime",
+    ):
         assert part in message
+
+
+def test_a_cluster_that_this_process_has_joined_is_used_and_not_left(tmp_path, monkeypatch):
+    import ray
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, configure_logging=False)
+    monkeypatch.delenv("RAY_ADDRESS")
+
+    async def story():
+        runtime = RayRuntime(tmp_path, RayConfig(), call_timeout=600.0)
+        try:
+            return (await runtime.spawn("toy", ToyFactory(), threads=1).call("add", 1)).value
+        finally:
+            await runtime.close()
+
+    try:
+        assert asyncio.run(story()) == 1
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+def test_the_address_is_in_the_environment_where_none_is_set(tmp_path):
+    async def story():
+        runtime = RayRuntime(tmp_path, call_timeout=600.0)
+        try:
+            return (await runtime.spawn("toy", ToyFactory(), threads=1).call("add", 2)).value
+        finally:
+            await runtime.close()
+
+    assert asyncio.run(story()) == 2
 
 
 def test_gpus_that_there_may_be_are_asked_for_only_where_there_are_any(tmp_path):
     async def story(runtime):
-        worker = runtime.spawn("toy", ToyFactory(), threads=1, needs=Needs(gpus=None))
+        worker = runtime.spawn("toy", ToyFactory(), threads=1, needs=Resources(gpus=None))
         return (await worker.call("add", 1)).value
 
     assert drive(tmp_path, story) == 1
@@ -109,7 +145,7 @@ def test_gpus_that_there_may_be_are_asked_for_only_where_there_are_any(tmp_path)
 def test_a_team_has_a_place_for_each_and_may_lie_on_several_nodes(tmp_path):
     async def story(runtime):
         team = [
-            runtime.spawn(f"toy-{i}", ToyFactory(), threads=1, needs=Needs(0.0, "all", 5))
+            runtime.spawn(f"toy-{i}", ToyFactory(), threads=1, needs=Resources(0.0, "all", 5))
             for i in range(5)
         ]
         asked = (worker.call("environment", ADDRESS) for worker in team)

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import make_model, make_tokenizer
 from fakes import END, FakeLM, FakeScorer, make_rollouts
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
-from npd.head import Head, head_of, top_k, topk_of_hidden
-from npd.modeling import load_model
-from npd.reading import response_hidden
+from npd.models.lm_head import Head, head_of, top_k, topk_of_hidden
+from npd.models.loading import load_model
+from npd.models.response_states import response_hidden
 from npd.score import build_scorer
-from npd.score.base import Document
-from npd.score.prefill import PrefillReader, _draw
+from npd.score.base import LogprobRequest
+from npd.score.prefill import PrefillModel, _draw
 from npd.train.loss import near_policy_loss
 from npd.types import FinishReason, Rollout
+from tiny_model import make_model, make_tokenizer
 
 VOCAB = 300  # of the tiny tokenizer; the tiny models have 304 ids
 
@@ -250,9 +250,9 @@ class Lookup(nn.Module):
 
 def test_each_position_predicts_the_next_token():
     table = np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.25, 0.125, 0.625]])
-    reader = PrefillReader(Lookup(table), "lookup", 3, ScoreConfig(row_tokens=16))
+    reader = PrefillModel(Lookup(table), "lookup", 3, ScoreConfig(row_tokens=16))
     context, response = np.array([1, 0], np.int32), np.array([2, 1, 1], np.int32)
-    reading = reader.read({"x": Document(context, response, k=2)})["x"]
+    reading = reader.read({"x": LogprobRequest(context, response, k=2)})["x"]
     np.testing.assert_allclose(np.exp(reading.logprobs), [0.1, 0.125, 0.4], rtol=1e-5)
     np.testing.assert_array_equal(reading.ids, [[0, 1], [2, 0], [0, 1]])
     expected = [[0.7, 0.2], [0.625, 0.25], [0.5, 0.4]]
@@ -286,9 +286,9 @@ def test_only_a_chunk_of_positions_ever_has_logits(make_scorer, chunk, support):
 
 def test_non_finite_scores_are_an_error():
     table = np.full((3, 3), np.nan)
-    reader = PrefillReader(Lookup(table), "broken", 3, ScoreConfig(row_tokens=16))
+    reader = PrefillModel(Lookup(table), "broken", 3, ScoreConfig(row_tokens=16))
     with pytest.raises(RunError, match=r"broken.*not finite"):
-        reader.read({0: Document(np.array([1], np.int32), np.array([2], np.int32))})
+        reader.read({0: LogprobRequest(np.array([1], np.int32), np.array([2], np.int32))})
 
 
 # Vocabularies.

@@ -12,17 +12,17 @@ import pytest
 
 from fake_servers import make_snapshot, read_lm
 from fakes import FakeLM, make_rollouts
-from npd import probe
 from npd.config import LaunchConfig, ScoreConfig
+from npd.engines import Refused, ServerFacts, Unavailable
+from npd.engines.base import PromptLogprobs
+from npd.engines.pool import ServerPool
 from npd.errors import ConfigError, ModelError, RunError, WorkerLostError
+from npd.models import fingerprint
+from npd.models.metadata import size_of
 from npd.score import build_scorer
-from npd.score.base import Document, Reading, Unread
-from npd.score.pair import PairScorer
+from npd.score.base import LogprobFailure, LogprobRequest, Logprobs
+from npd.score.scorer import TeacherStudentScorer
 from npd.score.served import ServedTeacher
-from npd.servers import Refused, ServerFacts, Unavailable
-from npd.servers.base import PromptLogprobs
-from npd.servers.pool import ServerPool
-from npd.servers.sizes import size_of
 from npd.store.shards import read_scored, write_scored
 from npd.types import Failed, Scored
 from npd.workers import scored_stats
@@ -130,7 +130,7 @@ def documents(count, k, vocab_size=VOCAB, seed=0):
     def ids(low, high):
         return rng.integers(0, vocab_size, rng.integers(low, high)).astype(np.int32)
 
-    return {f"document {i}": Document(ids(1, 9), ids(1, 12), k) for i in range(count)}
+    return {f"document {i}": LogprobRequest(ids(1, 9), ids(1, 12), k) for i in range(count)}
 
 
 def test_readings_are_of_the_response_alone(opened):
@@ -192,7 +192,7 @@ def test_what_no_server_tells_has_no_mass_in_the_loss_or_the_store(opened, tmp_p
     lm.previous[:, 28:] += 30.0
     teacher = opened(FakeServer(lm, limit=6), vocab_size=28, widest=64)
     assert teacher.max_k == 6
-    scorer = PairScorer(
+    scorer = TeacherStudentScorer(
         teacher, lambda _: teacher, top_k=6, needs_ifd=True, needs_student_pass=False
     )
     scorer.load_student(tmp_path, 0)
@@ -208,7 +208,7 @@ def test_what_no_server_tells_has_no_mass_in_the_loss_or_the_store(opened, tmp_p
 
 def test_scores_are_those_of_the_distribution(opened, tmp_path):
     teacher, student = FakeLM(VOCAB, seed=1), FakeLM(VOCAB, seed=0)
-    scorer = PairScorer(
+    scorer = TeacherStudentScorer(
         opened(FakeServer(teacher)),
         lambda _: opened(FakeServer(student)),
         top_k=6,
@@ -266,9 +266,9 @@ def test_a_support_no_wider_than_the_vocabulary_is_asked_for(opened):
 @pytest.mark.parametrize(
     ("server", "error", "says"),
     [
-        ({"limit": 5}, ConfigError, r"http://a does not give 6 .*--max-logprobs 16\b.*top_k"),
-        ({"context": 60}, ConfigError, r"http://a holds 60 .*--max-model-len 61\b"),
-        ({"vocab": 31}, ModelError, r"http://a .*token id 31 .*same vocabulary"),
+        ({"limit": 5}, ConfigError, r"http://a does not return 6 .*--max-logprobs 16\b.*top_k"),
+        ({"context": 60}, ConfigError, r"http://a .*--max-model-len 61\b"),
+        ({"vocab": 31}, ModelError, r"http://a .*token id 31 .*vocabulary"),
         ({"key_is_wrong": True}, ConfigError, r"http://a refuses \(401\): Unauthorized"),
     ],
 )
@@ -292,36 +292,36 @@ def test_a_server_shows_that_it_holds_the_teacher(opened, tmp_path):
     servers = [FakeServer(read_lm(teacher), name) for name in ("http://a", "http://b")]
     notes = opened(*servers, teacher=teacher).notes
     assert [note.partition(" ")[0] for note in notes] == ["http://a", "http://b"]
-    assert all(f"holds {teacher}: log-probs within 0.0000 nats" in note for note in notes)
+    assert all(f"serves {teacher}: log-probs within 0.0000 nats" in note for note in notes)
 
 
 def test_a_server_of_another_model_is_refused(opened, tmp_path):
     teacher = make_snapshot(tmp_path / "teacher", 3)
     servers = [FakeServer(read_lm(teacher)), FakeServer(FakeLM(VOCAB), "http://b")]
-    with pytest.raises(ConfigError, match=rf"http://b does not hold {teacher}.*; serve {teacher}"):
+    with pytest.raises(ConfigError, match=rf"http://b does not serve {teacher}.*; serve {teacher}"):
         opened(*servers, teacher=teacher)
 
 
-def test_what_cannot_be_compared_is_said_not_to_be_proven(opened, tmp_path):
+def test_what_cannot_be_compared_is_said_not_to_be_verified(opened, tmp_path):
     teacher = make_snapshot(tmp_path / "teacher", 3)
     (tmp_path / "bare").mkdir()
     server = FakeServer(FakeLM(VOCAB), context=9)
     for given in ({"teacher": "a/b"}, {"teacher": tmp_path / "bare"}, {"teacher": teacher}):
         (note,) = opened(server, context=8, **given).notes
-        assert note.startswith(f"http://a: that it holds {given['teacher']} was not proven")
+        assert note.startswith(f"http://a: not verified to serve {given['teacher']}")
 
 
 def test_only_a_model_that_is_small_is_loaded_to_compare(tmp_path, tiny_model_dir, monkeypatch):
     size = size_of(str(tiny_model_dir)).parameters
-    monkeypatch.setattr(probe, "CHEAP", size - 1)
-    assert probe.of_cheap(str(tiny_model_dir)) is None
-    monkeypatch.setattr(probe, "CHEAP", size)
-    found = probe.of_cheap(str(tiny_model_dir))
+    monkeypatch.setattr(fingerprint, "CHEAP", size - 1)
+    assert fingerprint.of_cheap(str(tiny_model_dir)) is None
+    monkeypatch.setattr(fingerprint, "CHEAP", size)
+    found = fingerprint.of_cheap(str(tiny_model_dir))
     assert found.flat.shape == (sum(len(ids) - 1 for ids in found.sequences),)
     unread = shutil.copytree(tiny_model_dir, tmp_path / "unread")
     settings = json.loads((unread / "config.json").read_text()) | {"model_type": "nobody-knows"}
     (unread / "config.json").write_text(json.dumps(settings))
-    assert probe.of_cheap(str(unread)) is None, "a server may know it"
+    assert fingerprint.of_cheap(str(unread)) is None, "a server may know it"
 
 
 def test_our_server_is_started_with_what_it_must_hold(tmp_path):
@@ -367,12 +367,14 @@ def test_a_teacher_that_cannot_be_opened_is_closed():
 
 
 def test_a_refused_document_is_unread_alone(opened):
-    asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
+    asked = {
+        "sample 7": LogprobRequest(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)
+    }
     others = {key: d for key, d in documents(9, 2).items() if len(d.context) + len(d.response) < 17}
     found = opened(FakeServer(FakeLM(VOCAB), refuses={17})).read(asked | others)
-    assert found.pop("sample 7") == Unread("http://a refuses (400): no such luck")
+    assert found.pop("sample 7") == LogprobFailure("http://a refuses (400): no such luck")
     assert set(found) == set(others)
-    assert all(isinstance(reading, Reading) for reading in found.values())
+    assert all(isinstance(reading, Logprobs) for reading in found.values())
 
 
 def test_a_sample_of_a_refused_document_has_no_record(opened, tmp_path):
@@ -381,7 +383,7 @@ def test_a_sample_of_a_refused_document_has_no_record(opened, tmp_path):
     alone = [len(r.header_ids) + len(r.response_ids) for r in rollouts]
     for refuses in (lengths[3], alone[5]):  # with its prompt, or without
         server = FakeServer(FakeLM(VOCAB), refuses={refuses})
-        scorer = PairScorer(
+        scorer = TeacherStudentScorer(
             opened(server),
             lambda _: opened(FakeServer(FakeLM(VOCAB))),
             top_k=6,
@@ -401,7 +403,9 @@ def test_a_sample_of_a_refused_document_has_no_record(opened, tmp_path):
 
 def test_a_document_that_keeps_failing_is_unread(opened):
     server = FakeServer(FakeLM(VOCAB), fails={17})
-    asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
+    asked = {
+        "sample 7": LogprobRequest(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)
+    }
     found = opened(server).read(asked)["sample 7"]
     assert found.reason.startswith("http://a fails at")
     assert sum(length == 17 for length, _ in server.asked) == 3, "tried again before it is given up"
@@ -409,7 +413,9 @@ def test_a_document_that_keeps_failing_is_unread(opened):
 
 def test_the_loss_of_our_server_is_the_workers(opened):
     server = FakeServer(FakeLM(VOCAB), fails={17})
-    asked = {"sample 7": Document(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)}
+    asked = {
+        "sample 7": LogprobRequest(np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32), 2)
+    }
     with pytest.raises(WorkerLostError, match="http://a fails at"):
         opened(server, is_lost=True).read(asked)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 
 import pytest
 import torch
@@ -37,6 +38,22 @@ def test_publish_then_verify(tmp_path):
         "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }
     assert os.listdir(tmp_path) == ["v000001"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_what_is_published_can_be_read_by_whoever_reads_other_new_files(tmp_path, umask, mode):
+    def write(directory):
+        writer()(directory)
+        (directory / "model.safetensors").chmod(0o600)
+        (directory / "config.json").chmod(0o400)
+
+    before = os.umask(umask)
+    try:
+        snapshots.publish(tmp_path / "v000001", write)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "v000001").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
 def test_checksum_says_what_is_in_it_and_nothing_else(tmp_path):
@@ -89,7 +106,7 @@ def test_absent_snapshot_is_told(tmp_path):
 def test_what_others_put_there_is_not_replaced(tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "thesis.txt").write_text("the only copy")
-    with pytest.raises(StoreError, match=r"student exists and holds no manifest"):
+    with pytest.raises(StoreError, match=r"student exists and has no manifest"):
         snapshots.publish(tmp_path / "student", writer())
     assert (tmp_path / "student" / "thesis.txt").read_text() == "the only copy"
 

@@ -14,25 +14,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import npd
-from conftest import make_tokenizer, save_model
-from npd.chat import Chat
 from npd.config import RunConfig, ScoreConfig
-from npd.control.preparation import prepare
+from npd.config.load import dump_config, load_config
+from npd.control.preflight import prepare
+from npd.data.tokenizer import Chat
 from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.generate import TeachersGenerator
-from npd.modeling import load_model
+from npd.models.loading import load_model
 from npd.observe.metrics import read_metrics
+from npd.printing import config_lines, result_lines
 from npd.score import build_scorer
-from npd.score.prefill import load_reader
+from npd.score.prefill import load_prefill_model
 from npd.score.teachers import Teachers
-from npd.settings import dump_config, load_config
-from npd.show import config_lines, result_lines
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
-from npd.types import Ask, FinishReason, Rollout
+from npd.types import FinishReason, Rollout, SampleRequest
 from npd.workers import Factory, GenerateTask
-from teaching import QuietView, name_teachers, teaching_settings
+from teacher_fixtures import QuietView, name_teachers, teaching_settings
+from tiny_model import make_tokenizer, save_model
 
 VOCAB = 300
 SCORE = ScoreConfig(top_k=6, row_tokens=64, head_chunk=5, dtype="float32")
@@ -115,7 +115,7 @@ def test_scores_of_a_mixed_batch_are_each_teachers_own(tiny_model_dir, tiny_teac
 
     def load(name):
         opened.append(name)
-        return load_reader(SCORE, paths[name], VOCAB)
+        return load_prefill_model(SCORE, paths[name], VOCAB)
 
     rollouts = rollouts_of(*["math", "code", "code"] * 4)
     with closing(Teachers(load, lambda _: None)) as teachers:
@@ -235,7 +235,8 @@ def test_held_out_text_is_written_and_judged_by_each_prompts_own(make, models):
 
 
 def test_the_divergence_from_each_teacher_is_told(make):
-    result = npd.run(make(), view=(view := QuietView()))
+    config = make(observe={"report": True})
+    result = npd.run(config, view=(view := QuietView()))
     layout = RunLayout(result.directory)
     for line in read_metrics(layout.metrics_jsonl, "eval"):
         assert min(line["kl/math"], line["kl/code"]) < line["kl"]
@@ -285,17 +286,19 @@ def test_each_teacher_writes_what_it_would_write_alone(make, tiny_teacher_dir, c
         "loss": {"kd_weight": 0.0}, "filter": {"name": "none"},
     }  # fmt: skip
     config = make(**sections)
-    asks = tuple(Ask(10 + i, 100 + i, p) for i, p in enumerate(prepare(config).prompts[:6]))
+    requests = tuple(
+        SampleRequest(10 + i, 100 + i, p) for i, p in enumerate(prepare(config).prompts[:6])
+    )
     found = {}
     for name, teacher in {"both": None, "math": tiny_teacher_dir, "code": code_dir}.items():
         teachers = None if teacher is None else {"math": teacher, "code": teacher}
         settings = make(name, teachers=teachers, **sections)
         (layout := RunLayout(settings.directory)).create()
         with closing(Factory("generator", settings, layout.root)()) as worker:
-            worker.generate(GenerateTask(0, 0, asks))
+            worker.generate(GenerateTask(0, 0, requests))
         found[name] = [r.response_ids.tolist() for r in read_rollouts(layout.rollouts(0))]
     assert found["math"] != found["code"]
-    for i, ask in enumerate(asks):
+    for i, ask in enumerate(requests):
         assert found["both"][i] == found[ask.prompt.teacher][i]
     assert npd.run(make("whole", **sections), view=QuietView()).is_done
 
@@ -305,7 +308,9 @@ def test_a_teacher_that_nobody_names_is_told(make, tiny_teacher_dir):
     view = QuietView()
     assert npd.run(make(names=("math",), teachers=teachers), view=view).is_done
     assert [message for message in view.messages if "no prompt names it" in message] == [
-        f"{role}: no prompt names it, so it is not loaded" for role in ("teacher", "teachers.idle")
+        f"{role}: no prompt names it, so it is not loaded: take it out of the config, or correct "
+        "the data's `teacher`"
+        for role in ("teacher", "teachers.idle")
     ]
 
 
@@ -416,8 +421,8 @@ def test_a_file_of_teachers_reads_as_it_prints(make, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{default: a}", "that is the teacher of prompts that name none, set it as `teacher`"),
-        ("{'a b': a}", "'a b' cannot be a name: take letters, digits, _ and -"),
+        ("{default: a}", "which is reserved for prompts without a teacher"),
+        ("{'a b': a}", "'a b' is not a valid name: use letters, digits, _ and -"),
         ("{math: {modle: a}}", "teachers.math.modle"),
         ("{math: {urls: [http://a]}}", "teachers.math.model"),
         ("[a, b]", "teachers must be"),

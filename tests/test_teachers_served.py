@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from contextlib import ExitStack, closing
@@ -14,25 +15,26 @@ import pytest
 import yaml
 
 import npd
-from conftest import make_tokenizer, save_model
-from desk import Desk
+from cli_fixture import Shell
 from fake_servers import FakeVllm, make_snapshot, read_lm
 from fakes import make_rollouts
-from npd import probe
 from npd.config import RunConfig
-from npd.control.crew import share_of_servers
-from npd.control.opening import load_run, open_directory
-from npd.control.preparation import Prepared, models_read_here, prepare
-from npd.doctor.memory import other_bytes
+from npd.config.load import load_config
+from npd.control.placement import share_of_servers
+from npd.control.preflight import models_read_here, prepare
+from npd.control.run_directory import load_run, open_directory
+from npd.data.inputs import RunInputs
+from npd.data.tokenizer import Chat
+from npd.doctor.hardware import other_bytes
 from npd.errors import ConfigError
-from npd.servers.models import model_settings
-from npd.servers.sizes import size_of
-from npd.settings import load_config
+from npd.models import fingerprint
+from npd.models.metadata import model_settings, size_of
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_rollouts
-from npd.types import Ask
+from npd.types import SampleRequest
 from npd.workers import Factory, GenerateTask, ScoreTask
-from teaching import QuietView, name_teachers, teaching_settings
+from teacher_fixtures import QuietView, name_teachers, teaching_settings
+from tiny_model import make_tokenizer, save_model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ class Classroom:
                 folder / f"{name}-weights", seed, vocab=model_settings(path).vocabulary
             )
             self.models[name] = shutil.copytree(path, folder / name)
-            shutil.copy(weights / probe.FILE, self.models[name] / probe.FILE)
+            shutil.copy(weights / fingerprint.FILE, self.models[name] / fingerprint.FILE)
             self.lms[name], self.servers[name] = read_lm(weights), FakeVllm(weights)
 
     def config(self, *, urls=None, **sections):
@@ -102,7 +104,7 @@ def test_each_teachers_servers_read_and_write_for_its_own_prompts(classroom):
         asked = classroom.asked(name)
         assert all(any(ids[: len(p)] == p for ids in asked) for p in own)
         assert not [ids for ids in asked if any(ids[: len(p)] == p for p in foreign)]
-        told = f"scorer-0: {classroom.servers[name].url} holds {classroom.models[name]}"
+        told = f"scorer-0: {classroom.servers[name].url} serves {classroom.models[name]}"
         assert sum(message.startswith(told) for message in view.messages) == 1
 
 
@@ -123,13 +125,15 @@ def test_teachers_on_servers_write_too(classroom):
     }  # fmt: skip
     config = classroom.config(**sections)
     (layout := RunLayout(config.directory)).create()
-    asks = tuple(Ask(10 + i, 100 + i, p) for i, p in enumerate(prepare(config).prompts[:6]))
+    requests = tuple(
+        SampleRequest(10 + i, 100 + i, p) for i, p in enumerate(prepare(config).prompts[:6])
+    )
     with closing(Factory("generator", config, layout.root)()) as worker:
-        stats = worker.generate(GenerateTask(0, 0, asks)).stats
-    assert [s.sample_id for s in stats] == [ask.sample_id for ask in asks]
+        stats = worker.generate(GenerateTask(0, 0, requests)).stats
+    assert [s.sample_id for s in stats] == [ask.sample_id for ask in requests]
     assert [r.teacher for r in read_rollouts(layout.rollouts(0))] == ["math", "code"] * 3
     for name in ("math", "code"):
-        own = [ask.prompt.prompt_ids.tolist() for ask in asks if ask.prompt.teacher == name]
+        own = [ask.prompt.prompt_ids.tolist() for ask in requests if ask.prompt.teacher == name]
         assert sorted(classroom.asked(name)[-3:]) == sorted(own)
 
 
@@ -165,7 +169,7 @@ def logs_of(layout):
 
 
 def test_weights_on_servers_need_not_be_here(classroom):
-    assert models_read_here(classroom.config(**SCORED)) == [str(classroom.student)]
+    assert models_read_here(classroom.config(**SCORED)) == [("student", str(classroom.student))]
     for model in classroom.models.values():
         (Path(model) / "model.safetensors").unlink()
     assert prepare(classroom.config(**SCORED)).prompts
@@ -174,9 +178,9 @@ def test_weights_on_servers_need_not_be_here(classroom):
 def test_where_a_teacher_is_served_may_change_on_resume(classroom):
     urls = {"math": ["http://a:1"], "code": ["http://b:1"]}
     config = classroom.config(**SCORED)
-    open_directory(config, Prepared([], [], {}), resume=False, origins={})
+    open_directory(config, RunInputs([], [], {}), resume=False, origins={})
     moved = classroom.config(urls=urls, **SCORED)
-    open_directory(moved, Prepared([], [], {}), resume=True, origins={})
+    open_directory(moved, RunInputs([], [], {}), resume=True, origins={})
 
 
 def test_each_worker_has_servers_and_gpus_of_its_own_for_each_teacher(classroom):
@@ -206,7 +210,7 @@ def test_secrets_of_a_teachers_server_stay_out_of_the_record(classroom):
         update={"urls": (), "launch": npd.config.LaunchConfig(**launch)}
     )
     config = config.model_copy(update={"teachers": {"math": teacher}})
-    layout = open_directory(config, Prepared([], [], {}), resume=False, origins={})
+    layout = open_directory(config, RunInputs([], [], {}), resume=False, origins={})
     assert "hush" not in layout.config_json.read_text()
     assert load_run(layout).teachers["math"].launch.env == {"HF_TOKEN": "***"}
 
@@ -225,26 +229,28 @@ WRITES = [
     ("math", "sets", "says"),
     [
         (URL, [], "teachers.math.urls and teachers.math.launch are for servers, but score.engine"),
-        ("", SERVED, "teachers.math is asked through servers (score.engine): set exactly one"),
+        ("", SERVED, "teachers.math needs a server (score.engine): set exactly one"),
         (f"{URL}, {LAUNCH}", SERVED, "set exactly one of teachers.math.urls"),
-        (URL, [*SERVED, "score.workers=2"], "score.workers (2) is more than the 1 servers"),
-        ("urls: [a:1]", SERVED, "teachers.math.urls must be like http://host:8000"),
-        ("urls: [http://a:1, http://a:1]", SERVED, "names a server twice"),
+        (URL, [*SERVED, "score.workers=2"],
+         "score.workers (2) is more than the servers of teachers.math.urls (1)"),
+        ("urls: [a:1]", SERVED, "teachers.math.urls must be URLs like"),
+        ("urls: [http://a:1, http://a:1]", SERVED, "lists a server twice"),
         ("launch: {venv: x, gpus: ['0']}", [*SERVED, "score.workers=2"],
-         "teachers.math.launch.gpus names the GPUs of 1 servers, but score.workers is 2"),
-        ("launch: {venv: x, command: [y]}", SERVED, "takes one of venv and command"),
+         "teachers.math.launch.gpus has entries for 1 servers, but score.workers is 2"),
+        ("launch: {venv: x, command: [y]}", SERVED, "takes only one of venv and command"),
         ("launch: {venv: x, args: [--port, '1']}", SERVED, "teachers.math.launch.args sets --port"),
         (URL, [*SERVED, "score.urls=[http://b:1]"],
-         "score.urls and score.launch serve `teacher`, which is not set"),
+         "score.urls and score.launch are for `teacher`, which is not set"),
         (URL, [*SERVED, "generate.engine=vllm", "generate.urls=[http://a:1]"],
-         "http://a:1 is in teachers.math.urls and in generate.urls: it cannot hold both"),
+         "http://a:1 is in teachers.math.urls and in generate.urls: a server holds one model"),
         ("launch: {venv: x, start_timeout: 3600}", SERVED,
          "must be more than the teachers' launch.start_timeout together (3600 s)"),
         (URL, [*SERVED, "score.request_timeout=3600"],
          "must be more than score.request_timeout (3600 s)"),
-        ("", WRITES, "teachers.math is asked through servers (generate.engine)"),
+        ("", WRITES, "teachers.math needs a server (generate.engine)"),
         (LAUNCH, [*WRITES, *SERVED], "would start its servers twice, for score and for generate"),
-        (URL, [*WRITES, "generate.urls=[http://b:1]"], "generate.urls and generate.launch serve"),
+        (URL, [*WRITES, "generate.urls=[http://b:1]"],
+         "generate.urls and generate.launch are for `teacher`"),
     ],
 )  # fmt: skip
 def test_what_the_servers_of_teachers_cannot_be(math, sets, says):
@@ -274,58 +280,58 @@ def test_a_default_teacher_and_named_ones_have_servers_of_their_own():
 
 
 @pytest.fixture
-def desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch):
+def shell(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return Desk(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
+    return Shell(tmp_path, tiny_model_dir, tiny_teacher_dir, capsys)
 
 
-def write(desk, teachers, *names, **sections):
-    prompts = name_teachers(desk.folder / "prompts.jsonl", *names)
+def write(shell, teachers, *names, **sections):
+    prompts = name_teachers(shell.folder / "prompts.jsonl", *names)
     settings = teaching_settings(
-        desk.student, teachers, Path(prompts.name), Path("run"), **sections
+        shell.student, teachers, Path(prompts.name), Path("run"), **sections
     )
-    (desk.folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    (shell.folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 
-def examined(desk):
-    done = desk.npd("doctor", "run.yaml", "--json")
+def examined(shell):
+    done = shell.npd("doctor", "run.yaml", "--json")
     assert done.err == ""
     return done.code, [tuple(check.values()) for check in json.loads(done.out)["checks"]]
 
 
-def test_doctor_looks_at_every_teacher(desk, code_dir):
-    write(desk, {"math": desk.teacher, "code": code_dir, "idle": code_dir}, "math", "code")
-    code, checks = examined(desk)
+def test_doctor_looks_at_every_teacher(shell, code_dir):
+    write(shell, {"math": shell.teacher, "code": code_dir, "idle": code_dir}, "math", "code")
+    code, checks = examined(shell)
     assert code == 0
     assert {what for _, what, _ in checks} >= {"teachers.math", "teachers.code", "teachers.idle"}
-    shared = [says for _, what, says in checks if what == "vocabulary"]
+    shared = [says for _, what, says in checks if what.startswith("vocabulary: ")]
     assert sorted(says.split(" and student share")[0] for says in shared) == [
         "teachers.code", "teachers.idle", "teachers.math",
     ]  # fmt: skip
     (warned,) = [says for status, what, says in checks if (status, what) == ("warn", "data")]
     assert warned.startswith("teachers.idle: no prompt names it, so it is not loaded: take it out")
     config = load_config("run.yaml").config
-    teachers = size_of(str(desk.teacher)).parameters + 2 * size_of(str(code_dir)).parameters
-    expected = 4 * (2 * size_of(str(desk.student)).parameters + teachers)
-    assert other_bytes(config, size_of(str(desk.student))) == expected
+    teachers = size_of(str(shell.teacher)).parameters + 2 * size_of(str(code_dir)).parameters
+    expected = 4 * (2 * size_of(str(shell.student)).parameters + teachers)
+    assert other_bytes(config, size_of(str(shell.student))) == expected
 
 
-def test_doctor_fails_on_a_teacher_of_another_vocabulary_and_on_unknown_names(desk, code_dir):
-    other = save_model(desk.folder / "other", seed=1)
+def test_doctor_fails_on_a_teacher_of_another_vocabulary_and_on_unknown_names(shell, code_dir):
+    other = save_model(shell.folder / "other", seed=1)
     make_tokenizer(["quite other words make quite other merges"] * 20).save_pretrained(other)
-    write(desk, {"math": desk.teacher, "code": other}, "math", "code")
-    code, checks = examined(desk)
+    write(shell, {"math": shell.teacher, "code": other}, "math", "code")
+    code, checks = examined(shell)
     assert code == 2
     (failed,) = [says for status, _, says in checks if status == "FAIL"]
     assert str(other) in failed
-    write(desk, {"math": desk.teacher, "code": code_dir}, "math", "cod")
-    code, checks = examined(desk)
+    write(shell, {"math": shell.teacher, "code": code_dir}, "math", "cod")
+    code, checks = examined(shell)
     assert code == 2
     (failed,) = [says for status, _, says in checks if status == "FAIL"]
     assert "names the teacher 'cod' (did you mean code?)" in failed
 
 
-def test_doctor_asks_the_servers_of_each_teacher(desk, classroom):
+def test_doctor_asks_the_servers_of_each_teacher(shell, classroom):
     server = classroom.servers["math"].url
     launch = {"command": [sys.executable, "-m", "serve", "{model}"]}
     math, code = (str(classroom.models[name]) for name in ("math", "code"))
@@ -333,29 +339,29 @@ def test_doctor_asks_the_servers_of_each_teacher(desk, classroom):
         "math": {"model": math, "urls": [server]},
         "code": {"model": code, "launch": launch},
     }
-    write(desk, teachers, "math", "code", **SCORED)
-    _, checks = examined(desk)
+    write(shell, teachers, "math", "code", **SCORED)
+    _, checks = examined(shell)
     of_math = [says for _, what, says in checks if what == "teachers.math server"]
     assert any(f"{server} is vLLM 0.32.0" in says for says in of_math)
-    assert any(f"{server} holds {math}: log-probs within" in says for says in of_math)
+    assert any(f"{server} serves {math}: log-probs within" in says for says in of_math)
     of_code = [says for _, what, says in checks if what == "teachers.code.launch"]
     assert any(f"serve {code}" in says for says in of_code)
 
 
-def test_stages_alone_know_each_samples_teacher(desk, code_dir):
-    teachers = {"math": desk.teacher, "code": code_dir}
-    write(desk, teachers, "math", "code")
-    assert desk.npd("generate", "run.yaml", "--out", "r.arrow").code == 0
+def test_stages_alone_know_each_samples_teacher(shell, code_dir):
+    teachers = {"math": shell.teacher, "code": code_dir}
+    write(shell, teachers, "math", "code")
+    assert shell.npd("generate", "run.yaml", "--out", "r.arrow").code == 0
     written = read_rollouts(Path("r.arrow"))
-    assert {r.prompt_index: r.teacher for r in written} == {
-        i: ("math", "code")[i % 2] for i in range(20)
-    }
-    assert desk.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "s.arrow").code == 0
+    texts = [Chat.load(shell.student).decode(r.prompt_ids) for r in written]
+    numbers = [int(re.search(r"number (\d+)", text)[1]) for text in texts]
+    assert [r.teacher for r in written] == [("math", "code")[i % 2] for i in numbers]
+    assert shell.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "s.arrow").code == 0
     mixed = read_scored(Path("s.arrow"))
     for name, teacher in teachers.items():
-        write(desk, {"math": teacher, "code": teacher}, "math", "code")
+        write(shell, {"math": teacher, "code": teacher}, "math", "code")
         assert (
-            desk.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", f"{name}.a").code == 0
+            shell.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", f"{name}.a").code == 0
         )
         for one, alone in zip(mixed, read_scored(Path(f"{name}.a")), strict=True):
             if one.rollout.teacher == name:
@@ -363,9 +369,9 @@ def test_stages_alone_know_each_samples_teacher(desk, code_dir):
     by_other = ["generate.source=teacher", "schedule.refresh=never", "generate.shard_size=20"]
     sets = [part for s in by_other for part in ("--set", s)]
     command = ["generate", "run.yaml", "--snapshot", str(code_dir), "--out", "o.arrow", *sets]
-    assert desk.npd(*command).code == 0, "another model writes for all of them"
+    assert shell.npd(*command).code == 0, "another model writes for all of them"
     assert {r.teacher for r in read_rollouts(Path("o.arrow"))} == {"math", "code"}
-    write(desk, {"math": desk.teacher}, "math")
-    said = desk.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "t.arrow").complaint(2)
-    first = next(r.sample_id for r in written if r.teacher == "code")
-    assert f"r.arrow: sample {first} (and 9 more) names the teacher 'code'" in said
+    write(shell, {"math": shell.teacher}, "math")
+    said = shell.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "t.arrow").complaint(2)
+    first, *rest = [r.sample_id for r in written if r.teacher == "code"]
+    assert f"r.arrow: sample {first} (and {len(rest)} more) names the teacher 'code'" in said

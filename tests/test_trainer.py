@@ -13,18 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
-from npd.modeling import decoding
+from npd.models.loading import decoding
 from npd.train.batch import build_row
-from npd.train.trainer import Trainer, build_optimizer
-from npd.types import (
-    FinishReason,
-    Rollout,
-    Row,
-    SampleRef,
-    Scored,
-    Segment,
-    Step,
-)
+from npd.train.fsdp import layers_of
+from npd.train.trainer import Trainer, build_optimizer, recompute_activations
+from npd.types import FinishReason, Rollout, Row, SampleRef, Scored, Segment, Step
 
 VOCAB, TOP_K = 304, 10
 SFT = LossConfig(kd_weight=0.0)
@@ -404,7 +397,8 @@ def test_activation_checkpointing_changes_no_number(tiny_model_dir):
     for is_on in (False, True):
         config = replace_config(activation_checkpointing=is_on)
         trainer = make_trainer(tiny_model_dir, rollouts, config)
-        assert trainer.model.is_gradient_checkpointing == is_on
+        layers = list(layers_of(trainer.model))
+        assert [layer.gradient_checkpointing for layer in layers] == [is_on] * len(layers)
         report = trainer.train(segment_of(rollouts, [[0, 1], [2, 3]], steps=2))
         runs.append(([step.loss for step in report.steps], weights_of(trainer)))
     assert runs[0][0] == runs[1][0]
@@ -438,7 +432,7 @@ def test_each_step_is_heard_of_as_it_ends(tiny_model_dir):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_student_loads_and_gives_the_same_logits(tmp_path, tied):
-    from conftest import save_model
+    from tiny_model import save_model
 
     source = save_model(tmp_path / "source", seed=3, tied=tied)
     rollouts = make_rollouts()
@@ -486,5 +480,14 @@ def test_the_live_model_can_decode_in_between(tiny_model_dir):
 
 
 def test_a_missing_student_is_a_model_error(tmp_path):
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match=r"the student .* is not a directory here"):
         make_trainer(tmp_path / "nowhere", make_rollouts())
+
+
+def test_a_student_that_cannot_compute_activations_again_names_the_key():
+    class Rigid(torch.nn.Module):
+        def gradient_checkpointing_enable(self, options):
+            raise ValueError("Rigid does not support gradient checkpointing.")
+
+    with pytest.raises(ModelError, match=r"Rigid.*train\.activation_checkpointing: false"):
+        recompute_activations(Rigid())

@@ -13,19 +13,19 @@ import pytest
 
 from fake_servers import FakeVllm, make_snapshot
 from fakes import FakeGenerator, make_rollouts
-from npd import probe
-from npd.chat import Chat
 from npd.config import FilterConfig, ScoreConfig
-from npd.control.preparation import prepare
+from npd.control.preflight import prepare
+from npd.data.tokenizer import Chat
 from npd.errors import RunError, StoreError
-from npd.servers.models import model_settings
+from npd.models import fingerprint
+from npd.models.metadata import model_settings
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_rollouts
-from npd.types import Ask, Scored
+from npd.types import SampleRequest, Scored
 from npd.workers import Factory, GenerateTask, ScoreTask, scored_stats
-from npd.workers.heldout import heldout_rollouts
+from npd.workers.generator import stop_ids
+from npd.workers.scorer import heldout_rollouts
 from npd.workers.tasks import ShardResult
-from npd.workers.writers import stop_ids
 from tiny_run import tiny_config, write_prompts
 
 
@@ -44,8 +44,8 @@ def layout(config):
 
 def make_task(config, version=0, shard=0):
     prompts = prepare(config).prompts[:3]
-    asks = tuple(Ask(10 + i, 100 + i, prompt) for i, prompt in enumerate(prompts))
-    return GenerateTask(shard, version, asks)
+    requests = tuple(SampleRequest(10 + i, 100 + i, prompt) for i, prompt in enumerate(prompts))
+    return GenerateTask(shard, version, requests)
 
 
 def test_a_shard_is_generated_and_scored_once(config, layout):
@@ -74,7 +74,7 @@ def served(config, tmp_path, **faults):
     vocab = model_settings(Path(config.teacher)).vocabulary
     weights = make_snapshot(tmp_path / "weights", 1, vocab=vocab)
     teacher = shutil.copytree(config.teacher, tmp_path / "teacher")
-    shutil.copy(weights / probe.FILE, teacher / probe.FILE)
+    shutil.copy(weights / fingerprint.FILE, teacher / fingerprint.FILE)
     server = FakeVllm(weights, **faults)
     score = ScoreConfig(engine="vllm", urls=(server.url,), top_k=8)
     filter_ = FilterConfig(name="none")
@@ -92,7 +92,7 @@ def test_a_sample_the_teacher_cannot_read_fails_alone_and_is_asked_again(config,
     with server, closing(Factory("scorer", config, layout.root)()) as scorer:
         made = scorer.score(task)
         assert [s.sample_id for s in made.stats] == [10, 12]
-        assert ["holds" in note for note in made.notes] == [True]
+        assert ["serves" in note for note in made.notes] == [True]
         (failed,) = made.failed
         assert failed.sample_id == 11
         assert failed.reason.startswith(f"{server.url} refuses (400)")
@@ -141,7 +141,7 @@ def test_a_file_of_another_task_is_not_taken_for_this_one(config, layout):
     generator = Factory("generator", config, layout.root)()
     task = make_task(config)
     generator.generate(task)
-    fewer = generator.generate(GenerateTask(0, 0, task.asks[:2]))
+    fewer = generator.generate(GenerateTask(0, 0, task.requests[:2]))
     assert [s.sample_id for s in fewer.stats] == [10, 11]
     assert [r.sample_id for r in read_rollouts(layout.rollouts(0))] == [10, 11], "made anew"
 

@@ -35,7 +35,7 @@ def make_tokenizer(texts=()):
     return tokenizer
 
 
-def make_model(seed=0, *, layers=2, hidden=32, vocab=304, tied=True, std=0.2):
+def make_model(seed=0, *, layers=2, hidden=32, vocab=304, tied=True, std=0.2, head_dim=None):
     """A tiny float32 Llama with grouped-query attention; `std` large enough to have opinions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,6 +48,7 @@ def make_model(seed=0, *, layers=2, hidden=32, vocab=304, tied=True, std=0.2):
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         initializer_range=std,

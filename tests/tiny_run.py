@@ -25,7 +25,10 @@ def write_prompts(path: Path, count: int = 24) -> Path:
 
 
 def tiny_settings(student: Path, teacher: Path, prompts: Path, run_dir: Path, **sections) -> dict:
-    """Settings of a run of a few seconds, as a YAML file would have them; `sections` add to it."""
+    """Settings of a run of a few seconds, as a YAML file would have them; `sections` add to it.
+
+    No report is written: its charts take longer than the run.
+    """
     settings = {
         "name": "tiny",
         "run_dir": str(run_dir),
@@ -44,6 +47,7 @@ def tiny_settings(student: Path, teacher: Path, prompts: Path, run_dir: Path, **
         "runtime": {"kind": "inline", "device": "cpu", "threads": 1},
         "eval": {"max_new_tokens": 8, "every_steps": 6, "num_samples": 2},
         "checkpoint": {"every_steps": 5},
+        "observe": {"report": False},
     }  # fmt: skip
     for name, value in sections.items():
         if isinstance(value, dict) and isinstance(settings.get(name), dict):

@@ -42,7 +42,7 @@ class Toy:
         self.busy = False
         return self.add(amount)
 
-    def tell(self, text):
+    def notify(self, text):
         print(text)
         print(text, file=sys.stderr)
 

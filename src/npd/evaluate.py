@@ -1,13 +1,14 @@
-"""Held-out quality: how far the student is from the teacher, and whether its answers are right.
+"""Held-out evaluation: KL and agreement with the teacher, and exact match of answers.
 
-Promises: pure functions of a model and fixed records; the model is left in the mode it came in.
-Does not generate, choose prompts, or read files.
+Pure functions of a model and fixed records; the model's mode is restored. Does not generate, choose
+prompts, or read files.
 
 Dimensions: C positions of a head chunk, k teacher support size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npd.head import Head, head_of
-from npd.reading import response_hidden
+from npd.models.lm_head import Head, head_of
+from npd.models.response_states import response_hidden
 from npd.types import Scored
 
-# The least mass a tail bucket counts as having: below it float32 cannot tell 1 - mass from 0.
-_MIN_TAIL = 1e-7
+# The floor of the teacher's tail mass: its stored log-probs are rounded, and below this 1 - mass is
+# noise. The student's tail needs no floor, because it is computed from logits.
+_MIN_TAIL = 1e-8
 
 _NUMBER = re.compile(
     r"(?<!\d)(?<!\d\.)-?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\.)\.\d+)(?:/[1-9]\d*)?", re.ASCII
@@ -31,12 +33,12 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 class Match(NamedTuple):
-    """How well a student matches its teacher: means over all response tokens.
+    """The student's match with its teacher, as means over all response tokens.
 
     `kl`: tail-bucket KL(teacher || student) in nats, `sum_topk p_T (log p_T - log p_S) + (1 - M_T)
     log((1 - M_T) / (1 - M_S))`, a lower bound of the full KL and never negative. `agreement`: share
     of positions where both argmaxes agree. `ce`: the student's NLL in nats. `kl_sums`: the KL of
-    each response, summed over its tokens, in the order they came in.
+    each response, summed over its tokens, in the given order.
     """
 
     kl: float
@@ -47,10 +49,9 @@ class Match(NamedTuple):
 
 
 def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int) -> Match:
-    """How well `model` (packed) matches the teacher on fixed responses with a top-k support.
+    """The match of `model` (packed) with the teacher on fixed responses with a top-k support.
 
-    Documents are packed into rows of `row_tokens`, and at most `chunk` positions have logits at
-    once.
+    Documents are packed into rows of `row_tokens`; at most `chunk` positions have logits at a time.
     """
     assert scored, "nothing to evaluate on"
     head, was_training = head_of(model), model.training
@@ -70,7 +71,7 @@ def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
 
 
 def kl_by_teacher(match: Match, scored: Sequence[Scored]) -> tuple[tuple[str, float], ...]:
-    """The KL of each teacher's responses alone, by the teacher's name; of one teacher: nothing."""
+    """The KL on each teacher's responses, by teacher name; empty if there is only one teacher."""
     sums: dict[str, float] = {}
     tokens: dict[str, int] = {}
     for kl, item in zip(match.kl_sums, scored, strict=True):
@@ -96,20 +97,23 @@ def _row_values(head: Head, hidden: Tensor, scored: Sequence[Scored], chunk: int
 
 
 def _chunk_values(logits: Tensor, ids: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    """KL, agreement and NLL by position [C, 3]: logits [C, V], ids and teacher [C, k]."""
+    """KL, agreement and NLL by position [C, 3], from logits [C, V] (overwritten), ids and teacher
+    log-probs [C, k]."""
     norm = logits.logsumexp(dim=1, keepdim=True)
     student = logits.gather(1, ids) - norm
-    p = teacher.exp()
-    kl = (p * (teacher - student)).sum(dim=1)
-    tail_t, tail_s = _tail(p), _tail(student.exp())
-    kl += tail_t * (tail_t.log() - tail_s.log())
     agree = logits.argmax(dim=1) == ids[:, 0]
     nll = norm[:, 0] - logits.gather(1, targets[:, None])[:, 0]
+    kl = (teacher.exp() * (teacher - student)).sum(dim=1)
+    log_tail = _log_tail(teacher)
+    # -inf if the support is the whole vocabulary; then neither model has a tail.
+    outside = logits.scatter_(1, ids, -math.inf).logsumexp(dim=1) - norm[:, 0]
+    kl += torch.where(outside > -math.inf, log_tail.exp() * (log_tail - outside), 0.0)
     return torch.stack([kl.double(), agree.double(), nll.double()], dim=1).cpu()
 
 
-def _tail(probabilities: Tensor) -> Tensor:
-    return (1.0 - probabilities.sum(dim=1)).clamp(min=_MIN_TAIL)
+def _log_tail(teacher: Tensor) -> Tensor:
+    """Log of the teacher's mass outside its support, from log-probs [C, k]; see `_MIN_TAIL`."""
+    return (-torch.expm1(teacher.logsumexp(dim=1))).clamp(min=_MIN_TAIL).log()
 
 
 def exact_match(pairs: Sequence[tuple[str, str]]) -> float:
@@ -121,10 +125,10 @@ def exact_match(pairs: Sequence[tuple[str, str]]) -> float:
 def is_match(response: str, answer: str) -> bool:
     r"""Whether `response` gives `answer` as its final answer.
 
-    The final answer is what follows the last `####` on its line, else the last `\boxed{}`. With
-    neither, a numeric answer is compared with the last number of the response, and any other must
-    occur in it as whole words. Numbers are compared by value: `1,234.50` is `1234.5`, `1/2` is
-    `0.5`. An empty answer is never given.
+    The final answer is the rest of the line after the last `####`, else the last `\boxed{}`. With
+    neither, a numeric answer is compared with the last number of the response, and any other answer
+    must occur in the response as whole words. Numbers are compared by value: `1,234.50` is
+    `1234.5`, `1/2` is `0.5`. An empty answer never matches.
     """
     stated = _stated(answer)
     gold = _plain(answer if stated is None else stated)
@@ -141,7 +145,7 @@ def is_match(response: str, answer: str) -> bool:
 
 
 def _stated(text: str) -> str | None:
-    """What the text itself marks as its final answer, if it does."""
+    """The final answer that the text marks, or None."""
     if "####" in text:
         after = text.rpartition("####")[2].strip()
         return after.partition("\n")[0]

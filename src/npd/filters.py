@@ -1,9 +1,9 @@
-"""Which samples are trained on: pure functions from a sample's scalars to a Verdict.
+"""Filters: pure functions from a sample's scalars to a Verdict.
 
-`prefilter` speaks before the teacher is paid for, a `Filter` after. Δ-IFD is the method's own
-filter; `outlier` looks for text that is not the student's; the controls drop as many samples by
-something simpler, so that the effect of Δ-IFD can be told from mere dropping. Nothing here reads
-tensors, remembers a call, or depends on the order of a batch.
+`prefilter` judges a sample before scoring, a `Filter` after it. Δ-IFD is the method's filter;
+`outlier` rejects text that the student would hardly write; the controls drop equally many samples
+by a simpler rule, to separate the effect of Δ-IFD from that of dropping samples. Nothing here reads
+tensors, keeps state, or depends on the order of a batch.
 
 IFD, instruction-following difficulty: Li et al. 2308.12032 (ratio of mean NLLs), 2402.00530 (ratio
 of perplexities). Δ-IFD and its bounds: 2605.05940.
@@ -25,15 +25,15 @@ from npd.config import FilterConfig
 from npd.types import FinishReason, IntArray, SampleStats, Verdict
 
 Ratio: TypeAlias = Literal["nll", "ppl"]
-# What a control sorts a batch by, lowest kept first, given the batch and its pool; NaN: unranked.
+# A control's sort keys for a batch, from the batch and its pool. Lowest first; NaN: unranked.
 Rank: TypeAlias = Callable[[Sequence[SampleStats], Sequence[SampleStats]], list[float]]
 
 KEEP = Verdict(keep=True)
 UNSCORED = Verdict(keep=False, reason="unscored")
-# Nats per token. Below it the denominator is rounding noise and the ratio would explode; ordinary
-# text lies far above, so a larger floor would only bias short templated answers.
+# Nats per token. Below it the denominator is rounding noise and the ratio explodes. Ordinary text
+# is far above; a larger floor would bias short templated answers.
 _NLL_FLOOR = 1e-3
-# math.exp overflows beyond; a perplexity ratio that large is out of any bounds anyhow.
+# math.exp overflows beyond this; such a perplexity ratio is out of any bounds.
 _MAX_EXPONENT = 700.0
 _GRAM = 4
 
@@ -44,14 +44,14 @@ class Filter(Protocol):
     def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
         """One verdict for each sample of `batch`, in its order.
 
-        `history` are samples scored earlier, oldest first, none of them in `batch`: they steady
-        quantiles and medians and are not judged again.
+        `history`: earlier samples, oldest first, none of them in `batch`. They stabilise quantiles
+        and medians, and are not judged again.
         """
         ...
 
 
 def prefilter(stats: SampleStats, config: FilterConfig) -> Verdict:
-    """Judge what is known before scoring: `truncated`, then `short`, then `repeating`."""
+    """Judge a sample before it is scored: `truncated`, then `short`, then `repeating`."""
     if config.drop_truncated and stats.finish is FinishReason.LENGTH:
         return Verdict(keep=False, reason="truncated")
     if stats.response_tokens < config.min_response_tokens:
@@ -73,10 +73,10 @@ def repeat_share(response_ids: IntArray | Sequence[int]) -> float:
 
 
 def ifd(nll: float | None, nll_alone: float | None, ratio: Ratio = "nll") -> float:
-    """Instruction-following difficulty: how hard a response is with its prompt against without.
+    """Instruction-following difficulty: the response's NLL with its prompt over that without it.
 
-    Both are means over the response in nats per token. `nll` divides them (denominator floored at
-    1e-3 nats), `ppl` divides their exponentials. NaN where either is missing or not finite.
+    Both are means over the response in nats per token. `nll` divides them (denominator at least
+    1e-3 nats), `ppl` divides their exponentials. NaN if either is missing or not finite.
     """
     if nll is None or nll_alone is None or not (math.isfinite(nll) and math.isfinite(nll_alone)):
         return math.nan
@@ -86,21 +86,21 @@ def ifd(nll: float | None, nll_alone: float | None, ratio: Ratio = "nll") -> flo
 
 
 def delta_ifd(stats: SampleStats, ratio: Ratio = "nll") -> float:
-    """IFD of the teacher minus IFD of the student on the same tokens; NaN where one is unknown.
+    """IFD of the teacher minus IFD of the student on the same tokens; NaN if one is unknown.
 
-    Below 0 the student finds its own sample harder than the teacher does; far above 0 the student
-    is sure of what the teacher finds almost impossible.
+    Below 0 the student finds its own sample harder than the teacher does. Far above 0 the student
+    is sure of text that the teacher finds almost impossible.
     """
     teacher = ifd(stats.nll_teacher, stats.nll_teacher_alone, ratio)
     return teacher - ifd(stats.nll_student, stats.nll_student_alone, ratio)
 
 
 def bounds(config: FilterConfig, pool: Sequence[SampleStats]) -> tuple[float, float]:
-    """The inclusive bounds of Δ-IFD that hold for `pool` (recent history, then the batch).
+    """The inclusive bounds of Δ-IFD for `pool` (recent history, then the batch).
 
     `fixed`: `low - tolerance` and `high`. `quantile`: linearly interpolated quantiles of the pool's
-    Δ-IFD, without the unscored and without those too sure for the ratio to mean anything; a pool
-    with none left bounds nothing.
+    Δ-IFD, without unscored samples and those with an NLL too small for the ratio to be meaningful.
+    An empty pool gives infinite bounds.
     """
     if config.bounds == "fixed":
         return config.low - config.tolerance, config.high
@@ -113,7 +113,7 @@ def bounds(config: FilterConfig, pool: Sequence[SampleStats]) -> tuple[float, fl
 
 
 def _is_mastered(stats: SampleStats, config: FilterConfig) -> bool:
-    """Whether both models are surer of the response than `min_nll`: the ratio is noise there."""
+    """Whether both models' NLL is below `min_nll`, where the ratio is noise."""
     nlls = (stats.nll_teacher, stats.nll_student)
     return all(nll is not None and nll < config.min_nll for nll in nlls)
 
@@ -129,7 +129,7 @@ class KeepAll:
 
 @dataclass(frozen=True, slots=True)
 class DeltaIfd:
-    """Keep `low <= Δ-IFD <= high`, and what both models are too sure of for it to tell.
+    """Keep `low <= Δ-IFD <= high`, and samples whose NLL is too small for Δ-IFD to be meaningful.
 
     Reasons: `degenerate` below, `disconnect` above, `unscored` where a needed NLL is missing.
     """
@@ -152,15 +152,15 @@ class DeltaIfd:
 
 @dataclass(frozen=True, slots=True)
 class Outlier:
-    """Keep what the student finds no harder than is usual for it, whoever wrote it.
+    """Keep samples whose NLL under the student is in the usual range.
 
-    Reasons: `outlier` above `highest_nll`, `unscored` where the student's NLL is missing.
+    Reasons: `outlier` above `highest_nll`, `unscored` if the student's NLL is missing.
     """
 
     config: FilterConfig
 
     def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
-        """Judge a batch by what is usual in the recent history and itself."""
+        """Judge a batch by the usual NLL in the recent history and itself."""
         highest = highest_nll(self.config, _pool(batch, history, self.config))
         return [self._judge_one(stats.nll_student, highest) for stats in batch]
 
@@ -171,10 +171,10 @@ class Outlier:
 
 
 def highest_nll(config: FilterConfig, pool: Sequence[SampleStats]) -> float:
-    """The largest NLL of the student that is usual in `pool`, nats per token.
+    """The upper end of the student's usual NLL in `pool`, in nats per token.
 
-    `deviations` median absolute deviations above the median, both over the scored samples, and
-    `usual_nll` at least.
+    It is `deviations` median absolute deviations above the median of the scored samples, but at
+    least `usual_nll`.
     """
     nlls = [stats.nll_student for stats in pool if stats.nll_student is not None]
     known = [nll for nll in nlls if math.isfinite(nll)]
@@ -187,12 +187,11 @@ def highest_nll(config: FilterConfig, pool: Sequence[SampleStats]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Keep the samples that rank lowest, as many as `keep` says or as Δ-IFD keeps of the batch.
+    """Keep the lowest-ranked samples: a share `keep`, or as many as Δ-IFD keeps of the batch.
 
-    A share of a batch is rounded up or down at odds that make it right in expectation (0.4 of one
-    sample keeps it 4 times in 10), by chance that belongs to the seed and the batch. Ties go to the
-    lower sample id. Reasons: the control's name, or `unscored` where the sample lacks what it
-    ranks by.
+    A share of a batch is rounded up or down at random, so that it is right in expectation (0.4 of
+    one sample keeps it 4 times in 10); seed and batch determine the rounding. Ties go to the lower
+    sample id. Reasons: the control's name, or `unscored` if the sample has no value to rank by.
     """
 
     config: FilterConfig
@@ -200,7 +199,7 @@ class Control:
     seed: int
 
     def judge(self, batch: Sequence[SampleStats], history: Sequence[SampleStats]) -> list[Verdict]:
-        """Judge a batch; exactly the number to keep is kept, fewer only if too few are ranked."""
+        """Judge a batch; keeps exactly the required number, or fewer if too few are ranked."""
         pool = _pool(batch, history, self.config)
         ranks = self.rank(batch, pool)
         ranked = [i for i, rank in enumerate(ranks) if not math.isnan(rank)]
@@ -242,7 +241,7 @@ def _by_length(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> lis
 
 
 def _by_chance(seed: int) -> Rank:
-    """A uniform number in [0, 1) that belongs to the seed and the sample id alone."""
+    """A uniform number in [0, 1), a hash of the seed and the sample id."""
 
     def rank(batch: Sequence[SampleStats], pool: Sequence[SampleStats]) -> list[float]:
         return [_chance(f"{seed}:{stats.sample_id}") for stats in batch]
@@ -251,7 +250,7 @@ def _by_chance(seed: int) -> Rank:
 
 
 def _chance(key: str) -> float:
-    """A uniform number in [0, 1) that belongs to `key` alone."""
+    """A uniform number in [0, 1), a hash of `key`."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
 
@@ -269,5 +268,5 @@ FILTERS: Mapping[str, Callable[[FilterConfig, int], Filter]] = MappingProxyType(
 
 
 def build_filter(config: FilterConfig, seed: int) -> Filter:
-    """The filter the config names; `seed` decides `random`'s choices and how `keep` rounds."""
+    """The configured filter; `seed` decides the choices of `random` and the rounding of `keep`."""
     return FILTERS[config.name](config, seed)

@@ -1,8 +1,8 @@
 """Bin packing of documents into rows, and of rows onto ranks: pure functions of lengths.
 
-Promises: every index comes back exactly once, no row is over capacity, the same lengths always give
-the same rows. It knows nothing of tokens, attention or models. Capacity matters more than the
-algorithm: rows of four times the longest document or more fill above 0.99. `pack` sees all lengths
+Promises: every index is returned exactly once, no row exceeds the capacity, and equal lengths give
+equal rows. Does not know tokens, attention or models. Capacity matters more than the algorithm:
+rows of at least four times the longest document are more than 99 % full. `pack` sees all lengths
 before the first row, `pack_stream` only a window of them.
 """
 
@@ -17,44 +17,42 @@ import numpy as np
 
 from npd.errors import InputError
 
-# Bits of one word of the set below. Python shifts whole integers, so a word's size is paid at each
-# query; 1,024 keeps both levels in a microsecond up to a million tokens of capacity.
+# Bits per word of `_OpenRows`. Python shifts whole integers, so a query's cost grows with the word;
+# with 1,024 both levels take under a microsecond up to a capacity of a million tokens.
 _WORD_BITS = 1024
-
-
-# Up to so many documents a sorted list of open rows is found faster in than bits, by half.
+# Up to this many documents a sorted list of open rows takes half the time of bits.
 _FEW = 1024
 
 
 class _FewOpenRows:
-    """Open rows by the room left in them, of equal ones the latest first: a sorted list."""
+    """Open rows in a list sorted by free room; among equal rows the latest comes first."""
 
     def __init__(self) -> None:
         self._rooms: list[int] = []
         self._rows: list[int] = []
 
     def add(self, room: int, row: int) -> None:
-        place = bisect_left(self._rooms, room)
-        self._rooms.insert(place, room)
-        self._rows.insert(place, row)
+        position = bisect_left(self._rooms, room)
+        self._rooms.insert(position, room)
+        self._rows.insert(position, row)
 
     def take(self, length: int) -> tuple[int, int] | None:
         """Remove and return `(room, row)` of the row that `length` fits most tightly, if any."""
-        place = bisect_left(self._rooms, length)
-        if place == len(self._rooms):
+        position = bisect_left(self._rooms, length)
+        if position == len(self._rooms):
             return None
-        return self._rooms.pop(place), self._rows.pop(place)
+        return self._rooms.pop(position), self._rows.pop(position)
 
 
 class _OpenRows:
-    """The same for many: the tightest fit is found in constant time.
+    """Open rows in bits by free room, for many rows; finds the tightest fit in constant time.
 
-    Two levels of bits: `words` tells which rooms have a row, `summary` which words are not empty.
+    Two levels of bits: `words` marks the rooms that have a row, `summary` the non-empty words.
     """
 
     def __init__(self, capacity: int) -> None:
-        # Only rooms that occur: a list for every possible one (32,769 of them) takes ten times as
-        # long as packing the 64 documents of a step.
+        # A dict, because a list for each possible room (32,769) would take ten times as long to
+        # create as packing the 64 documents of a step.
         self._by_room: defaultdict[int, list[int]] = defaultdict(list)
         self._words = [0] * (capacity // _WORD_BITS + 1)
         self._summary = 0
@@ -108,14 +106,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     >>> pack([3, 9, 5, 1], capacity=10)
     [[1, 3], [2, 0]]
     """
-    known = list(map(int, lengths))  # not numpy's integers, which are slow one by one
+    known = list(map(int, lengths))  # numpy's integers are slow one by one
     _check(known, capacity)
     order = _longest_first(known)
     if known and sum(known) <= capacity:
         return [order]
     rows: list[list[int]] = []
     open_rows = _FewOpenRows() if len(known) <= _FEW else _OpenRows(capacity)
-    # A row with less room than the shortest document is full: it need not be found again.
+    # A row with less room than the shortest document is full and need not be searched.
     shortest = min(known, default=capacity)
     for index in order:
         length = known[index]
@@ -131,19 +129,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack_stream(
     lengths: Iterable[int], capacity: int, *, window: int = 1024
 ) -> Iterator[list[int]]:
-    """Pack documents into rows as they come, holding at most `window` of them.
+    """Pack a stream of documents into rows, holding at most `window` documents.
 
-    A row goes out each time the window is full: its oldest document, then again and again the
-    longest that still fits (of equal ones the oldest). So no document waits for more than `window`
-    rows, whatever its length. What is left when `lengths` ends is packed as by `pack`. Errors as in
-    `pack`, when the document comes.
+    Each time the window is full, a row is yielded: the oldest document, then repeatedly the longest
+    document that still fits (among equal ones the oldest). So no document waits for more than
+    `window` rows. At the end of `lengths`, the documents in the window are packed as by `pack`.
+    Errors are as in `pack`, raised when a document arrives.
 
     >>> list(pack_stream([3, 9, 5, 1], capacity=10, window=2))
     [[0], [1], [2, 3]]
     """
     assert window >= 1, "a window holds at least one document"
-    arrived: deque[int] = deque()  # the oldest first, those gone still among them
-    waiting: list[tuple[int, int]] = []  # (length, -index): the last that fits is the one to take
+    arrived: deque[int] = deque()  # oldest first, including packed ones
+    waiting: list[tuple[int, int]] = []  # (length, -index); the last one that fits is taken
     known: dict[int, int] = {}
     for index, length in enumerate(map(int, lengths)):
         _check_one(index, length, capacity)
@@ -154,27 +152,27 @@ def pack_stream(
             while arrived[0] not in known:
                 arrived.popleft()
             yield _oldest_and_longest(arrived.popleft(), known, waiting, capacity)
-    left = list(known)
-    yield from ([left[i] for i in row] for row in pack(list(known.values()), capacity))
+    remaining = list(known)
+    yield from ([remaining[i] for i in row] for row in pack(list(known.values()), capacity))
 
 
 def _oldest_and_longest(
     oldest: int, known: dict[int, int], waiting: list[tuple[int, int]], capacity: int
 ) -> list[int]:
-    """Take a row out of `known` and `waiting`: `oldest`, then the longest that fits, and again."""
-    place = bisect_left(waiting, (known[oldest], -oldest))
+    """Remove a row from `known` and `waiting`: `oldest`, then repeatedly the longest that fits."""
+    position = bisect_left(waiting, (known[oldest], -oldest))
     row, room = [], capacity
-    while place >= 0:
-        length, negated = waiting.pop(place)
+    while position >= 0:
+        length, negated = waiting.pop(position)
         row.append(-negated)
         del known[-negated]
         room -= length
-        place = bisect_left(waiting, (room + 1,)) - 1
+        position = bisect_left(waiting, (room + 1,)) - 1
     return row
 
 
 def _longest_first(lengths: list[int]) -> list[int]:
-    """Indices by falling length, equal ones in their order."""
+    """Indices by descending length; equal lengths keep their order."""
     if len(lengths) <= _FEW:
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     order: list[int] = np.argsort(-np.asarray(lengths), kind="stable").tolist()
@@ -193,24 +191,24 @@ def _check_one(index: int, length: int, capacity: int) -> None:
     assert length >= 1, "a document has at least one token"
     if length > capacity:
         raise InputError(
-            f"document {index} has {length} tokens, a row holds {capacity}: raise "
-            "train.row_tokens (score.row_tokens when scoring), or limit prompts and responses"
+            f"document {index} has {length} tokens, but a row holds {capacity}: raise "
+            "train.row_tokens, or limit prompts and responses"
         )
 
 
 def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
-    """Share of the rows' room that holds tokens, in [0, 1]; 1 where there are no rows."""
+    """Share of the rows' capacity that holds tokens, in [0, 1]; 1 if there are no rows."""
     if not rows:
         return 1.0
     return sum(lengths[index] for row in rows for index in row) / (len(rows) * capacity)
 
 
 def balance(rows_sq: Sequence[float], ranks: int) -> list[list[int]]:
-    """Spread rows over ranks so that the heaviest rank is light: longest processing time first.
+    """Assign rows to ranks with a low maximum load: longest processing time first.
 
-    `rows_sq` are the rows' costs, the sum of squared document lengths (what attention costs).
-    Returns each rank's row indices in rising order. Every rank gets a row while there are enough;
-    the heaviest rank carries at most 4/3 of the least possible (Graham 1969).
+    `rows_sq` are the rows' costs: the sum of squared document lengths, the cost of attention.
+    Returns each rank's row indices in ascending order. Every rank gets a row if there are enough;
+    the heaviest load is at most 4/3 of the optimum (Graham 1969).
     """
     assert ranks >= 1, "there is at least one rank"
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -1,7 +1,7 @@
-"""One stage alone, files to files: generate, score, train. The same engines as in a run.
+"""Single stages that read and write files: generate, score, train. They share a run's engines.
 
-For looking at a stage by itself and for pipelines of one's own; there is no ledger, so a stage that
-stops half way starts again.
+They are for inspecting a stage and for custom pipelines. There is no ledger, so an interrupted
+stage starts from the beginning.
 """
 
 from __future__ import annotations
@@ -9,31 +9,49 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
-from npd.chat import Chat
 from npd.config import RunConfig
-from npd.control.batches import make_asks, make_step
-from npd.control.order import mix
-from npd.control.pool import Pool
-from npd.control.preparation import Prepared, check_model, prepare
-from npd.control.teaching import check_names, role_of
-from npd.errors import ConfigError, DataError, InputError, RunError
+from npd.config.paths import why_unmakeable, why_unreadable
+from npd.control.batching import hash64, make_requests, make_step
+from npd.control.preflight import check_model, prepare
+from npd.control.samples import ReplayBuffer
+from npd.data.inputs import RunInputs, check_names, for_workers
+from npd.data.tokenizer import Chat
+from npd.data.vocabulary import compare_ends
+from npd.errors import ConfigError, DataError, InputError, RunError, StoreError
 from npd.filters import build_filter, prefilter
-from npd.modeling import resolve_device
-from npd.names import DEFAULT_TEACHER
-from npd.store.shards import read_rollouts, read_scored, write_rollouts, write_scored
-from npd.types import Ask, Failed, Rollout, SampleRef, SampleStats, Scored, Segment, Step
-from npd.wording import counted
+from npd.models.loading import read_config, resolve_device
+from npd.store.shards import (
+    Kind,
+    read_rollouts,
+    read_scored,
+    verify_shard,
+    write_rollouts,
+    write_scored,
+)
+from npd.text import counted, shown
+from npd.types import (
+    DEFAULT_TEACHER,
+    Failed,
+    Rollout,
+    SampleRef,
+    SampleRequest,
+    SampleStats,
+    Scored,
+    Segment,
+    Step,
+    role_of,
+)
 from npd.workers import generated_stats, scored_stats
-from npd.workers.writers import build_writer
+from npd.workers.generator import generator_for
 
 if TYPE_CHECKING:
-    from npd.generate.served import Surroundings
+    from npd.generate.served import ServingContext
 
 
 _log = logging.getLogger(__name__)
@@ -41,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a stage made: how many records are in its file, and the samples that are not."""
+    """The result of a stage: the number of records in its file, and the failed samples."""
 
     num_records: int
     failed: tuple[Failed, ...] = ()
@@ -52,30 +70,34 @@ def generate(
     out: Path,
     *,
     snapshot: str | None = None,
-    tell: Callable[[str], None] = _log.info,
+    notify: Callable[[str], None] = _log.info,
 ) -> Made:
-    """Write `samples_per_prompt` rollouts for every training prompt.
+    """Generate `samples_per_prompt` rollouts for every training prompt, and write them to `out`.
 
-    `tell` takes what a person should hear meanwhile: which weights servers have shown to hold.
+    `snapshot`: a model directory that generates in place of the config's model. `notify` receives
+    messages for the user, e.g. which weights a server was verified to hold.
 
     Raises:
         InputError: config, data, model or `out` cannot be used.
-        RunError: no sample could be written.
+        RunError: no sample could be generated.
     """
     _check_new(out)
     if snapshot is not None:
         check_model("--snapshot", snapshot, config)
     prepared = prepare(config)
-    for note in prepared.notes:
-        tell(note)
-    chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+    for note in (*prepared.notes, *prepared.remarks):
+        notify(note)
+    config = for_workers(config, prepared)
+    chat = Chat.of_student(config)
     is_teacher = config.generate.source == "teacher"
     model = snapshot or (None if is_teacher else config.student)
-    engine = build_writer(config, chat, partial(_surroundings, config, out, tell), model=model)
+    engine = generator_for(
+        config, chat, partial(_serving_context, config, out, notify), model=model
+    )
     with closing(engine):
-        found = engine.generate(_asks(config, prepared))
+        found = engine.generate(_requests(config, prepared))
     rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
-    failed = _failed(found, "written", num_made=len(rollouts))
+    failed = _failed(found, "generated", num_made=len(rollouts))
     write_rollouts(out, rollouts)
     return Made(len(rollouts), failed)
 
@@ -86,9 +108,13 @@ def score(
     out: Path,
     *,
     snapshot: str | None = None,
-    tell: Callable[[str], None] = _log.info,
+    notify: Callable[[str], None] = _log.info,
 ) -> Made:
-    """Score the rollouts of a file that pass the pre-filters; arguments and errors as above."""
+    """Score the rollouts of a file that pass the pre-filters.
+
+    `snapshot`: the model directory that generated them, default the student. `notify` and errors
+    are as in `generate`.
+    """
     from npd.score import build_scorer, open_teachers
 
     _check_new(out)
@@ -96,15 +122,17 @@ def score(
         raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
     student = snapshot or config.student
     check_model("--snapshot" if snapshot else "student", student, config)
-    found = read_rollouts(_existing(rollouts))
+    found = _read(rollouts, "rollouts", "--rollouts", "npd generate")
     named = [(f"{rollouts}: sample {r.sample_id}", r.teacher) for r in found]
     for name in sorted(check_names(named, config)):
         check_model(role_of(name), config.teacher_models[name], config)
-    chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+    chat = Chat.of_student(config)
+    if config.needs_ifd:
+        chat.check_alone(f"filter.name {config.filter.name}")
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
     device = resolve_device(config.runtime.device)
     log = partial(_server_log, out)
-    teachers = open_teachers(config, chat.vocab_size, device=device, log=log, tell=tell)
+    teachers = open_teachers(config, chat.vocab_size, device=device, log=log, notify=notify)
     with closing(teachers):
         scorer = build_scorer(
             config.score,
@@ -127,19 +155,26 @@ def score(
 
 
 def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
-    """Filter, pack and train on a file; writes a model directory. Yields lines of progress."""
+    """Filter, pack and train on a file; writes a model directory. Yields progress lines."""
     from npd.train.trainer import Trainer
 
     _check_new(out)
     check_model("student", config.student, config)
     samples: Sequence[Scored | Rollout] = (
-        read_scored(_existing(data)) if config.needs_scores else read_rollouts(_existing(data))
+        _read(data, "scored", "--data", "npd score")
+        if config.needs_scores
+        else _read(data, "rollouts", "--data", "npd generate")
     )
+    _check_ids(samples, data, config)
     by_id = {_stats(sample).sample_id: sample for sample in samples}
     refs = _filtered(config, [_stats(sample) for sample in samples])
     if not refs:
-        raise DataError(f"{data}: the filter keeps none of its {counted(len(samples), 'sample')}")
+        raise DataError(
+            f"{data}: the filter rejects all of its {counted(len(samples), 'sample')}: loosen "
+            "filter.*, or set filter.name: none"
+        )
     yield f"kept {len(refs)} of {counted(len(samples), 'sample')}"
+    stop_ids, _ = compare_ends(config, Chat.of_student(config))
     trainer = Trainer(
         config.train,
         config.loss,
@@ -148,6 +183,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
         device=resolve_device(config.runtime.device),
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
+        stop_ids=stop_ids,
     )
     for step in _steps(config, refs):
         report = trainer.train(Segment(step.index, 0, (step,))).steps[0]
@@ -157,33 +193,33 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
 
 
 def _failed(found: Sequence[object], what: str, *, num_made: int) -> tuple[Failed, ...]:
-    """The samples that failed, where not all did."""
+    """The samples that failed; raises RunError if all did."""
     failed = tuple(item for item in found if isinstance(item, Failed))
     if failed and not num_made:
         raise RunError(f"no sample could be {what}: {failed[0].reason}")
     return failed
 
 
-def _surroundings(
-    config: RunConfig, out: Path, tell: Callable[[str], None], teacher: str | None
-) -> Surroundings | None:
-    if config.generate.engine == "transformers":
+def _serving_context(
+    config: RunConfig, out: Path, notify: Callable[[str], None], teacher: str | None
+) -> ServingContext | None:
+    if not config.generate.is_served:
         return None
-    from npd.generate.served import Surroundings
+    from npd.generate.served import ServingContext
 
-    return Surroundings(_server_log(out, teacher), config.max_sample_tokens, tell=tell)
+    return ServingContext(_server_log(out, teacher), config.max_sample_tokens, notify=notify)
 
 
 def _server_log(out: Path, teacher: str | None) -> Path:
-    """Where a server of ours writes, beside `out`; `teacher`: the name of the one it holds."""
+    """The log file of a server that npd starts for `teacher`; it is next to `out`."""
     name = "" if teacher in (None, DEFAULT_TEACHER) else f".{teacher}"
     return out.with_suffix(f"{name}.server.log")
 
 
-def _asks(config: RunConfig, prepared: Prepared) -> list[Ask]:
+def _requests(config: RunConfig, prepared: RunInputs) -> list[SampleRequest]:
     per_round = len(prepared.prompts) * config.generate.samples_per_prompt
-    refs = make_asks(range(per_round), config, per_round)
-    return [Ask(ref.sample_id, ref.seed, prepared.prompts[ref.prompt]) for ref in refs]
+    refs = make_requests(range(per_round), config, per_round)
+    return [SampleRequest(ref.sample_id, ref.seed, prepared.prompts[ref.prompt]) for ref in refs]
 
 
 def _stats(sample: Scored | Rollout) -> SampleStats:
@@ -207,20 +243,55 @@ def _steps(config: RunConfig, refs: list[SampleRef]) -> Iterator[Step]:
     total = config.schedule.steps or per_pass * (config.schedule.epochs or 1)
     done = 0
     for epoch in range(math.ceil(total / per_pass)):
-        pool = Pool(mix(config.seed, epoch), 1)
-        pool.add(refs)
-        while done < total and (batch := pool.take(size, reuse=False)):
+        buffer = ReplayBuffer(hash64(config.seed, epoch), 1)
+        buffer.add(refs)
+        while done < total and (batch := buffer.take(size, allow_used=False)):
             progress = (done / total, (done + 1) / total)
             done += 1
             yield make_step(done, batch, config.train, progress=progress)
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give the Arrow file of the stage before")
-    return path
+@overload
+def _read(path: Path, kind: Literal["rollouts"], option: str, maker: str) -> list[Rollout]: ...
+@overload
+def _read(path: Path, kind: Literal["scored"], option: str, maker: str) -> list[Scored]: ...
+def _read(path: Path, kind: Kind, option: str, maker: str) -> Sequence[Rollout | Scored]:
+    """The samples of a file that the previous stage wrote; InputError for other files."""
+    remedy = f"give the Arrow file of the previous stage ({maker})"
+    if (why := why_unreadable(path)) is not None:
+        raise InputError(f"{option} {shown(path)} {why}: {remedy}")
+    try:
+        found = read_rollouts(path) if kind == "rollouts" else read_scored(path)
+    except StoreError as error:
+        raise InputError(f"{option} {shown(path)} {_why_not(path, kind)}: {remedy}") from error
+    if not found:
+        raise InputError(f"{option} {shown(path)} has no samples: {remedy}")
+    return found
+
+
+def _check_ids(samples: Sequence[Scored | Rollout], path: Path, config: RunConfig) -> None:
+    """Refuse token ids outside the student's vocabulary: samples of another model family."""
+    settings = read_config(config.student, trust_remote_code=config.trust_remote_code)
+    size = int(settings.get_text_config().vocab_size)
+    rollouts = [sample.rollout if isinstance(sample, Scored) else sample for sample in samples]
+    highest = max(int(max(r.prompt_ids.max(), r.response_ids.max())) for r in rollouts)
+    if highest >= size:
+        raise DataError(
+            f"--data {shown(path)} holds token id {highest:,}, but the student has {size:,} ids: "
+            "give samples of models with the student's tokenizer"
+        )
+
+
+def _why_not(path: Path, kind: Kind) -> str:
+    """Why a file cannot be read as `kind`, with its actual content."""
+    other: Kind = "scored" if kind == "rollouts" else "rollouts"
+    with suppress(StoreError):
+        verify_shard(path, other)
+        names: dict[Kind, str] = {"rollouts": "rollouts", "scored": "scored rollouts"}
+        return f"holds {names[other]}, but {names[kind]} are needed"
+    return "is not a complete Arrow file of npd (truncated, altered, or from another program)"
 
 
 def _check_new(out: Path) -> None:
-    if out.exists():
-        raise InputError(f"{out} exists already: choose another --out")
+    if (why := why_unmakeable(out)) is not None:
+        raise InputError(f"--out {shown(out)} {why}: choose another --out")

@@ -1,36 +1,46 @@
-"""The nouns of npd: one frozen record per boundary between workers, with shapes and units.
+"""The records of npd: one frozen record per boundary between workers, with shapes and units.
 
-Nothing here computes or does I/O. Arrays are numpy (int32 ids, float32 log-probabilities in nats);
-records are never changed on their way. Those that a run makes by the million are named tuples: five
-times as fast as frozen dataclasses to make, to send and to write. Dimension legend: L response
-tokens, k teacher support size.
+This module computes nothing and does no I/O. Arrays are numpy (int32 ids, float32 log-probabilities
+in nats). Records are never mutated. Records that a run creates by the million are named tuples,
+which are five times as fast as frozen dataclasses to create, send and write.
+
+Dimensions: L response tokens, k teacher support size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-from npd.names import DEFAULT_TEACHER
 
-IntArray: TypeAlias = NDArray[np.int32]
-FloatArray: TypeAlias = NDArray[np.float32]
+DEFAULT_TEACHER = "default"
+"""The name of the config's `teacher`, the teacher of prompts that name no other."""
+
+
+def role_of(teacher: str) -> str:
+    """The setting of a teacher's model: `teacher`, or `teachers.<name>`."""
+    return "teacher" if teacher == DEFAULT_TEACHER else f"teachers.{teacher}"
+
+
+IntArray: TypeAlias = "NDArray[np.int32]"
+FloatArray: TypeAlias = "NDArray[np.float32]"
 
 
 class FinishReason(StrEnum):
-    """Why a response ended: its own end token, or the length limit (then it is truncated)."""
+    """Why a response ended: at its end token, or at the length limit (truncated)."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class Outcome(StrEnum):
-    """How a sample left. Each sample asked for leaves at most once; until then it is live."""
+    """How a sample left. Each requested sample leaves at most once, and is live until then."""
 
     TRAINED_OUT = "trained_out"
     REJECTED = "rejected"
@@ -39,11 +49,49 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at before a run: `what`, how it stands, and what it `says`.
+
+    Unless ok, `says` ends in the remedy. A run survives a warning. `error` is what `npd run` raises
+    instead of a FAIL; None where only `npd doctor` looks.
+    """
+
+    status: Literal["ok", "warn", "FAIL"]
+    what: str
+    says: str
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        """The line a person reads."""
+        return f"{self.status:5} {self.what:20} {' '.join(self.says.split())}"
+
+    @classmethod
+    def ok(cls, what: str, says: str) -> Check:
+        """A check that passed."""
+        return cls("ok", what, says)
+
+    @classmethod
+    def warn(cls, what: str, says: str) -> Check:
+        """A check that a run survives."""
+        return cls("warn", what, says)
+
+    @classmethod
+    def fail(cls, what: str, why: str | Exception) -> Check:
+        """A check that ends a run: the error that it ends in, or its text."""
+        return cls("FAIL", what, str(why), why if isinstance(why, Exception) else None)
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation, e.g. `Message("user", "What is 2 + 2?")`."""
+    """One turn of a conversation, e.g. `Message("user", "What is 2 + 2?")`.
+
+    `extra` holds the record's other keys unchanged (`tool_calls`, `name`, `reasoning_content`,
+    ...), for the chat template. `content` is None only if `extra` holds the turn's content.
+    """
 
     role: str
-    content: str
+    content: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +99,19 @@ class Prompt:
     """One prompt as read from the data, still text.
 
     Exactly one of `messages` (conversational, gets the chat template) and `text` (plain) is set.
-    `index` is its 0-based position among the prompts of the source and its identity within a run,
-    `place` where its record was read, for messages.
+    `completion` is a Message if it is more than text. `template_args` are further arguments of the
+    chat template: `tools`, `documents`, and the content of `chat_template_kwargs`. `index` is the
+    prompt's 0-based position in the source, and its identity within a run. `place` is the origin of
+    its record (`train.jsonl:7`), for messages.
     """
 
     index: int
     messages: tuple[Message, ...] = ()
     text: str | None = None
-    completion: str | None = None
+    completion: str | Message | None = None
     answer: str | None = None
     teacher: str = DEFAULT_TEACHER
+    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     place: str = field(default="", compare=False)
 
 
@@ -68,9 +119,9 @@ class Prompt:
 class EncodedPrompt:
     """A prompt as token ids.
 
-    `prompt_ids` [P] ends where the response begins (generation header included). `header_ids` [H],
-    H >= 1, is the context of the answer-alone pass: the same with the user's text left out.
-    `completion_ids` is the reference response with its end token, if the data has one.
+    `prompt_ids` [P] ends where the response begins, and includes the generation header.
+    `header_ids` [H], H >= 1, is the context of the answer-alone pass: the prompt without the user's
+    text. `completion_ids` is the reference response with its end token, if the data has one.
     """
 
     index: int
@@ -81,14 +132,16 @@ class EncodedPrompt:
     teacher: str = DEFAULT_TEACHER
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as bytes: arrays and slots as they are take twice as long."""
+        """Pickles arrays as bytes, in half the time."""
         ids = (self.prompt_ids, self.header_ids, self.completion_ids)
+        import numpy as np
+
         values = (i if i is None else np.asarray(i, np.int32).tobytes() for i in ids)
         return _prompt_of, (self.index, self.answer, self.teacher, *values)
 
 
-class Ask(NamedTuple):
-    """A request for one sample. `sample_id` is unique in a run; `seed` decides its randomness."""
+class SampleRequest(NamedTuple):
+    """A request for one sample. `sample_id` is unique in a run; `seed` fixes its randomness."""
 
     sample_id: int
     seed: int
@@ -97,13 +150,13 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
-    """One response and the context it was written in.
+    """One response and its context.
 
-    `response_ids` [L], L >= 1, includes the end token when `finish` is STOP. `logprobs` [L] are the
-    writing snapshot's own log p(y_t) in nats, untempered; None where the text is not the student's.
-    `versions` [L] are the snapshots that drew each token where a refresh fell in the middle, and
-    `version` is then the oldest of them; None where one snapshot wrote it all. `teacher` is the
-    name of the prompt's teacher.
+    `response_ids` [L], L >= 1, includes the end token if `finish` is STOP. `logprobs` [L] are the
+    generating snapshot's own log p(y_t) in nats, untempered; None if the text is not the student's.
+    `versions` [L] is the snapshot that sampled each token if a refresh happened in between; then
+    `version` is the oldest. It is None if one snapshot sampled all tokens. `teacher` is the name of
+    the prompt's teacher.
     """
 
     sample_id: int
@@ -120,13 +173,13 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and response together: the room the sample takes in a packed row."""
+        """Tokens of prompt and response together: the sample's size in a packed row."""
         return len(self.prompt_ids) + len(self.response_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A sample that could not be written although others could, and why, in one line."""
+    """A single sample that a stage failed on; `reason` is one line."""
 
     sample_id: int
     reason: str
@@ -134,14 +187,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """A rollout with what the teacher says of it.
+    """A rollout with its scores.
 
-    `topk_ids` [L, k], `topk_logprobs` [L, k]: the teacher's support at each response position, true
-    log-probabilities (not renormalised), highest first; for sampled targets the k ids drawn, with
-    repetition. `teacher_logprobs` [L]: log p_T(y_t). The four `nll_*` are means over the response
-    in nats per token, with the prompt (conditional) and without (alone); student ones are the
-    snapshot's and None where no filter asks for them. `overlap` is the mean share of the teacher's
-    top-k that is in the snapshot's own top-k, None where it was not computed.
+    `topk_ids` [L, k], `topk_logprobs` [L, k]: the teacher's support at each response position, with
+    true log-probabilities (not renormalised), highest first; for sampled targets, k sampled ids,
+    with repetition. `teacher_logprobs` [L]: log p_T(y_t). The four `nll_*` are means over the
+    response in nats per token, with the prompt (conditional) or without it (alone). `nll_student*`
+    are the snapshot's, None if no filter needs them. `overlap` is the mean share of the teacher's
+    top-k in the snapshot's own top-k, None if it was not computed.
     """
 
     rollout: Rollout
@@ -156,9 +209,9 @@ class Scored:
 
 
 class SampleStats(NamedTuple):
-    """The scalars of a sample, all that the controller and the filters ever see of it.
+    """The scalars of a sample, for the controller and the filters.
 
-    The fields before `nll_teacher` are known once it is generated, the rest once it is scored.
+    The fields before `nll_teacher` are known after generation, the others after scoring.
     `repeat` is the share of the response's 4-grams that occurred before in it (0 for L < 5).
     `teacher_mass` is the mean over positions of the probability inside the teacher's support.
     """
@@ -185,14 +238,14 @@ class SampleStats(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A filter's word on one sample: kept, or rejected with a short machine-readable reason."""
+    """A filter's decision on one sample: kept, or rejected with a machine-readable reason."""
 
     keep: bool
     reason: str = ""
 
 
 class SampleRef(NamedTuple):
-    """Where a sample lies (`shard`), which snapshot wrote it, and how many tokens it packs to."""
+    """A sample's shard, the snapshot that generated it, and its number of tokens in a row."""
 
     sample_id: int
     shard: int
@@ -202,18 +255,18 @@ class SampleRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row: documents laid end to end, at most `row_tokens` tokens in all."""
+    """One packed row: concatenated documents, at most `row_tokens` tokens in total."""
 
     samples: tuple[SampleRef, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as plain numbers, as prompts are as bytes."""
+        """Pickles plain numbers, for speed."""
         return _row_of, (tuple(map(tuple, self.samples)),)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimiser step: `ranks[r]` are the rows of trainer rank r; `lr` is already decided."""
+    """One optimiser step: `ranks[r]` are the rows of trainer rank r, `lr` its learning rate."""
 
     index: int
     lr: float
@@ -222,7 +275,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A fixed list of optimiser steps. `version` is the newest snapshot when it was decided."""
+    """A fixed list of optimiser steps. `version` is the newest snapshot at the time of planning."""
 
     index: int
     version: int
@@ -230,16 +283,87 @@ class Segment:
 
     @property
     def refs(self) -> Iterator[SampleRef]:
-        """The samples trained on, step by step, each as often as it is used."""
+        """The samples trained on, step by step, repeated for each use."""
         rows = (row for step in self.steps for rank in step.ranks for row in rank)
         return (ref for row in rows for ref in row.samples)
 
 
 def _prompt_of(index: int, answer: str | None, teacher: str, *ids: bytes | None) -> EncodedPrompt:
-    # From bytearrays, so that the arrays can be written to.
+    # From bytearrays, because the arrays must be writable.
+    import numpy as np
+
     arrays: list[Any] = [i if i is None else np.frombuffer(bytearray(i), np.int32) for i in ids]
     return EncodedPrompt(index, arrays[0], arrays[1], arrays[2], answer, teacher)
 
 
 def _row_of(samples: tuple[tuple[int, int, int, int], ...]) -> Row:
     return Row(tuple(map(SampleRef._make, samples)))
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The metrics of one optimiser step; means are over its response tokens on all ranks, without
+    the `skipped_tokens` of `loss.skip_after`.
+
+    `drift` estimates KL(theta || gen) and `drift_k3` KL(gen || theta) in nats per token on samples
+    of the newest snapshot; None if the step has none, or no behaviour log-probs. `ess` is
+    the effective sample size of the importance ratios as a share of tokens, in (0, 1]. `overlap`
+    is the share of support ids that the student ranks above every id outside the support.
+    """
+
+    step: int
+    loss: float
+    ce: float
+    kd: float | None
+    grad_norm: float
+    lr: float
+    num_samples: int
+    response_tokens: int
+    total_tokens: int
+    num_rows: int
+    fill: float
+    seconds: float
+    teacher_mass: float | None = None
+    student_mass: float | None = None
+    agreement: float | None = None
+    entropy: float | None = None
+    drift: float | None = None
+    drift_k3: float | None = None
+    ess: float | None = None
+    lag_mean: float = 0.0
+    lag_max: int = 0
+    overlap: float | None = None
+    skipped_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """A trained segment: one report for each step, and the trainer's peak memory in MiB."""
+
+    segment: int
+    steps: tuple[StepReport, ...]
+    peak_memory_mib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """Held-out quality at a step.
+
+    `kl`: tail-bucket KL(teacher || student) in nats per token on fixed held-out responses.
+    `kl_sums`: its sum over each response. `agreement`: the share of positions where both argmaxes
+    agree. `exact_match`: the share of the `num_answers` prompts with an `answer` whose greedy
+    response ends in the answer. `teacher_kls`: (teacher's name, `kl` on its prompts) if there are
+    several teachers.
+    """
+
+    step: int
+    kl: float | None
+    agreement: float | None
+    exact_match: float | None
+    num_prompts: int
+    num_tokens: int
+    seconds: float
+    samples: tuple[tuple[str, str], ...] = ()
+    kl_sums: tuple[float, ...] = ()
+    num_answers: int = 0
+    teacher_kls: tuple[tuple[str, float], ...] = ()

@@ -1,16 +1,22 @@
-"""What a run is made of: strict, frozen, complete. Import-light (no torch), nothing computed twice.
+"""`RunConfig`: every setting of a run, strict, frozen and complete. Imports no torch.
 
-Everything that can be known to be impossible without loading data or a model is refused here, with
-the remedy. Reading YAML, presets and `--set` is `npd.settings`.
+A config is validated on creation: each value by its section, then across sections
+(`npd.config.checks`). The preflight makes the checks that need data or a model. `npd.config.load`
+reads YAML, presets and `--set`.
 """
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Unpack
 
-from npd.config.combinations import problems
-from npd.config.values import RunValues
-from npd.sections import (
+from pydantic import ValidationError, ValidationInfo, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+
+from npd.config.base import LaunchConfig, ServedConfig
+from npd.config.checks import ImpossibleError, problems
+from npd.config.run import RunKeywords, RunValues
+from npd.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -27,7 +33,7 @@ from npd.sections import (
     TeacherConfig,
     TrainConfig,
 )
-from npd.served import LaunchConfig, ServedConfig
+from npd.redaction import learn
 
 __all__ = [
     "CheckpointConfig",
@@ -52,10 +58,44 @@ __all__ = [
 
 
 class RunConfig(RunValues):
-    """A whole run. `student`, `teacher`: Hugging Face model directories or names."""
+    """The config of a run. `student`, `teacher`: Hugging Face model directories or names.
+
+    In Python a section may be a mapping. Raises ConfigError, with the same messages as the command
+    line, for a value or a combination that is not allowed.
+    """
+
+    if TYPE_CHECKING:  # pydantic's own signature would refuse mappings for sections
+
+        def __init__(self, **values: Unpack[RunKeywords]) -> None: ...
+
+    @classmethod
+    def from_preset(cls, preset: str, /, **values: Unpack[RunKeywords]) -> RunConfig:
+        """A preset's config with `values` on top; see `npd.presets`.
+
+        Raises:
+            ConfigError: there is no preset of that name, or a value is not allowed.
+        """
+        # `load` imports this module; only this method and `_explain_errors` import `load`.
+        from npd.config.load import load_config
+
+        return load_config({"preset": preset, **values}).config
 
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
+        learn(self.model_dump(mode="json"))
         if found := problems(self):
-            raise ValueError("; ".join(found))
+            raise ImpossibleError(found)
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain_errors(
+        cls, values: Any, handler: ModelWrapValidatorHandler[RunConfig], info: ValidationInfo
+    ) -> RunConfig:
+        from npd.config.load import explain, plain
+
+        learn(values)  # before a secret can get into a message
+        try:
+            return handler(plain(values) if isinstance(values, Mapping) else values)
+        except ValidationError as error:
+            raise explain(error, info.context) from error

@@ -1,125 +1,94 @@
-"""The one asyncio loop: events in, decisions recorded, actions out.
+"""The asyncio loop of a run: takes events, records decisions, launches actions.
 
-Consumes: events from running actions. Produces: tasks, one an action, and the ledger's rows.
-Waits for: the first of the running tasks. Unblocked by: any task's end, or a request to stop.
-An event and everything decided upon it are recorded in one transaction before any of it is carried
-out, several events in one where they come at once; a crash at any moment is repaired by replaying
-the events (`_replay`). Holds what is under way, nothing of samples that have left.
+Consumes: events from running actions. Produces: one task per action, and the ledger's rows.
+Waits for: the first running task to end. Unblocked by: the end of any task, or a request to stop.
+An event and the actions decided on it are recorded in one transaction before any of the actions
+starts; events that arrive together share a transaction. After a crash at any moment the events are
+replayed (`resume`). Keeps only running actions, and nothing about finalized samples.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from npd.control import codec
 from npd.control import events as ev
-from npd.control.damage import needed_samples
-from npd.control.dispatch import Dispatcher
-from npd.control.monitor import Monitor
-from npd.control.place import Folder, Place
+from npd.control.dispatcher import Dispatcher
 from npd.control.plan import Plan
-from npd.control.repair import repair
-from npd.control.replay import Maker, Makers, makers_of, retold
+from npd.control.resume import replay, restore_files
+from npd.control.run_directory import OpenRun
 from npd.errors import RunError
-from npd.store.layout import RunLayout
-from npd.store.ledger import Ledger
 from npd.types import Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a run ended: `done`, or interrupted (resumable), after so many steps."""
+    """How a run ended: done, or interrupted and resumable, after `step` optimiser steps."""
 
     step: int
     is_done: bool
 
 
 class Controller:
-    """Drives one run from its first event, or from wherever its ledger stands, to its end."""
+    """Drives one run to its end, from its first event or from the end of its ledger."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        dispatcher: Dispatcher,
-        ledger: Ledger,
-        layout: RunLayout,
-        monitor: Monitor,
-        *,
-        keep_checkpoints: int = 1,
-        place: Place | None = None,
-    ) -> None:
-        self._plan, self._dispatcher = plan, dispatcher
-        self._ledger, self._layout, self._monitor = ledger, layout, monitor
+    def __init__(self, run: OpenRun, plan: Plan, dispatcher: Dispatcher) -> None:
+        self._run, self._plan, self._dispatcher = run, plan, dispatcher
+        self._ledger, self._layout, self._monitor = run.ledger, run.layout, run.monitor
+        self._artifacts = run.artifacts
         self._running: dict[asyncio.Task[ev.Event], ev.Action] = {}
         self._ended: asyncio.Queue[asyncio.Task[ev.Event]] = asyncio.Queue()
-        self._keep, self._place = keep_checkpoints, place or Folder()
         self._segments: dict[int, Segment] = {}
         self._num_shards = 0
-        self._makers: Makers = {}
-        # The plan's step is what has been decided; this is what has been trained.
+        # Optimiser steps trained; the plan's step counts steps decided.
         self._trained = 0
-        self._covered: frozenset[int] = frozenset()
         self._stop: ev.Stop | None = None
         self._interrupted = asyncio.Event()
 
     def interrupt(self) -> None:
-        """Finish what is running, start nothing new, save, and end."""
-        self._monitor.message("stopping: waiting for running work, then saving (again to stop now)")
+        """Wait for running work, start nothing new, save, and end."""
+        wait = self._monitor.wait_text()
+        self._monitor.message(
+            f"stopping: waiting for running work, then saving ({wait}; Ctrl-C again stops at once)"
+        )
         self._interrupted.set()
 
-    async def run(self, num_prompts: int, *, has_heldout: bool) -> Ending:
+    async def run(self) -> Ending:
         """Run to the end.
 
         Raises:
-            RunError: nothing gets through the filters, or a worker cannot be kept alive.
+            RunError: no sample passes the filters, or a worker cannot be kept alive.
         """
-        outstanding = self._replay()
-        await self._dispatcher.load()
-        await self._repair()
-        if has_heldout and not self._plan.is_stopped:
+        is_new, unfinished = await self._recover()
+        if not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
         if self._trained:
             await self._dispatcher.restore()
         if self._plan.is_stopped:
             return await self._finish()
-        is_new = outstanding is None
-        first = self._take([ev.Started(num_prompts)]) if outstanding is None else outstanding
-        assert first, "a run that has not stopped has something to do"
+        num_prompts = len(self._run.inputs.prompts)
+        first = self._take([ev.Started(num_prompts)]) if is_new else unfinished
+        assert first, "a run that has not stopped has an action to launch"
         self._monitor.message("run started" if is_new else f"resumed at step {self._trained}")
         try:
             return await self._loop(first)
         finally:
             await self._cancel()
 
-    async def _repair(self) -> None:
-        is_over = self._plan.is_stopped
-        # What a loss of power left the ledger without belongs to another history.
-        self._place.forget(self._layout.snapshots, self._plan.version)
-        saved = self._ledger.last_checkpoint()
-        self._place.forget(self._layout.checkpoints, saved.step if saved else 0)
-        versions = range(self._plan.oldest_version_needed, self._plan.version + 1)
-        made = await repair(
-            self._makers_of,
-            self._dispatcher,
-            self._ledger,
-            self._layout,
-            versions=() if is_over else versions,
-            is_over=is_over,
-            place=self._place,
-        )
-        for what in made:
-            self._monitor.message(what)
-        self._makers.clear()
+    async def _recover(self) -> tuple[bool, list[ev.Action]]:
+        """Replay the events, load the workers, regenerate missing files.
 
-    def _makers_of(self, shards: AbstractSet[int]) -> Collection[Maker]:
-        if not shards <= self._covered:
-            self._makers = makers_of(shards, self._ledger, self._plan)
-            self._covered = frozenset(shards)
-        return self._makers.values()
+        Returns whether the run is new, and the actions that are decided but not done.
+        """
+        replayed = replay(self._run, self._plan)
+        self._trained, self._segments = replayed.trained, replayed.segments
+        self._num_shards, self._stop = replayed.num_shards, replayed.stop
+        await self._dispatcher.load()
+        for line in await restore_files(self._run, self._plan, self._dispatcher, replayed):
+            self._monitor.message(line)
+        return replayed.is_new, list(replayed.unfinished.values())
 
     async def _loop(self, actions: list[ev.Action]) -> Ending:
         self._launch(actions)
@@ -139,15 +108,15 @@ class Controller:
         for action in actions:
             if isinstance(action, ev.Stop):
                 self._stop = action
-            elif not isinstance(action, ev.Retire) and not self._interrupted.is_set():
+            elif not isinstance(action, ev.Finalize) and not self._interrupted.is_set():
                 task = asyncio.create_task(self._dispatcher.run(action))
                 task.add_done_callback(self._ended.put_nowait)
                 self._running[task] = action
 
     async def _next_ended(self) -> list[asyncio.Task[ev.Event]]:
-        """The tasks that have ended, at least one.
+        """Wait for a task to end; returns all ended tasks.
 
-        In the order they were launched, so that ties do not depend on the event loop.
+        They are in launch order, so that ties do not depend on the event loop.
         """
         ended = {await self._ended.get()}
         while not self._ended.empty():
@@ -164,17 +133,17 @@ class Controller:
             counts = ", ".join(
                 f"{reason} {count}" for (_, reason), count in self._ledger.reasons().items()
             )
-            so_far = "" if student is None else f", from the student so far in {student}"
+            origin = "" if student is None else f" from the student in {student}"
             raise RunError(
                 f"the run stopped at step {self._trained}: {self._stop.reason} ({counts}). Start a "
-                f"new run{so_far}, with a looser filter (filter.*) or, if most are truncated, a "
-                "larger generate.max_new_tokens"
+                f"new run{origin}, with a looser filter (filter.*) or, if most samples are "
+                "truncated, a larger generate.max_new_tokens"
             )
         return Ending(self._trained, is_done=True)
 
     async def _export(self) -> Path:
         await self._dispatcher.export()
-        self._place.bring(self._layout.student)
+        self._artifacts.fetch(self._layout.student)
         return self._layout.student
 
     async def _cancel(self) -> None:
@@ -184,27 +153,27 @@ class Controller:
         self._running.clear()
 
     def _take(self, events: Sequence[ev.Event]) -> list[ev.Action]:
-        """Decide upon events, and record all of it before anything is carried out."""
+        """Decide on events, and record events and decisions before any action starts."""
         taken: list[tuple[ev.Event, list[ev.Action]]] = []
         with self._ledger.transaction():
             for event in events:
                 if not self._plan.is_stopped:
                     taken.append((event, self._plan.handle(event)))
-                    self._book(*taken[-1])
+                    self._record(*taken[-1])
         for event, actions in taken:
             self._monitor.note(event, actions, self._plan)
         if any(isinstance(event, ev.SnapshotPublished | ev.CheckpointSaved) for event, _ in taken):
             self._prune()
         return [action for _, actions in taken for action in actions]
 
-    def _book(self, event: ev.Event, actions: list[ev.Action]) -> None:
-        kind, payload = codec.encode(event)
-        self._ledger.append_event(kind, {**payload, "digest": codec.digest(actions)})
-        self._book_event(event)
+    def _record(self, event: ev.Event, actions: list[ev.Action]) -> None:
+        kind, payload = ev.encode(event)
+        self._ledger.append_event(kind, {**payload, "digest": ev.digest(actions)})
+        self._record_event(event)
         for action in actions:
-            self._book_action(action)
+            self._record_action(action)
 
-    def _book_event(self, event: ev.Event) -> None:
+    def _record_event(self, event: ev.Event) -> None:
         match event:
             case ev.SnapshotPublished(version, step, checksum):
                 self._ledger.add_snapshot(version, step, self._layout.snapshot(version), checksum)
@@ -220,58 +189,24 @@ class Controller:
                 self._ledger.add_segment(segment)
                 self._ledger.add_uses(ref.sample_id for ref in segment.refs)
 
-    def _book_action(self, action: ev.Action) -> None:
+    def _record_action(self, action: ev.Action) -> None:
         match action:
-            case ev.Generate(shard, version, asks):
-                if shard >= self._num_shards:  # a second try asks for the same samples
-                    samples = [(a.sample_id, a.prompt, version) for a in asks]
+            case ev.Generate(shard, version, requests):
+                if shard >= self._num_shards:  # the first attempt, not a retry
+                    samples = [(r.sample_id, r.prompt, version) for r in requests]
                     self._ledger.add_samples(shard, samples)
                     self._num_shards = shard + 1
             case ev.Train(segment):
                 self._segments[segment.index] = segment
-            case ev.Retire(samples):
+            case ev.Finalize(samples):
                 self._ledger.set_outcomes(samples)
 
-    def _replay(self) -> list[ev.Action] | None:
-        """Bring the plan to where the ledger's events leave it; returns what was under way.
-
-        None when there is no event yet. Of what is done, what made shards that are still needed is
-        kept (`_makers`).
-        """
-        pending: dict[tuple[str, int], ev.Action] | None = None
-        saved = [row.step for row in self._ledger.checkpoints() if self._place.has(row.path)]
-        self._covered = frozenset(needed_samples(self._ledger, saved))
-        for event, actions in retold(self._ledger, self._plan):
-            if isinstance(event, ev.SegmentTrained):
-                self._trained = event.report.steps[-1].step
-                del self._segments[event.report.segment]
-            pending = pending or {}
-            done = pending.pop(ev.key(event), None)
-            is_made = not isinstance(event, ev.ShardFailed)
-            if is_made and isinstance(done, Maker) and done.shard in self._covered:
-                self._makers[ev.key(done)] = done
-            for action in actions:
-                self._remember(action, pending)
-            self._stop = next((a for a in actions if isinstance(a, ev.Stop)), None)
-            self._monitor.note(event, actions, self._plan, is_replay=True)
-        if pending is None:
-            return None
-        self._monitor.resumed(self._plan)
-        return list(pending.values())
-
-    def _remember(self, action: ev.Action, pending: dict[tuple[str, int], ev.Action]) -> None:
-        """A decision that is recorded already: it is under way until its event comes."""
-        if not isinstance(action, ev.Retire):
-            pending[ev.key(action)] = action
-        if isinstance(action, ev.Train):
-            self._segments[action.segment.index] = action.segment
-        elif isinstance(action, ev.Generate):
-            self._num_shards = max(self._num_shards, action.shard + 1)
-
     def _prune(self) -> None:
-        """Point LATEST at the newest snapshot; remove those nobody needs, and old checkpoints."""
-        self._place.point(self._layout.snapshots, self._plan.version)
+        """Point LATEST at the newest snapshot; remove unneeded snapshots and old checkpoints."""
+        self._artifacts.set_latest(self._layout.snapshots, self._plan.version)
         oldest = self._plan.oldest_version_needed
-        self._place.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
-        saved = [row.step for row in self._ledger.checkpoints()][-self._keep :]
-        self._place.prune(self._layout.checkpoints, saved)
+        self._artifacts.prune(self._layout.snapshots, range(oldest, self._plan.version + 1))
+        saved = [row.step for row in self._ledger.checkpoints()][
+            -self._run.config.checkpoint.keep :
+        ]
+        self._artifacts.prune(self._layout.checkpoints, saved)

@@ -1,16 +1,30 @@
-"""What happens (events) and what is to be done about it (actions): the plan's whole vocabulary.
+"""Events and actions: the inputs and outputs of a plan.
 
-Events are facts a worker reported; they are stored in the ledger (`npd.control.codec`) and replayed
-to resume. Actions are decisions; they are not stored, because the same events give the same ones.
+Events are facts that workers report. They are stored in the ledger as JSON, and replayed to resume.
+Actions are decisions. The ledger stores only a digest of them, because the same events give the
+same actions. Also converts events to JSON and back. Pure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+import json
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from npd.reports import EvalReport, SegmentReport
-from npd.types import Outcome, SampleStats, Segment
+from npd.types import (
+    EvalReport,
+    FinishReason,
+    Outcome,
+    SampleStats,
+    Segment,
+    SegmentReport,
+    StepReport,
+)
 
 Stage: TypeAlias = Literal["generate", "score"]
 
@@ -24,7 +38,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotPublished:
-    """Snapshot `version`, the student after `step` optimiser steps, lies in the run directory."""
+    """Snapshot `version`, the student after `step` optimiser steps, is in the run directory."""
 
     version: int
     step: int
@@ -33,8 +47,8 @@ class SnapshotPublished:
 
 @dataclass(frozen=True, slots=True)
 class ShardGenerated:
-    """The samples of a shard are written and stored; `failed` are those that could not be written,
-    each with its reason."""
+    """The samples of a shard are generated and stored; `failed`: samples that the generator failed
+    on, with the reason."""
 
     shard: int
     stats: tuple[SampleStats, ...]
@@ -43,8 +57,8 @@ class ShardGenerated:
 
 @dataclass(frozen=True, slots=True)
 class ShardScored:
-    """The samples of a shard that passed the pre-filters are scored and stored; `failed` are those
-    that the teacher could not be had to read, each with its reason."""
+    """The samples of a shard that passed the pre-filters are scored and stored; `failed`: samples
+    that the teacher failed to score, with the reason."""
 
     shard: int
     stats: tuple[SampleStats, ...]
@@ -53,7 +67,7 @@ class ShardScored:
 
 @dataclass(frozen=True, slots=True)
 class ShardFailed:
-    """One try at a shard's stage failed (worker lost, refused request)."""
+    """One attempt at a shard's stage failed, because its worker was lost."""
 
     shard: int
     stage: Stage
@@ -93,8 +107,8 @@ Event: TypeAlias = (
 )
 
 
-class AskRef(NamedTuple):
-    """One sample to be written: its prompt (index into the run's prompts) and its seed."""
+class RequestRef(NamedTuple):
+    """One sample to generate: its prompt (index into the run's prompts) and its seed."""
 
     sample_id: int
     prompt: int
@@ -103,16 +117,16 @@ class AskRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Write a shard with snapshot `version`."""
+    """Generate a shard with snapshot `version`."""
 
     shard: int
     version: int
-    asks: tuple[AskRef, ...]
+    requests: tuple[RequestRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Score these samples of a generated shard; `version` is the snapshot that wrote them."""
+    """Score these samples of a generated shard; `version` is their oldest snapshot."""
 
     shard: int
     version: int
@@ -128,7 +142,7 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Publish the student as it is after `step` as snapshot `version`."""
+    """Publish the student after `step` as snapshot `version`."""
 
     version: int
     step: int
@@ -149,25 +163,25 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True)
-class Retire:
-    """These samples have left, each with its outcome and reason."""
+class Finalize:
+    """These samples are finalized, each with its outcome and reason."""
 
     samples: tuple[tuple[int, Outcome, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing is left to do, or (`failed`) nothing that could be done would help."""
+    """The run is done, or (`failed`) cannot make progress."""
 
     reason: str
     failed: bool = False
 
 
-Action: TypeAlias = Generate | Score | Train | Publish | Checkpoint | Evaluate | Retire | Stop
+Action: TypeAlias = Generate | Score | Train | Publish | Checkpoint | Evaluate | Finalize | Stop
 
 
 def key(item: Event | Action) -> tuple[str, int]:
-    """What an action and the event that ends it have in common, e.g. ("score", shard)."""
+    """The common key of an action and the event that ends it, e.g. ("score", shard)."""
     match item:
         case Generate(shard) | ShardGenerated(shard):
             return "generate", shard
@@ -187,3 +201,106 @@ def key(item: Event | Action) -> tuple[str, int]:
             return "evalu", report.step
         case _:
             return type(item).__name__, 0
+
+
+_EVENTS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        Started,
+        SnapshotPublished,
+        ShardGenerated,
+        ShardScored,
+        ShardFailed,
+        SegmentTrained,
+        CheckpointSaved,
+        Evaluated,
+    )
+}
+_STEP = attrgetter(*(field.name for field in fields(StepReport)))
+_NUM_GENERATED = SampleStats._fields.index("nll_teacher")
+_NOT_SCORED = (None,) * (len(SampleStats._fields) - _NUM_GENERATED)
+_FINISH = SampleStats._fields.index("finish")
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
+_DUMPS = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
+def encode(event: Event) -> tuple[str, dict[str, Any]]:
+    """An event as its kind and a JSON-serialisable payload; `decode` is the inverse.
+
+    Stats and step reports, which are many, are lists of values in the order of their fields.
+    """
+    payload: dict[str, Any]
+    match event:
+        case ShardGenerated(shard, stats, failed) | ShardScored(shard, stats, failed):
+            payload = {"shard": shard, "stats": [_encode_stats(values) for values in stats]}
+            payload |= {"failed": failed} if failed else {}
+        case SegmentTrained(report):
+            steps = [_STEP(step) for step in report.steps]
+            payload = {"segment": report.segment, "steps": steps, "peak": report.peak_memory_mib}
+        case _:
+            payload = asdict(event)
+    return type(event).__name__, payload
+
+
+def decode(kind: str, payload: dict[str, Any]) -> Event:
+    """The event that `encode` turned into `kind` and `payload`."""
+    if kind in ("ShardGenerated", "ShardScored"):
+        stats = tuple(_decode_stats(values) for values in payload["stats"])
+        failed = tuple((sample_id, reason) for sample_id, reason in payload.get("failed", ()))
+        event: Event = _EVENTS[kind](payload["shard"], stats, failed)
+    elif kind == "SegmentTrained":
+        steps = tuple(StepReport(*step) for step in payload["steps"])
+        event = SegmentTrained(SegmentReport(payload["segment"], steps, payload["peak"]))
+    elif kind == "Evaluated":
+        report = payload["report"]
+        pairs = {key: tuple(map(tuple, report.get(key, ()))) for key in ("samples", "teacher_kls")}
+        sums = {"kl_sums": tuple(report.get("kl_sums", ()))}
+        event = Evaluated(EvalReport(**(report | pairs | sums)))
+    else:
+        event = _EVENTS[kind](**payload)
+    return event
+
+
+def digest(actions: Sequence[Action]) -> int:
+    """A checksum of every value of every action, stored with the event and compared on replay.
+
+    Numbers are hashed as bytes, because formatting a million of them is slow.
+    """
+    checksum = 0
+    for action in actions:
+        for part in _parts(action):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _parts(action: Action) -> Iterator[bytes]:
+    # A file format: ledgers hold checksums of these words, and of the names in these reprs.
+    match action:
+        case Generate(shard, version, requests):
+            yield f"Generate {shard} {version} {len(requests)}".encode()
+            yield array("q", chain.from_iterable(requests)).tobytes()
+        case Score(shard, version, sample_ids):
+            yield f"Score {shard} {version} {len(sample_ids)}".encode()
+            yield array("q", sample_ids).tobytes()
+        case Train(segment):
+            yield f"Train {segment.index} {segment.version}".encode()
+            for step in segment.steps:
+                sizes = [[len(row.samples) for row in rows] for rows in step.ranks]
+                yield f"{step.index} {step.lr!r} {sizes}".encode()
+                for row in chain.from_iterable(step.ranks):
+                    yield array("q", chain.from_iterable(row.samples)).tobytes()
+        case Finalize(samples):
+            yield f"Retire {_DUMPS(samples)}".encode()
+        case _:
+            yield repr(action).encode()
+
+
+def _encode_stats(stats: SampleStats) -> tuple[Any, ...]:
+    is_scored = stats[_NUM_GENERATED:] != _NOT_SCORED
+    return stats if is_scored else stats[:_NUM_GENERATED]
+
+
+def _decode_stats(values: list[Any]) -> SampleStats:
+    named = [*values]
+    named[_FINISH] = _FINISH_REASONS[named[_FINISH]]
+    return SampleStats(*named)

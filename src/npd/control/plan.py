@@ -1,34 +1,36 @@
-"""What to do next, decided from what has happened. No I/O, no clock, no asyncio, no tensor.
+"""Decides the next actions of a run from its events. No I/O, no clock, no asyncio, no tensor.
 
-`Plan.handle(event) -> actions` is deterministic: a run is resumed by replaying its events. It
-promises that no sample is trained on more than `reuse` times or more than `max_lag` snapshots
-behind, that every sample asked for leaves at most once, and that asks stay within the window.
+`Plan.handle(event) -> actions` is deterministic, so replaying a run's events resumes it. Promises:
+no sample is trained on more than `reuse` times, or when it is more than `max_lag` snapshots behind;
+every requested sample is finalized at most once; the number of live samples stays within the
+window.
+Every action is created here; `SampleTracker` holds the state of the samples.
 """
 
 from __future__ import annotations
 
 from npd.config import RunConfig
 from npd.control import events as ev
-from npd.control.batches import has_drifted, make_asks, make_step
-from npd.control.flow import Flow
+from npd.control.batching import has_drifted, make_requests, make_step
+from npd.control.samples import SampleTracker
 from npd.types import SampleRef, Segment, Step
 
 
 class Plan:
-    """The decisions of one run; `num_ranks` trainer ranks share each step's rows."""
+    """The decisions of one run."""
 
-    def __init__(self, config: RunConfig, *, num_ranks: int = 1) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config, self._schedule = config, config.schedule
-        self.ranks = num_ranks
-        self._flow = Flow(config)
+        self._tracker = SampleTracker(config)
+        self._actions: list[ev.Action] = []
         self._evaluates = config.eval.source != "none"
         reads_student = config.needs_ifd or config.needs_student_pass
         self._uses_snapshots = config.generate.source == "student" or reads_student
-        self._asks_per_round = 0
-        self._total_asks: int | None = None
-        self._trainer_busy = self._num_segments = 0
-        self._filled = False
-        self._version = self._skipped = 0
+        self._requests_per_round = 0
+        self._total_requests: int | None = None
+        self._num_trainer_actions = self._num_segments = 0
+        self._window_was_full = False
+        self._version = self._skipped_refreshes = 0
         self._publishing = self._drifted = False
         self._step = self._refreshed_at = 0
         self._saved_at = self._evaluated_at = 0
@@ -45,120 +47,136 @@ class Plan:
         return self._version
 
     @property
-    def num_asked(self) -> int:
-        """Samples asked for so far."""
-        return self._flow.num_asked
+    def num_requested(self) -> int:
+        """Samples requested so far."""
+        return self._tracker.num_requested
 
     @property
     def num_live(self) -> int:
-        """Samples asked for that have not left."""
-        return self._flow.num_live
+        """Samples requested and not finalized."""
+        return self._tracker.num_live
 
     @property
     def is_stopped(self) -> bool:
-        """Whether everything is decided and done."""
+        """Whether the run is over: everything is decided and done, or it gave up."""
         return self._stopped
 
     @property
     def progress(self) -> float:
-        """How much of the run is decided, 0 to 1: in steps, or in uses of samples."""
+        """The share of the run decided so far, 0 to 1: by steps, or by uses of samples."""
         if self._schedule.steps is not None:
             return min(1.0, self._step / self._schedule.steps)
-        if not self._total_asks:
+        if not self._total_requests:
             return 0.0
-        return min(1.0, self._flow.credit / (self._total_asks * self._schedule.reuse))
+        return min(
+            1.0, self._tracker.uses_accounted / (self._total_requests * self._schedule.reuse)
+        )
+
+    @property
+    def most_steps(self) -> int | None:
+        """Steps of the whole run if no sample is dropped; None before it starts."""
+        if self._schedule.steps is not None or self._total_requests is None:
+            return self._schedule.steps
+        return -(-self._total_requests * self._schedule.reuse // self.config.train.batch_size)
 
     @property
     def oldest_version_needed(self) -> int:
-        """The oldest snapshot that a shard on its way still needs, or else the newest."""
-        return self._flow.oldest_version(self._version)
+        """The oldest snapshot that an unfinished shard still needs, or else the newest."""
+        return self._tracker.oldest_version(self._version)
 
     def handle(self, event: ev.Event) -> list[ev.Action]:
-        """Take note of `event`; returns what to do now, in order."""
+        """Handle `event`; returns the actions to take now, in order, `Finalize` first."""
         assert not self._stopped, "the run has stopped"
-        self._note(event)
+        self._apply(event)
         self._decide()
-        return self._flow.hand_over()
+        actions, self._actions = self._actions, []
+        finalized = self._tracker.take_finalized()
+        return [ev.Finalize(finalized), *actions] if finalized else actions
 
-    def _note(self, event: ev.Event) -> None:
+    def _apply(self, event: ev.Event) -> None:
         match event:
             case ev.Started(num_prompts):
                 self._start(num_prompts)
             case ev.ShardGenerated():
-                self._flow.generated(event, self._version)
+                self._tracker.generated(event, self._version)
             case ev.ShardScored():
-                self._flow.scored(event, self._version)
+                self._tracker.scored(event, self._version)
             case ev.ShardFailed():
-                self._flow.failed(event, self._version)
+                if (action := self._tracker.retry(event, self._version)) is not None:
+                    self._actions.append(action)
             case ev.SegmentTrained(report):
-                self._trainer_busy -= 1
-                self._flow.drop_spent()
+                self._num_trainer_actions -= 1
+                self._tracker.finalize_spent()
                 self._drifted = has_drifted(report, self._schedule.refresh.drift)
             case ev.SnapshotPublished(version, step):
-                self._trainer_busy -= 1
+                self._num_trainer_actions -= 1
                 self._publishing, self._drifted = False, False
                 self._version, self._refreshed_at = version, step
-                self._flow.drop_stale(version)
+                self._tracker.finalize_stale(version)
             case ev.CheckpointSaved() | ev.Evaluated():
-                self._trainer_busy -= 1
+                self._num_trainer_actions -= 1
 
     def _start(self, num_prompts: int) -> None:
-        self._asks_per_round = num_prompts * self.config.generate.samples_per_prompt
-        self._total_asks = self.config.num_asks(num_prompts)
+        self._requests_per_round = num_prompts * self.config.generate.samples_per_prompt
+        self._total_requests = self.config.num_requests(num_prompts)
         if self._uses_snapshots:
             self._publish(0)
         if self._evaluates:
             self._to_trainer(ev.Evaluate(0))
 
     def _decide(self) -> None:
-        if self._flow.barren >= self._patience():
+        if self._tracker.consecutive_drops >= self._patience():
+            # Ledgers hold digests of this text: another one would keep old runs from being resumed.
             self._stop("no sample gets through", failed=True)
         elif self._is_finished():
             self._finish()
         else:
-            if self._trainer_busy == 0:
-                self._tend_trainer()
-            self._ask()
+            if self._num_trainer_actions == 0:
+                self._between_segments()
+            self._request()
             self._score()
-            if self._trainer_busy == 0:
+            if self._num_trainer_actions == 0:
                 self._train()
 
     def _patience(self) -> int:
-        """Samples rejected in a row after which going on is pointless."""
+        """The number of consecutive drops after which the run gives up."""
         return max(512, 8 * self.config.train.batch_size, 4 * self.config.generate.shard_size)
 
     def _is_finished(self) -> bool:
-        if self._trainer_busy:
+        if self._num_trainer_actions:
             return False
         if self._schedule.steps is not None:
             return self._step >= self._schedule.steps
-        return self._is_all_asked() and self._flow.num_live == 0
+        return self._is_all_requested() and self._tracker.num_live == 0
 
-    def _is_all_asked(self) -> bool:
-        return self._total_asks is not None and self._flow.num_asked >= self._total_asks
+    def _is_all_requested(self) -> bool:
+        return (
+            self._total_requests is not None and self._tracker.num_requested >= self._total_requests
+        )
 
     def _finish(self) -> None:
-        """A last evaluation and checkpoint, unless they are there; then stop."""
+        """Evaluate and save, unless the last step was, then stop."""
         if self._evaluates and self._evaluated_at < self._step:
             self._to_trainer(ev.Evaluate(self._step))
         if self._saved_at < self._step:
             self._to_trainer(ev.Checkpoint(self._step))
-        if self._trainer_busy == 0:
+        if self._num_trainer_actions == 0:
             self._stop("done" if self._step else "nothing was trained", failed=self._step == 0)
 
     def _stop(self, reason: str, *, failed: bool) -> None:
         self._stopped = True
-        self._flow.actions.append(ev.Stop(reason, failed))
+        self._actions.append(ev.Stop(reason, failed))
 
     # The trainer between segments.
 
-    def _tend_trainer(self) -> None:
-        """Refresh the snapshot, save, evaluate, as each falls due."""
+    def _between_segments(self) -> None:
+        """Refresh the snapshot, save and evaluate when each is due."""
         while self._is_refresh_due():
             if self._step > self._refreshed_at:
                 self._publish(self._version + 1)
                 break
-            self._skipped += 1  # it would be the snapshot there is
+            # No step since the last refresh: a new snapshot would equal it. The next one is due.
+            self._skipped_refreshes += 1
         save, evaluate = self.config.checkpoint.every_steps, self.config.eval.every_steps
         if save is not None and self._step - self._saved_at >= save:
             self._to_trainer(ev.Checkpoint(self._step))
@@ -167,91 +185,109 @@ class Plan:
 
     def _is_refresh_due(self) -> bool:
         refresh, since = self._schedule.refresh, self._step - self._refreshed_at
-        if self._is_all_asked():
-            return False
+        if self._is_all_requested():
+            return False  # nothing will be generated with it
         if refresh.every_steps is not None:
             return since >= refresh.every_steps
         if refresh.drift is not None:
             return self._drifted and since >= refresh.min_steps
-        epoch = self._next_refresh_epoch()
-        return epoch is not None and self._flow.credit >= epoch * self._asks_per_round
+        epoch, step = self._next_of(refresh.at_epochs), self._next_of(refresh.at_steps)
+        if step is not None:
+            return self._step >= step
+        return (
+            epoch is not None and self._tracker.uses_accounted >= epoch * self._requests_per_round
+        )
 
-    def _next_refresh_epoch(self) -> int | None:
-        epochs = self._schedule.refresh.at_epochs or ()
-        passed = self._version + self._skipped
-        return epochs[passed] if passed < len(epochs) else None
+    def _next_of(self, points: tuple[int, ...] | None) -> int | None:
+        """The next point of a refresh rule."""
+        passed = self._version + self._skipped_refreshes
+        return points[passed] if points is not None and passed < len(points) else None
 
     def _publish(self, version: int) -> None:
         self._publishing = True
         self._to_trainer(ev.Publish(version, self._step))
 
     def _to_trainer(self, action: ev.Publish | ev.Checkpoint | ev.Evaluate | ev.Train) -> None:
-        self._trainer_busy += 1
+        self._num_trainer_actions += 1
         if isinstance(action, ev.Checkpoint):
             self._saved_at = action.step
         elif isinstance(action, ev.Evaluate):
             self._evaluated_at = action.step
-        self._flow.actions.append(action)
+        self._actions.append(action)
 
     # Generating and scoring.
 
-    def _ask(self) -> None:
-        """Ask for as many shards as the window and the generators take."""
+    def _request(self) -> None:
+        """Request as many shards as the window and the generators allow."""
         while self._may_generate() and (size := self._shard_size()) > 0:
-            ids = range(self._flow.num_asked, self._flow.num_asked + size)
-            self._flow.ask(self._version, make_asks(ids, self.config, self._asks_per_round))
-        is_live = self._flow.num_live > 0
-        self._filled = is_live and (self._filled or self._shard_size() == 0)
+            first = self._tracker.num_requested
+            ids = range(first, first + size)
+            requests = make_requests(ids, self.config, self._requests_per_round)
+            self._to_stage(ev.Generate(self._tracker.num_shards, self._version, requests))
+        is_live = self._tracker.num_live > 0
+        self._window_was_full = is_live and (self._window_was_full or self._shard_size() == 0)
 
     def _may_generate(self) -> bool:
-        if self._publishing or self._flow.num_generating >= self.config.generate.workers:
+        if self._publishing or self._tracker.shards_generating >= self.config.generate.workers:
             return False
-        return self.config.is_overlapped or not (self._flow.num_scoring or self._trainer_busy)
+        return self.config.is_overlapped or not (
+            self._tracker.shards_scoring or self._num_trainer_actions
+        )
 
     def _shard_size(self) -> int:
-        """Samples of the next shard: a whole one, or what is left to ask, or 0 to wait for room.
+        """The size of the next shard; 0 while there is no room, or nothing left to request.
 
-        Less than a whole shard is asked for only at the end of what may be asked at all, and when
-        nothing is on its way and the pool cannot make a batch.
+        A smaller shard is requested only if it holds the last samples that may be requested, or if
+        nothing is in flight and the replay buffer cannot fill a batch.
         """
         whole = self.config.generate.shard_size
-        askable, room = self._askable(), self._window() - self._flow.num_live
-        short = self._flow.pool.num_available < self.config.train.batch_size
-        is_starving = short and not self._flow.is_any_on_its_way
-        if min(askable, room) >= whole or askable <= room or is_starving:
-            return max(0, min(whole, askable, room))
+        requestable, room = self._num_requestable(), self._window() - self._tracker.num_live
+        short = self._tracker.buffer.num_available < self.config.train.batch_size
+        is_starving = short and not self._tracker.has_unbuffered
+        if min(requestable, room) >= whole or requestable <= room or is_starving:
+            return max(0, min(whole, requestable, room))
         return 0
 
     def _window(self) -> int:
         window = self._schedule.window
-        return self._asks_per_round if window == "all" else window
+        return self._requests_per_round if window == "all" else window
 
-    def _askable(self) -> int:
-        """Samples that may still be asked for before the end, or before the next refresh."""
-        flow, reuse = self._flow, self._schedule.reuse
-        limit = self._total_asks
+    def _num_requestable(self) -> int:
+        """Samples that may still be requested before the end, or before the next refresh."""
+        tracker, reuse = self._tracker, self._schedule.reuse
+        limit = self._total_requests
         if limit is None:
             assert self._schedule.steps is not None, "checked by the config"
-            needed = (self._schedule.steps - self._step) * self.config.train.batch_size
-            coming = flow.num_live - len(flow.pool)
-            by_uses = -((coming * reuse + flow.pool.uses_left - needed) // reuse)
-            # However often each may be used, a batch takes that many different ones.
-            by_batch = self.config.train.batch_size - coming - flow.pool.num_available
-            limit = flow.num_asked + max(by_uses, by_batch)
-        epoch = self._next_refresh_epoch()
+            # With at_steps: request only what the steps before the next refresh need.
+            until = self._next_of(self._schedule.refresh.at_steps) or self._schedule.steps
+            if self._step >= until:
+                return 0
+            needed = (until - self._step) * self.config.train.batch_size
+            coming = tracker.num_live - len(tracker.buffer)
+            missing = needed - coming * reuse - tracker.buffer.uses_left
+            by_uses = -(-missing // reuse)
+            # A batch takes `batch_size` different samples, whatever their uses left.
+            by_batch = self.config.train.batch_size - coming - tracker.buffer.num_available
+            limit = tracker.num_requested + max(by_uses, by_batch)
+        epoch = self._next_of(self._schedule.refresh.at_epochs)
         if epoch is not None:
-            limit = min(limit, -(-epoch // reuse) * self._asks_per_round)
-        return max(0, limit - flow.num_asked)
+            limit = min(limit, -(-epoch // reuse) * self._requests_per_round)
+        return max(0, limit - tracker.num_requested)
 
     def _score(self) -> None:
         in_turn = not self.config.is_overlapped
-        if not (in_turn and (self._flow.num_generating or self._trainer_busy)):
-            self._flow.score_all()
+        if not (in_turn and (self._tracker.shards_generating or self._num_trainer_actions)):
+            for shard, oldest, ids in self._tracker.take_unscored():
+                self._to_stage(ev.Score(shard, oldest, ids))
+
+    def _to_stage(self, action: ev.Generate | ev.Score) -> None:
+        self._tracker.start(action)
+        self._actions.append(action)
 
     # Training.
 
     def _train(self) -> None:
-        if not self.config.is_overlapped and self._flow.is_any_on_its_way:
+        if not self.config.is_overlapped and self._tracker.has_unbuffered:
             return
         steps: list[Step] = []
         for _ in range(self._segment_budget()):
@@ -265,36 +301,38 @@ class Plan:
             self._to_trainer(ev.Train(segment))
 
     def _segment_budget(self) -> int:
-        """Steps until the segment is full or something else falls due."""
+        """Steps until the segment is full, or a refresh, checkpoint or evaluation is due."""
         due = [
             (self._schedule.steps, 0),
             (self._schedule.refresh.every_steps, self._refreshed_at),
+            (self._next_of(self._schedule.refresh.at_steps), 0),
             (self.config.checkpoint.every_steps, self._saved_at),
             (self.config.eval.every_steps, self._evaluated_at),
         ]
-        left = [since + every - self._step for every, since in due if every is not None]
-        # A refresh that is overdue (nobody left to sample it) must not hold up training.
-        return min([self._schedule.segment_steps, *(steps for steps in left if steps > 0)])
+        remaining = [since + every - self._step for every, since in due if every is not None]
+        # An overdue refresh that will not come (all is requested) must not block training.
+        return min([self._schedule.segment_steps, *(steps for steps in remaining if steps > 0)])
 
     def _next_batch(self, *, is_first: bool) -> list[SampleRef]:
-        """The samples of the segment's next step, or none while there are too few.
+        """The samples of the segment's next step; empty while there are too few.
 
-        Samples are used again only once the window has filled, so that reuse goes in passes over
-        all of it; fewer than a batch are used only when no more can come. Within a segment, those
-        used up still hold their place in the window, so room may come after it.
+        Samples are reused only after the window was full, so that reuse goes in passes over the
+        whole window. A short batch is taken only if no more samples can come. After a segment's
+        first step, room in the window is ignored: samples used up in this segment stay live until
+        the trainer reports.
         """
-        size, pool = self.config.train.batch_size, self._flow.pool
-        if pool.num_fresh >= size:
-            return pool.take(size, reuse=False)
-        none_left = self._shard_size() == 0 if is_first else self._askable() == 0
-        is_dry = none_left and not self._flow.is_any_on_its_way
-        if is_dry or (self._filled and pool.num_available >= size):
-            return pool.take(size, reuse=True)
+        size, buffer = self.config.train.batch_size, self._tracker.buffer
+        if buffer.num_fresh >= size:
+            return buffer.take(size, allow_used=False)
+        none_left = self._shard_size() == 0 if is_first else self._num_requestable() == 0
+        is_dry = none_left and not self._tracker.has_unbuffered
+        if is_dry or (self._window_was_full and buffer.num_available >= size):
+            return buffer.take(size, allow_used=True)
         return []
 
     def _step_of(self, refs: list[SampleRef]) -> Step:
         before = self.progress
         self._step += 1
-        self._flow.use(refs)
-        progress = (before, self.progress)
-        return make_step(self._step, refs, self.config.train, progress=progress, ranks=self.ranks)
+        self._tracker.use(refs)
+        train, progress = self.config.train, (before, self.progress)
+        return make_step(self._step, refs, train, progress=progress, ranks=train.ranks)

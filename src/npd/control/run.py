@@ -1,61 +1,60 @@
-"""One run from config to student: check, open the directory, start the crew, drive, report.
+"""One run from config to student: check the inputs, open the run, start the workers, drive, report.
 
-This is the wiring and reads like the diagram; every part of it lives elsewhere.
+`_drive` is the wiring, in the order of README's diagram. Each part has a module of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from typing import Any
 
 from npd.config import RunConfig
+from npd.config.load import dump_config
+from npd.config.sources import SMOKE, resume_command
 from npd.control.controller import Controller, Ending
-from npd.control.crew import num_scorers, spawn_crew
-from npd.control.dispatch import Dispatcher
-from npd.control.finished import finished_at
+from npd.control.dispatcher import Dispatcher
+from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
 from npd.control.monitor import Monitor
-from npd.control.opening import open_directory
+from npd.control.placement import (
+    WorkerSet,
+    start_generators,
+    start_scorers,
+    start_trainer,
+)
 from npd.control.plan import Plan
-from npd.control.preparation import Prepared, prepare
-from npd.control.sharing import Gathering, check_place, gathered, open_place
-from npd.control.story import tell
-from npd.errors import RunError
+from npd.control.preflight import Start, check_cluster, prepare
+from npd.control.resume import finished_at
+from npd.control.run_directory import (
+    OpenRun,
+    clear_smoke,
+    clock_of,
+    has_report,
+    has_student,
+    missing_folder,
+    open_directory,
+    recorded_models,
+    take_back,
+)
+from npd.control.run_summary import RunResult, summarize, write_report
+from npd.data.inputs import RunInputs
+from npd.errors import InputError, RunError
 from npd.observe.live import View, make_view
-from npd.observe.report import ReportData, build_report
-from npd.observe.trace import export_perfetto
-from npd.observe.trackers import build_trackers
-from npd.resuming import resume_command
-from npd.runtime import build_runtime
-from npd.settings import dump_config
-from npd.store.files import write_atomic
+from npd.observe.trackers import Callback, build_trackers
+from npd.remote.shared_folder import (
+    check_handshake,
+    open_artifacts,
+    release_shared,
+    run_id,
+    with_handshake,
+)
+from npd.runtime import Runtime, build_runtime
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run left. `student` is None when it was interrupted; then `resume` goes on.
-
-    `go_on`: the command that does so. `was_done`: it had finished before, and nothing was done.
-    """
-
-    directory: Path
-    is_done: bool
-    step: int
-    student: Path | None
-    report: Path | None
-    data: ReportData
-    go_on: str
-    was_done: bool = False
+_TICK_SECONDS = 1.0
 
 
 def run(
@@ -64,134 +63,148 @@ def run(
     resume: bool = False,
     view: View | None = None,
     origins: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Run `config` to its end, or go on with the run in its directory (`resume`).
+    """Run `config` to its end, or resume the run in its directory (`resume`).
 
-    Callable from a notebook too. `view` shows progress (default: a panel on a terminal, else log
-    lines); `origins` says where config values came from, for the record.
+    Works in a notebook too. `view` shows progress (default: a panel on a terminal, else plain
+    lines). `origins` says where config values came from, for the record. `notes` are shown first.
 
     Raises:
-        InputError: config, data, models or directory cannot be used (nothing was started).
-        RunError: the run could not go on; what was done is kept, `resume` goes on from it.
+        InputError: config, data, models or directory cannot be used. The directory of a new run is
+            removed, unless a sample was generated, scored or trained on.
+        RunError: the run cannot continue. Finished work is kept; `resume=True` continues from it.
     """
-    prepared = prepare(config)
-    go_on = resume_command(dump_config(config), origins or {})
-    check_place(config, resume=resume)
-    layout = open_directory(config, prepared, resume=resume, origins=origins or {})
+    origins = origins or {}
+    if SMOKE in origins.values():
+        clear_smoke(config)
+    clock = clock_of(config) if resume else None
+    inputs = prepare(config, clock=clock, start=Start(resume, origins))
+    inputs = replace(inputs, notes=(*notes, *inputs.notes))
+    go_on = resume_command(dump_config(config), origins)
+    missing = missing_folder(config.directory)
+    layout = open_directory(config, inputs, resume=resume, origins=origins)
     last_step = finished_at(config, layout) if resume else None
-    if last_step is not None:
+    if last_step is not None and (last_step == 0 or has_student(layout)):
         return _conclude(config, layout, Ending(last_step, is_done=True), go_on, was_done=True)
-    ending = _outside_loops(
-        lambda: _session(config, prepared, layout, view if view is not None else make_view(), go_on)
-    )
-    return _conclude(config, layout, ending, go_on)
+    if last_step is not None:
+        note = f"{layout.student} is damaged: writing it again"
+        inputs = replace(inputs, notes=(*inputs.notes, note))
+    if config.runtime.kind == "ray":
+        check_cluster(config)
+    for callback in callbacks:
+        callback.on_start(layout.root)
+    interrupt = Interrupt()
 
+    def session() -> Ending:
+        with _open_run(config, inputs, layout, view or make_view(), callbacks, go_on) as run:
+            return asyncio.run(_ticking(_drive(run, interrupt), run.monitor))
 
-async def _drive(
-    config: RunConfig, prepared: Prepared, layout: RunLayout, ledger: Ledger, monitor: Monitor
-) -> Ending:
-    """Start the workers, let the controller run, end them whatever happens."""
-    runtime = gathered(build_runtime(config.runtime, layout.logs), config, layout)
+    mark = run_id(layout)
     try:
-        place = open_place(config, layout, ledger)
-        dispatcher = Dispatcher(
-            config,
-            spawn_crew(config, runtime, layout.root),
-            ledger,
-            prompts=prepared.prompts,
-            heldout=prepared.heldout,
-            on_start=monitor.started,
-            on_span=monitor.span,
-            on_message=monitor.message,
-            place=place,
+        ending = outside_loops(session, interrupt)
+    except InputError as error:
+        if not resume and take_back(layout, missing, error):
+            release_shared(config, layout, mark)
+        raise
+    result = _conclude(config, layout, ending, go_on)
+    for callback in callbacks:
+        callback.on_end(result.step, is_done=result.is_done)
+    return result
+
+
+async def _drive(run: OpenRun, interrupt: Interrupt) -> Ending:
+    """Start the workers; the loop runs them to the end of the run.
+
+    prompts -> generate -> score -> filter, pack (the plan) -> train -> student
+    """
+    async with _open_runtime(run) as runtime:
+        workers = WorkerSet(
+            generators=start_generators(run, runtime),
+            scorers=start_scorers(run, runtime),
+            trainer=start_trainer(run, runtime),
         )
-        controller = Controller(
-            Plan(config, num_ranks=config.train.ranks),
-            dispatcher,
-            ledger,
-            layout,
-            monitor,
-            keep_checkpoints=config.checkpoint.keep,
-            place=place,
-        )
-        has_heldout = bool(prepared.heldout) and num_scorers(config) > 0
-        with _signals(controller):
-            if isinstance(runtime, Gathering):
-                await runtime.prove()
-            return await controller.run(len(prepared.prompts), has_heldout=has_heldout)
+        plan = Plan(run.config)  # decides: what is next, which samples, in which order
+        dispatcher = Dispatcher(run, workers)  # calls a worker for each decision, and retries
+        controller = Controller(run, plan, dispatcher)  # the loop: records events and decisions
+        with stop_on_signals(controller, interrupt):
+            await check_handshake(runtime)
+            return await controller.run()
+
+
+async def _ticking(work: Coroutine[Any, Any, Ending], monitor: Monitor) -> Ending:
+    """Do `work`; the view is updated every second meanwhile."""
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            monitor.tick()
+
+    ticking = asyncio.create_task(tick())
+    try:
+        return await work
+    finally:
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _open_runtime(run: OpenRun) -> AsyncIterator[Runtime]:
+    """The runtime of the run; on exit it is closed, and its workers with it."""
+    runtime = build_runtime(run.config.runtime, run.layout.logs)
+    runtime = with_handshake(runtime, run.config, run.layout)
+    try:
+        yield runtime
     finally:
         await runtime.close()
 
 
-def _session(
-    config: RunConfig, prepared: Prepared, layout: RunLayout, view: View, go_on: str
-) -> Ending:
-    """Hold the run's ledger and drive the run; the view is closed whatever happens."""
+@contextmanager
+def _open_run(
+    config: RunConfig,
+    inputs: RunInputs,
+    layout: RunLayout,
+    view: View,
+    callbacks: Sequence[Callback],
+    go_on: str,
+) -> Iterator[OpenRun]:
+    """Open the ledger, the monitor and the store of artifacts; on exit close them and the view."""
     try:
         with Ledger(layout.ledger_db) as ledger:
-            layout.sweep()
+            layout.remove_temporary()
             trackers = build_trackers(config.observe.trackers, layout.root / "trackers")
-            teachers = [prompt.teacher for prompt in prepared.prompts] if config.teachers else []
-            monitor = Monitor(config, layout, view, trackers, teachers)
-            for note in prepared.notes:
-                monitor.message(note)
+            teachers = [prompt.teacher for prompt in inputs.prompts] if config.teachers else []
+            monitor = Monitor(config, layout, view, trackers, teachers, callbacks)
             try:
-                return asyncio.run(_drive(config, prepared, layout, ledger, monitor))
+                for note in (*inputs.notes, *inputs.remarks):
+                    monitor.message(note)
+                artifacts = open_artifacts(config, layout, ledger)
+                models = recorded_models(config, layout)
+                yield OpenRun(config, inputs, layout, ledger, monitor, artifacts, models)
             except asyncio.CancelledError:
-                raise RunError(f"stopped at once: go on with {go_on}") from None
+                raise RunError(f"stopped without saving: resume with {go_on}") from None
+            except KeyboardInterrupt:  # before there was a controller to drain and save
+                monitor.message(f"interrupted before the work began: resume with {go_on}")
+                raise
             finally:
                 monitor.close()
-                # Workers have ended: what those that were killed left half written goes too, or
-                # when the run is resumed, if the disk is what ended it.
+                # Remove half-written files of killed workers. On a full disk this may fail too;
+                # the next resume does it again.
                 with suppress(RunError):
-                    layout.sweep()
+                    layout.remove_temporary()
     finally:
         view.close()
-
-
-def _outside_loops(work: Callable[[], T]) -> T:
-    """Do `work` here, or in a thread of its own where an event loop is running (notebooks)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return work()
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
-
-
-@contextmanager
-def _signals(controller: Controller) -> Iterator[None]:
-    """The first SIGINT or SIGTERM drains and saves, the second stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, main, caught = asyncio.get_running_loop(), asyncio.current_task(), False
-
-    def stop() -> None:
-        nonlocal caught
-        if caught and main is not None:
-            main.cancel()
-        caught = True
-        controller.interrupt()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def _conclude(
     config: RunConfig, layout: RunLayout, ending: Ending, go_on: str, *, was_done: bool = False
 ) -> RunResult:
-    """What there is now; of a run that was done before, nothing is written anew."""
-    data = tell(layout, config)
-    if was_done:
-        report = layout.report_html if layout.report_html.exists() else None
-    else:
-        report = write_report(config, layout, data) if config.observe.report else None
+    """Summarise the run and write its report, unless a finished run has one already."""
+    data = summarize(layout, config, tokenizer=config.student)
+    report = layout.report_html if was_done and has_report(layout) else None
+    if report is None and config.observe.report:
+        report = write_report(config, layout, data)
     return RunResult(
         directory=layout.root,
         is_done=ending.is_done,
@@ -202,13 +215,3 @@ def _conclude(
         go_on=go_on,
         was_done=was_done,
     )
-
-
-def write_report(config: RunConfig, layout: RunLayout, data: ReportData) -> Path:
-    """Write `report.html`, and `trace.json` for Perfetto; returns the report's path."""
-    if config.observe.trace:
-        with suppress(FileNotFoundError):
-            export_perfetto(layout.trace_jsonl, layout.trace_json)
-    page = build_report(data).encode()
-    write_atomic(layout.report_html, lambda file: file.write(page))
-    return layout.report_html

@@ -1,51 +1,91 @@
 """Looks over a run before it is started: config, models, data, memory, servers.
 
-Promises: one line a check, each failure with its remedy, and none hides another; nothing is
-started, written or changed, here or on a server (at `runtime.shared` a small object is put, and
-removed at once). What passes here can still fail later: sizes are estimates.
+Promises: one line a check, each failure with its remedy, and none hides another. The first lines
+are the checks of `npd run` (`npd.control.preflight`), in its order; the rest is looked at here
+only. Nothing is started, written or changed, here or on a server (at `runtime.shared` a small
+object is put, and removed at once). Where all else is sound the models are loaded, write eight
+tokens and read them. What passes here can still fail later: sizes are estimates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from npd.config import RunConfig
-from npd.doctor.checks import Check, fail, ok
-from npd.errors import NpdError
+from npd.environment import too_old, untested
+from npd.errors import ConfigError
+from npd.text import counted
+from npd.types import Check
 
-__all__ = ["Check", "examine"]
+__all__ = ["examine", "summary", "to_json"]
 
 
 def examine(source: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
     """Every check of a config, in the order in which a run would stumble over them."""
-    from npd.settings import load_config
+    from npd.config.load import load_config
 
     try:
-        config = load_config(source, overrides).config
-    except NpdError as error:
-        yield fail("config", str(error))
+        settings = load_config(source, overrides)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Check.fail("config", problem)
         return
-    yield ok("config", f"{source} resolves; the run is kept in {config.directory}")
+    config = settings.config
+    yield Check.ok("config", f"{source} resolves; the run is kept in {config.directory}")
+    yield from (Check.ok("config", note) for note in settings.notes)
     yield from _examine(config)
 
 
 def _examine(config: RunConfig) -> Iterator[Check]:
-    from npd.doctor.gpus import rank_checks
-    from npd.doctor.inputs import input_checks, run_directory_checks
-    from npd.doctor.launches import launch_checks
-    from npd.doctor.memory import memory_checks
-    from npd.doctor.reach import server_checks
-    from npd.doctor.served import served_checks
+    from npd.control.preflight import Preflight, Start
+    from npd.doctor.forecast import disk_checks, forecast_checks
+    from npd.doctor.hardware import memory_checks, rank_checks
+    from npd.doctor.servers import launch_checks, server_checks, setting_checks
+    from npd.doctor.trial import trial_checks
 
-    sound = set()
-    for check in input_checks(config):
-        yield check
-        if check.status != "FAIL":
-            sound.add(check.what)
-    yield from run_directory_checks(config)
-    yield from rank_checks(config)
-    if "student" in sound:
-        yield from memory_checks(config)
-    yield from served_checks(config)
-    yield from launch_checks(config)
-    yield from server_checks(config, sound)
+    yield from _version_checks()
+    preflight = Preflight(config, start=Start())
+    yield from preflight.checks()
+    failed = preflight.failed
+    if preflight.inputs is not None:
+        yield from forecast_checks(config, preflight.inputs)
+    if "run directory" not in failed:
+        yield from disk_checks(config)
+    if "device" not in failed:
+        yield from rank_checks(config)
+        if "weights: student" not in failed:
+            yield from memory_checks(config)
+    yield from setting_checks(config)
+    yield from launch_checks(config, failed)
+    yield from server_checks(config, failed)
+    if not failed:
+        yield from trial_checks(config)
+
+
+def _version_checks() -> Iterator[Check]:
+    """Libraries that are too old, or newer than any that npd was tested with."""
+    old, new = too_old(), untested()
+    yield from (Check.fail("versions", line) for line in old)
+    yield from (Check.warn("versions", line) for line in new)
+    if not old and not new:
+        says = "no library is older than npd needs, or newer than it was tested with"
+        yield Check.ok("versions", says)
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """The last line: `2 of 14 checks failed, 1 warning`."""
+    failed, warned = (sum(c.status == status for c in checks) for status in ("FAIL", "warn"))
+    warnings = f", {counted(warned, 'warning')}" if warned else ""
+    checked = counted(len(checks), "check")
+    if failed:
+        return f"{failed} of {checked} failed{warnings}"
+    return f"nothing failed in {checked}{warnings}"
+
+
+def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """The checks as plain JSON values."""
+    return {
+        "failed": sum(check.status == "FAIL" for check in checks),
+        "checks": [{"status": c.status, "what": c.what, "says": c.says} for c in checks],
+    }

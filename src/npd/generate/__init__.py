@@ -1,8 +1,7 @@
-"""Who writes the responses: the student's snapshot, the teacher, or the data with its own text."""
+"""Generation of responses by the student's snapshot or the teacher, or from the data set."""
 
 from __future__ import annotations
 
-from npd.generate.base import Generator, build_generator
-from npd.generate.teachers import TeachersGenerator
+from npd.generate.base import Generator, TeachersGenerator, build_generator
 
 __all__ = ["Generator", "TeachersGenerator", "build_generator"]

@@ -1,39 +1,41 @@
-"""What a generator is: asks in, rollouts out, one policy version at a time.
+"""The generator protocol: requests in, rollouts out, one policy version at a time.
 
-Promises of every implementation (one contract suite runs over all): rollouts come back in the
-order of the asks, each response has at least one token, and a sample's randomness is decided by
-its seed alone (where the engine is a server: as far as that keeps to it). `build_generator`
-imports only the implementation a config asks for. Does not score, store or filter.
+Every implementation promises (one contract suite checks them all): rollouts are in the order of the
+requests, each response has at least one token, and a sample's randomness depends on its seed alone
+(with a server, as far as the server honours the seed). `build_generator` imports only the
+implementation that the config names. Does not score, store or filter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from npd.config import GenerateConfig
-from npd.types import Ask, Failed, Rollout
+from npd.errors import DataError
+from npd.types import Failed, FinishReason, Rollout, SampleRequest
 
 if TYPE_CHECKING:
-    from npd.generate.served import Surroundings
+    from npd.generate.served import ServingContext
 
 
 class Generator(Protocol):
-    """Writes one response per ask with the snapshot it holds."""
+    """Generates one response per request with the loaded snapshot."""
 
     @property
     def version(self) -> int | None:
-        """The version of the snapshot it holds; None before the first."""
+        """The version of the loaded snapshot; None before the first `load`."""
 
     def load(self, snapshot: Path, version: int) -> None:
-        """Take over the weights of `snapshot`; every later rollout carries `version`."""
+        """Load the weights of `snapshot`; later rollouts carry `version`."""
 
-    def generate(self, asks: Sequence[Ask]) -> Sequence[Rollout | Failed]:
-        """One rollout, or the reason why there is none, per ask, in the order of the asks."""
+    def generate(self, requests: Sequence[SampleRequest]) -> Sequence[Rollout | Failed]:
+        """One rollout or failure per request, in the order of the requests."""
 
     def close(self) -> None:
-        """Let go of the model; the generator cannot be used afterwards."""
+        """Free the model; no call is allowed afterwards."""
 
 
 def build_generator(
@@ -44,25 +46,23 @@ def build_generator(
     vocab_size: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    surroundings: Surroundings | None = None,
+    serving: ServingContext | None = None,
 ) -> Generator:
-    """The generator `config.source` and `config.engine` name, not yet loaded.
+    """The generator for `config.source` and `config.engine`, with no snapshot loaded.
 
-    `stop_ids` end a response, `pad_id` fills the left of shorter prompts (masked), and ids from
-    `vocab_size` on (padding of the embedding) are never sampled. `device` is `auto`, `cpu`, `cuda`.
-    `surroundings` are what a generator by servers must know of the run; others do without.
+    `stop_ids` end a response. `pad_id` fills the left of shorter prompts (masked). Ids from
+    `vocab_size` on (padding of the embedding) are never sampled. `device` is `auto`, `cpu` or
+    `cuda`. `serving` is needed for an engine on servers only.
     """
     if config.source == "dataset":
-        from npd.generate.dataset import DatasetGenerator
-
         return DatasetGenerator(config.max_new_tokens)
-    if config.engine != "transformers":
+    if config.is_served:
         from npd.generate.served import ServedGenerator
 
-        assert surroundings is not None, "a server's generator has a log and a context"
+        assert serving is not None, "generation on servers needs a serving context"
         return ServedGenerator(
             config,
-            surroundings,
+            serving,
             stop_ids=stop_ids,
             vocab_size=vocab_size,
             trust_remote_code=trust_remote_code,
@@ -77,3 +77,98 @@ def build_generator(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+class DatasetGenerator:
+    """Returns each prompt's own completion as its rollout; no model and no randomness.
+
+    The text comes from no policy: it has version 0, never goes stale and has no behaviour
+    log-probs. A completion longer than `max_new_tokens` is truncated and marked so.
+    """
+
+    def __init__(self, max_new_tokens: int) -> None:
+        self._max_new_tokens = max_new_tokens
+
+    @property
+    def version(self) -> int:
+        """Always 0, because the text comes from no policy."""
+        return 0
+
+    def load(self, snapshot: Path, version: int) -> None:
+        """A no-op, because the text does not depend on a model."""
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        """One rollout per request, in the order of the requests.
+
+        Raises:
+            DataError: a prompt has no completion.
+        """
+        return [self._rollout(request) for request in requests]
+
+    def close(self) -> None:
+        """A no-op."""
+
+    def _rollout(self, request: SampleRequest) -> Rollout:
+        prompt = request.prompt
+        if prompt.completion_ids is None or len(prompt.completion_ids) == 0:
+            raise DataError(
+                f"prompt {prompt.index} has no completion, but generate.source dataset trains on "
+                "completions: add a `completion` column (or name yours in data.columns), or set "
+                "generate.source to student or teacher"
+            )
+        is_cut = len(prompt.completion_ids) > self._max_new_tokens
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_index=prompt.index,
+            version=0,
+            prompt_ids=prompt.prompt_ids,
+            header_ids=prompt.header_ids,
+            response_ids=prompt.completion_ids[: self._max_new_tokens],
+            logprobs=None,
+            finish=FinishReason.LENGTH if is_cut else FinishReason.STOP,
+            seed=request.seed,
+            teacher=prompt.teacher,
+        )
+
+
+class TeachersGenerator:
+    """A Generator over several teachers; each prompt's own teacher responds to it.
+
+    `build` returns a teacher's generator with the model loaded; it is called once per teacher, at
+    the first request. Responses are those of each teacher alone. The text comes from no policy: it
+    has version 0 and never goes stale.
+    """
+
+    def __init__(self, build: Callable[[str], Generator]) -> None:
+        self._build = build
+        self._generators: dict[str, Generator] = {}
+
+    @property
+    def version(self) -> int:
+        """Always 0, because the text comes from no policy."""
+        return 0
+
+    def load(self, snapshot: Path, version: int) -> None:
+        """A no-op, because teachers do not change."""
+
+    def open(self, name: str) -> Generator:
+        """The generator of the teacher `name`, built at the first call."""
+        if name not in self._generators:
+            self._generators[name] = self._build(name)
+        return self._generators[name]
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
+        """One rollout or failure per request, in the order of the requests."""
+        found: dict[int, Rollout | Failed] = {}
+        for name in sorted({request.prompt.teacher for request in requests}):
+            own = [request for request in requests if request.prompt.teacher == name]
+            results = self.open(name).generate(own)
+            found |= {request.sample_id: item for request, item in zip(own, results, strict=True)}
+        return [found[request.sample_id] for request in requests]
+
+    def close(self) -> None:
+        """Close the generators of all teachers."""
+        with ExitStack() as stack:
+            for generator in self._generators.values():
+                stack.callback(generator.close)
+            self._generators = {}

@@ -1,62 +1,67 @@
-"""The decode loop: rows of tokens that grow together, each given to the next ask when it is done.
+"""The decode loop: a batch of rows, in which the next request takes over each finished row.
 
-Promises: a sample depends on its seed and prompt, not on the rows beside it or on when it joined
-them (one uniform a token from its own stream, up to float noise); a prompt that several samples
-share is read once. Knows nothing of snapshots or of text.
+Promises: a sample depends on its seed and prompt only, not on other rows or on when it joined the
+batch (to float noise), because each token uses one uniform from the sample's own stream. A prompt
+that several samples share is prefilled once. Does not load snapshots or tokenise.
 
 Dimensions: B rows, V model vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from npd.attention import check_rotation
 from npd.errors import RunError
-from npd.generate.cache import build_cache
+from npd.generate.kv_cache import build_cache
 from npd.generate.sampling import Sampling, choose
-from npd.types import Ask, FinishReason, Rollout
+from npd.models.packed_attention import check_plain, check_rotation
+from npd.types import FinishReason, Rollout, SampleRequest
 
-# Reading the prompts of new rows, and dropping rows when no ask is left, cost about a step each:
-# wait until an eighth of the rows is done. A batch of 8 or fewer does it at once.
+# A prefill for new rows, or a removal of finished ones, costs about a decode step, so both wait
+# until an eighth of the rows is finished. A batch of 8 or fewer does not wait.
 _DONE_SHARE = 0.125
 
 
 class Draft:
-    """The response to one ask while it grows, to at most `limit` tokens."""
+    """The growing response to one request, of at most `limit` tokens."""
 
-    def __init__(self, ask: Ask, limit: int) -> None:
-        self.ask, self.limit = ask, limit
-        self.key = ask.prompt.prompt_ids.astype(np.int32).tobytes()
+    def __init__(self, request: SampleRequest, limit: int) -> None:
+        self.request, self.limit = request, limit
+        self.key = request.prompt.prompt_ids.astype(np.int32).tobytes()
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish = FinishReason.LENGTH
-        self._stream = np.random.Generator(np.random.Philox(key=ask.seed % 2**64))
+        self._stream = np.random.Generator(np.random.Philox(key=request.seed % 2**64))
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the response has ended."""
         return self.finish is FinishReason.STOP or len(self.ids) >= self.limit
 
     def uniform(self) -> float:
-        """The random number, in [0, 1), that decides its next token."""
+        """The random number in [0, 1) for the next token."""
         return self._stream.random()
 
     def add(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
-        """Append a token. Raises RunError where its log-prob is not finite."""
+        """Append a token. Raises RunError if its log-prob is not finite."""
         if not math.isfinite(logprob):
             raise RunError(
                 f"the model gives non-finite logits at response token {len(self.ids)} of sample "
-                f"{self.ask.sample_id} (prompt {self.ask.prompt.index}): its weights are damaged; "
-                "go back to an earlier checkpoint and lower train.lr, or set generate.dtype float32"
+                f"{self.request.sample_id} (prompt {self.request.prompt.index}): its weights are "
+                "damaged; go back to an earlier checkpoint and lower train.lr, or set "
+                "generate.dtype: float32"
             )
         self.ids.append(token)
         self.logprobs.append(logprob)
@@ -64,28 +69,35 @@ class Draft:
             self.finish = FinishReason.STOP
 
     def rollout(self, version: int, with_logprobs: bool) -> Rollout:
-        """The response as it leaves the room."""
-        ask = self.ask
+        """The finished response as a rollout."""
+        request = self.request
         return Rollout(
-            sample_id=ask.sample_id,
-            prompt_index=ask.prompt.index,
+            sample_id=request.sample_id,
+            prompt_index=request.prompt.index,
             version=version,
-            prompt_ids=ask.prompt.prompt_ids,
-            header_ids=ask.prompt.header_ids,
+            prompt_ids=request.prompt.prompt_ids,
+            header_ids=request.prompt.header_ids,
             response_ids=np.array(self.ids, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32) if with_logprobs else None,
             finish=self.finish,
-            seed=ask.seed,
-            teacher=ask.prompt.teacher,
+            seed=request.seed,
+            teacher=request.prompt.teacher,
         )
+
+
+def cache_name(model: Any) -> str:
+    """The name of the cache argument of `forward`; newer releases of transformers use `cache`."""
+    known = inspect.signature(model.forward).parameters
+    is_new = "cache" in known and "past_key_values" not in known
+    return "cache" if is_new else "past_key_values"
 
 
 @torch.inference_mode()
 def decode(model: Any, drafts: Sequence[Draft], sampling: Sampling) -> None:
-    """Write every draft to its end; the first to start are those with the longest prompts."""
-    longest = max(len(draft.ask.prompt.prompt_ids) + draft.limit for draft in drafts)
+    """Complete every draft, starting with the longest prompts."""
+    longest = max(len(draft.request.prompt.prompt_ids) + draft.limit for draft in drafts)
     check_rotation(model.config.get_text_config(), longest)
-    # Later prompts are then never longer than the places in use. Equal prompts are neighbours.
+    # With this order a later prompt always fits the columns in use, and equal prompts are adjacent.
     order = sorted(drafts, key=lambda draft: (-len(draft.key), draft.key))
     rows = _Rows(model, order, sampling)
     while rows.fill():
@@ -94,9 +106,9 @@ def decode(model: Any, drafts: Sequence[Draft], sampling: Sampling) -> None:
 
 @dataclass(slots=True)
 class _Prompts:
-    """Prompts that were read: their cache, and logits [n, V] of the first token of a response.
+    """Prefilled prompts: their cache, and the logits [n, V] of each response's first token.
 
-    `drafts` begin with them and wait for a row, each with the place of its prompt among the n.
+    `drafts` are waiting for a row, each with the index of its prompt among the n.
     """
 
     cache: Any
@@ -105,13 +117,14 @@ class _Prompts:
 
 
 class _Rows:
-    """The rows decoded together. `pads` [B]: the place where each row's prompt begins."""
+    """The batch of rows. `pads` [B] are the columns at which the rows' prompts begin."""
 
     def __init__(self, model: Any, drafts: Sequence[Draft], sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
+        self._cache_name = cache_name(model)
         self._waiting = deque(drafts)
         self._ready: _Prompts | None = None
-        self._width = max(len(draft.ask.prompt.prompt_ids) for draft in drafts)
+        self._width = max(len(draft.request.prompt.prompt_ids) for draft in drafts)
         num_rows = min(sampling.batch_size, len(drafts))
         self._cache, num_rows = build_cache(model.config, num_rows, self._width)
         self._drafts: list[Draft | None] = [None] * num_rows
@@ -119,7 +132,7 @@ class _Rows:
         self._inputs = torch.zeros(num_rows, 1, dtype=torch.long, device=model.device)
 
     def fill(self) -> bool:
-        """Give rows that are done to drafts that wait, or drop them; False when all is written."""
+        """Assign finished rows to waiting drafts, or drop them; False if all drafts are done."""
         while True:
             live = self._live()
             num_done = len(self._drafts) - len(live)
@@ -132,44 +145,44 @@ class _Rows:
             self._admit(sorted(set(range(len(self._drafts))) - set(live)))
 
     def step(self) -> None:
-        """Write one more token of every row."""
+        """Decode one token in every row."""
         cache, live = self._cache, self._live()
         cache.start = int(self._pads[live].min())
         if cache.is_full:
-            self._move(None)
-        # Rows that are done see themselves only: they may be past the places that the model has.
+            self._compact(None)
+        # A finished row attends only to its current column, because it may exceed the context.
         pads = torch.full_like(self._pads, cache.end)
         pads[live] = self._pads[live]
         seen = torch.arange(cache.start, cache.end + 1) >= pads[:, None]
         logits = self._forward(self._inputs, seen, (cache.end - pads)[:, None], cache.model_cache)
         cache.advance()
-        self._take(range(len(self._drafts)), logits)
+        self._append(range(len(self._drafts)), logits)
 
     def _live(self) -> list[int]:
         return [row for row, draft in enumerate(self._drafts) if draft and not draft.is_done]
 
     def _admit(self, rows: list[int]) -> None:
-        """Start drafts that wait in `rows`, as far as there are any."""
+        """Start waiting drafts in `rows`, as long as there are any."""
         while rows and (self._ready or self._waiting):
-            ready = self._ready or self._read(len(rows))
+            ready = self._ready or self._prefill(len(rows))
             started = [ready.drafts.popleft() for _ in range(min(len(rows), len(ready.drafts)))]
-            which = [place for _, place in started]
+            which = [index for _, index in started]
             taken, rows = rows[: len(started)], rows[len(started) :]
             self._cache.put(ready.cache, which, taken, is_last=not ready.drafts)
             for row, (draft, _) in zip(taken, started, strict=True):
                 self._drafts[row] = draft
-                self._pads[row] = self._cache.end - len(draft.ask.prompt.prompt_ids)
-            self._take(taken, ready.logits[which])
+                self._pads[row] = self._cache.end - len(draft.request.prompt.prompt_ids)
+            self._append(taken, ready.logits[which])
             self._ready = ready if ready.drafts else None
 
-    def _read(self, count: int) -> _Prompts:
-        """Feed the prompts of the next `count` drafts; all that share them are ready then."""
-        places: dict[bytes, int] = {}
+    def _prefill(self, count: int) -> _Prompts:
+        """Prefill the prompts of the next `count` drafts and of later drafts with the same ones."""
+        indices: dict[bytes, int] = {}
         drafts: deque[tuple[Draft, int]] = deque()
-        while self._waiting and (len(drafts) < count or self._waiting[0].key in places):
+        while self._waiting and (len(drafts) < count or self._waiting[0].key in indices):
             draft = self._waiting.popleft()
-            drafts.append((draft, places.setdefault(draft.key, len(places))))
-        prompts = [np.frombuffer(key, np.int32) for key in places]
+            drafts.append((draft, indices.setdefault(draft.key, len(indices))))
+        prompts = [np.frombuffer(key, np.int32) for key in indices]
         width = len(prompts[0])
         ids = np.full((len(prompts), width), self._sampling.pad_id, dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -182,23 +195,23 @@ class _Rows:
         return _Prompts(cache, logits, drafts)
 
     def _forward(self, inputs: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Float32 logits [B, V] of the next token; `seen` [B, places] is false on padding."""
+        """Float32 logits [B, V] of the next token; `seen` [B, columns] is false on padding."""
         device = inputs.device
         out = self._model(
             input_ids=inputs,
-            # Attention without a mask is the faster path.
+            # Attention is faster without a mask.
             attention_mask=None if bool(seen.all()) else seen.long().to(device),
             position_ids=positions.to(device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: cache},
         )
         logits = out.logits[:, -1].float()
         assert isinstance(logits, Tensor)
         return logits
 
-    def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Choose the next token of `rows` from their logits; rows that are done go on unread."""
+    def _append(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Choose the next token of `rows` from their logits; ignores tokens of finished rows."""
         drafts = [draft for draft in (self._drafts[row] for row in rows) if draft]
         uniforms = torch.tensor([draft.uniform() for draft in drafts], dtype=torch.float64)
         ids, logprobs = choose(logits, uniforms.to(logits.device), self._sampling)
@@ -208,16 +221,110 @@ class _Rows:
         self._inputs[torch.tensor(rows), 0] = ids
 
     def _drop(self, live: list[int]) -> None:
-        """Go on with `live` rows only."""
+        """Keep only the `live` rows."""
         self._drafts = [self._drafts[row] for row in live]
         self._inputs, self._pads = self._inputs[live], self._pads[live]
-        self._move(live)
+        self._compact(live)
 
-    def _move(self, rows: list[int] | None) -> None:
-        """Move the cache to the left, to where the oldest live row begins."""
+    def _compact(self, rows: list[int] | None) -> None:
+        """Keep `rows` (None: all) and discard columns to the left of every live row."""
         end = self._cache.end
         start = int(self._pads[self._live()].min())
         length = max(end - start, self._width)
         self._cache.start = start
-        self._cache.move(rows, length)
+        self._cache.keep(rows, length)
         self._pads = (self._pads - (end - length)).clamp(min=0)
+
+
+# Attention for decoding.
+
+_ATTENTION = "npd_decode"
+
+
+@contextmanager
+def decode_attention(model: Any) -> Iterator[None]:
+    """Use the decoding attention in `model` within the block, in place of its own attention.
+
+    Models with eager attention keep it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    before = model.config._attn_implementation
+    # Eager is the user's choice, or the only attention of the architecture.
+    if before == "eager":
+        yield
+        return
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        with without_cudnn_attention():
+            yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _Blocks:
+    """The number of open blocks in all threads, and cuDNN's setting before the first of them."""
+
+    lock, count, was_on = Lock(), 0, True
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Disable cuDNN in SDPA, process-wide, until the last such block of any thread ends.
+
+    On newer GPUs SDPA prefers cuDNN, which builds a plan for each shape. In decoding every token
+    has a new shape. The other kernels need no plan.
+    """
+    cuda = torch.backends.cuda
+    with _Blocks.lock:
+        if _Blocks.count == 0:
+            _Blocks.was_on = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            cuda.enable_cudnn_sdp(False)
+        _Blocks.count += 1
+    try:
+        yield
+    finally:
+        with _Blocks.lock:
+            _Blocks.count -= 1
+            if _Blocks.count == 0:
+                cuda.enable_cudnn_sdp(_Blocks.was_on)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention [B, Q, Hq, D] of query [B, Hq, Q, D], key and value [B, Hkv, T, D].
+
+    The mask is [B, 1, Q, T] or None. Results equal transformers' SDPA path (to float noise). In the
+    one-token step of grouped-query models, the query heads that share a key become one longer
+    query, so that no key is copied; that halves a decode step on CPU. All other steps use
+    transformers' own path.
+
+    Raises:
+        UnsupportedAttentionError: the layer has features that SDPA lacks.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    check_plain({name: kwargs.get(name) for name in ("softcap", "s_aux")})
+    num_rows, num_heads, num_queries, size = query.shape
+    num_shared = key.shape[1]
+    if num_queries > 1 or num_shared == num_heads or kwargs.get("position_bias") is not None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
+    grouped = query.reshape(num_rows, num_shared, num_heads // num_shared, size)
+    out = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(num_rows, 1, num_heads, value.shape[-1]), None

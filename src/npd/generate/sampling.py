@@ -1,6 +1,6 @@
-"""From logits to tokens: greedy, temperature and top-p by inverse CDF of one uniform a token.
+"""Sampling from logits: greedy, temperature and top-p, by inverse CDF of one uniform per token.
 
-Pure functions of their arguments: no random state. Does not know models or prompts.
+Pure functions of their arguments, without random state. Independent of models and prompts.
 
 Dimensions: B rows, V model vocabulary.
 """
@@ -18,10 +18,11 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are drawn and when they end.
+    """Sampling parameters and end conditions of responses.
 
-    `temperature` 0 is greedy. Ids of `vocab_size` and above (padding of the embedding) are never
-    chosen; None allows all. `pad_id` only fills masked places. An empty `stop_ids` never stops.
+    `temperature` 0 is greedy. Ids from `vocab_size` on (padding of the embedding) are never chosen;
+    None allows all. `pad_id` fills masked positions only. With no `stop_ids` only the length limit
+    ends a response.
     """
 
     max_new_tokens: int
@@ -36,9 +37,8 @@ class Sampling:
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token of each row [B] and its log-prob [B] in nats.
 
-    The log-prob is that of the untempered softmax over all V ids, so that it can be compared with
-    what a plain forward pass gives, whatever temperature and top-p drew the token. It is NaN where
-    the row's logits are not finite.
+    The log-prob is from the untempered softmax over all V ids, so it equals the log-prob of a plain
+    forward pass at any temperature and top-p. It is NaN if the row's logits are not finite.
     """
     allowed = logits_BV[:, : sampling.vocab_size]
     if sampling.temperature == 0.0:
@@ -60,7 +60,7 @@ def _tempered(logits_BV: Tensor, temperature: float) -> Tensor:
 
 
 def nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """`probs` with 0 for all but the fewest, most probable ids that hold `top_p`; not rescaled."""
+    """`probs`, zeroed outside the smallest set of top ids with mass `top_p`; not renormalised."""
     ranked, order = probs_BV.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     keep = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before < top_p)
@@ -68,10 +68,11 @@ def nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
 
 
 def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """The ids [B] where the cumulated `weights` (any positive sum) first exceed `uniforms` of it.
+    """The ids [B] at which the cumulative `weights` first exceed `uniforms` times their sum.
 
-    Ids of weight 0 are never drawn. `uniforms` [B] are float64 in [0, 1). Cumulates over blocks of
-    ids and then within one block: a fifth of the time of one sum over a large vocabulary.
+    The sum may be any positive number. Ids of weight 0 are never chosen. `uniforms` [B] are float64
+    in [0, 1). Sums over blocks of ids and then within one block, which takes a fifth of the time of
+    one cumulative sum over a large vocabulary.
     """
     num_rows, vocab_size = weights_BV.shape
     blocks = F.pad(weights_BV, (0, -vocab_size % _BLOCK)).view(num_rows, -1, _BLOCK)
@@ -82,11 +83,12 @@ def inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row, where the cumulated weights first exceed `target`, and what is left of it there."""
-    # float64: over many ids a float32 sum would lose the tail.
+    """Per row, the index at which the cumulative weights first exceed `target`, and `target` less
+    the sum before that index."""
+    # float64, because a float32 sum over many ids loses the tail.
     cumulated = weights.cumsum(-1, dtype=torch.float64)
     total = cumulated[:, -1]
-    # Rounding may carry the target up to the total itself, which no id exceeds.
+    # Rounding may make the target equal the total, which no cumulative sum exceeds.
     target = torch.minimum(target.clamp(min=0.0), torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulated, target[:, None], right=True)
     index = index.clamp(max=weights.shape[-1] - 1)

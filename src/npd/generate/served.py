@@ -1,11 +1,11 @@
-"""Generation by servers: asks spread over them, snapshots loaded in place, and each load proven.
+"""Generation on servers: distributes requests, and loads snapshots into the servers in place.
 
-Promises: a rollout carries the version that really wrote it, token by token where a refresh fell in
-its middle; none comes of a server whose weights were not proven, or that was given other weights
-since. One ask of many that a server refuses fails alone. Does not tokenise or score.
+Promises: a rollout carries the policy version of each token, even if a refresh interrupted it. It
+comes from servers with verified weights only. A request that a server refuses does not affect other
+requests. Does not tokenise or score.
 
-Waits for: the servers, and (`in_flight` abort or mix) a newer snapshot. Unblocked by: answers,
-their time limits, the run's LATEST pointer.
+Consumes: requests and snapshots. Produces: rollouts. Waits for: the servers, and with `in_flight`
+mix a newer snapshot. Unblocked by: responses, their time limits, the run's LATEST pointer.
 """
 
 from __future__ import annotations
@@ -14,150 +14,187 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
 
 from npd.config import GenerateConfig
-from npd.generate.held import Held
-from npd.generate.holding import Holding
-from npd.generate.writing import InFlight, Writing
-from npd.servers.base import SamplingSettings
-from npd.servers.pool import ServerPool
-from npd.types import Ask, Failed, Rollout
+from npd.engines import EngineServer, Refused, Unavailable
+from npd.engines.base import Completion, SamplingSettings
+from npd.engines.pool import ServerPool
+from npd.engines.server_process import ServerSpec, generator_spec
+from npd.engines.verify_weights import ServedSnapshot, StaleWeights, check_untempered
+from npd.engines.weight_sync import WeightSync
+from npd.errors import WorkerLostError
+from npd.models.metadata import model_settings
+from npd.types import Failed, FinishReason, Rollout, SampleRequest
 
 T = TypeVar("T")
-# How often a generator looks for a newer snapshot: a refresh is rare, and takes seconds.
+# Interval between checks for a newer snapshot. A refresh is rare, and takes seconds.
 _LOOK_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a served generator is told of its run.
+class ServingContext:
+    """The run's side of a served generator.
 
-    `log` is its server's log file, `context` the longest sample in tokens. `newest` gives the
-    newest published snapshot; it is asked for unless `in_flight` is `finish`. `tell` takes what a
-    person should hear: each refresh with its proof, and what was done about a failed one. `run`
-    marks what is loaded as this run's, `probes` is where the probes of its snapshots are kept.
+    `log` is the log file of a launched server, `context` the longest sample in tokens. `newest`
+    returns the newest published snapshot; it is not called if `in_flight` is `finish`. `notify` is
+    called with one line for each verified server and each failed refresh. `run` identifies the
+    run's snapshots on the servers. `fingerprints` is the directory for their fingerprints.
     """
 
     log: Path
     context: int
     in_flight: InFlight = "finish"
     newest: Callable[[], tuple[Path, int] | None] = lambda: None
-    tell: Callable[[str], None] = _log.info
+    notify: Callable[[str], None] = _log.info
     run: str = ""
-    probes: Path | None = None
+    fingerprints: Path | None = None
 
 
 class ServedGenerator:
-    """Writes by the servers of a config; `version` is the one they hold."""
+    """A Generator on the servers of a config."""
 
     def __init__(
         self,
         config: GenerateConfig,
-        surroundings: Surroundings,
+        context: ServingContext,
         *,
         stop_ids: Iterable[int],
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._config, self._around = config, surroundings
+        self._config, self._context = config, context
+        self._trust_remote_code = trust_remote_code
         self._pool = ServerPool(
-            config.engine, config, log=surroundings.log, refresh_timeout=config.refresh_timeout
+            config.engine, config, log=context.log, refresh_timeout=config.refresh_timeout
         )
-        self._holding = Holding(
+        self._weights = WeightSync(
             config,
-            context=surroundings.context,
             trust_remote_code=trust_remote_code,
-            run=surroundings.run,
-            past=surroundings.probes,
-            tell=surroundings.tell,
+            run=context.run,
+            fingerprints=context.fingerprints,
+            notify=context.notify,
         )
         self._stop_ids, self._vocab_size = tuple(sorted(stop_ids)), vocab_size
+        # Rows of the model's embedding, including padding; 0 if its config does not say.
+        self._model_vocabulary = 0
         self._is_student = config.source == "student"
         self._runner = asyncio.Runner()
 
     @property
     def version(self) -> int | None:
-        """The version the servers hold; None before the first load."""
-        return None if self._holding.held is None else self._holding.held.version
+        """The version on the servers; None before the first `load`."""
+        return None if self._weights.served is None else self._weights.served.version
 
     def load(self, snapshot: Path, version: int) -> None:
-        """Have every server hold `snapshot`, and prove it.
+        """Load `snapshot` into every server, and verify it.
 
         Raises:
-            StaleWeights: a server does not hold it.
-            ConfigError, RunError: a server cannot be started, reached, or given weights.
-            WorkerLostError: our server ended or hangs.
+            StaleWeights: a server does not serve the snapshot.
+            ConfigError, RunError: a server cannot be started, reached or updated.
+            WorkerLostError: our server exited or hangs.
         """
         self._run(self._load(snapshot, version))
 
-    def generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
-        """One rollout, or the reason why there is none, per ask, in the order of the asks.
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
+        """One rollout or failure per request, in the order of the requests.
 
         Raises:
-            WorkerLostError: our server ended or hangs, or one no longer holds what it was given.
-            RunError: no server answers; or, in a refresh, as `load`.
+            WorkerLostError: our server exited or hangs, or a server lost its weights.
+            RunError: no server responds, or a refresh failed (see `load`).
         """
-        assert self._holding.held is not None, "generate() needs a snapshot: call load() first"
-        return self._run(self._generate(asks)) if asks else []
+        assert self._weights.served is not None, "generate() needs a snapshot: call load() first"
+        return self._run(self._generate(requests)) if requests else []
 
     def close(self) -> None:
-        """End our server, let go of others."""
+        """Stop our server, or disconnect from the servers at `urls`."""
         self._run(self._pool.close())
         self._runner.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
 
-    async def _load(self, snapshot: Path, version: int) -> None:
-        held = self._holding.held
-        if held is not None and (held.snapshot, held.version) == (snapshot, version):
-            return
-        await self._hand_over(await self._describe(snapshot, version))
+    async def _load(self, path: Path, version: int) -> None:
+        served = self._weights.served
+        if served is None or (served.path, served.version) != (path, version):
+            await self._update(await self._prepare(path, version))
 
-    async def _describe(self, snapshot: Path, version: int) -> Held:
-        return await self._holding.describe(snapshot, version, is_policy=self._is_student)
+    async def _prepare(self, path: Path, version: int) -> ServedSnapshot:
+        return await self._weights.prepare(path, version, is_policy=self._is_student)
 
-    async def _hand_over(self, new: Held) -> None:
-        for name, found in (await self._holding.load(self._pool, new)).items():
-            if found is not None:
-                self._around.tell(f"{name} holds snapshot v{new.version}: {found}")
-        await self._holding.check_untempered(self._pool, self._sampling())
+    async def _update(self, new: ServedSnapshot) -> None:
+        """Load `new` into every server; launches our server, and restarts it if a reload fails."""
+        pool, is_first = self._pool, not self._pool.is_open
+        if is_first:
+            await pool.open(
+                self._spec(new.path),
+                connections=self._config.batch_size,
+                admin_urls=self._config.admin_urls,
+            )
+        try:
+            await self._weights.update(pool.admins, new, is_loaded=is_first and pool.is_ours)
+        except (StaleWeights, Unavailable) as error:
+            if isinstance(error, Unavailable):
+                pool.check(error)
+            if is_first or not pool.is_ours:
+                raise
+            await self._restart(new, error)
+        for server in pool.servers:
+            await check_untempered(server, new, self._sampling(), self._config.probe_tolerance)
 
-    async def _generate(self, asks: Sequence[Ask]) -> list[Rollout | Failed]:
-        await self._holding.check(self._pool)
-        writing = Writing(self._holding, self._sampling(), self._around.in_flight, self._is_student)
-        asked = self._pool.ask(asks, writing.write, at_once=self._config.batch_size)
-        found = await _while(asked, partial(self._refresh, writing))
-        await self._holding.check(self._pool)
+    async def _restart(self, new: ServedSnapshot, error: Exception) -> None:
+        """Restart our server with `new` as its model, which needs no reload."""
+        self._context.notify(f"refresh failed, the server is restarted: {error}")
+        await self._pool.reopen(self._spec(new.path), connections=self._config.batch_size)
+        await self._weights.update(self._pool.admins, new, is_loaded=True)
+
+    def _spec(self, path: Path) -> ServerSpec:
+        self._model_vocabulary = model_settings(path).vocabulary
+        return generator_spec(self._config, path, self._context.context, self._trust_remote_code)
+
+    async def _generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
+        await self._check_weights()
+        inflight = InFlightRequests(
+            self._weights, self._sampling(), self._context.in_flight, self._is_student
+        )
+        work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.batch_size)
+        found = await _alongside(work, partial(self._refresh, inflight))
+        await self._check_weights()
         return [
-            result if isinstance(result, Rollout) else Failed(ask.sample_id, str(result))
-            for ask, result in zip(asks, found, strict=True)
+            result if isinstance(result, Rollout) else Failed(request.sample_id, str(result))
+            for request, result in zip(requests, found, strict=True)
         ]
 
-    async def _refresh(self, writing: Writing, end: asyncio.Event) -> None:
-        """Load a newer snapshot as soon as there is one, until `end`."""
-        if self._around.in_flight == "finish" or not self._is_student:
+    async def _check_weights(self) -> None:
+        """Raise WorkerLostError if a server lost its snapshot, or if our server has exited."""
+        for error in await self._weights.check(self._pool.admins):
+            self._pool.check(error)  # other unavailable servers are the scheduler's concern
+
+    async def _refresh(self, inflight: InFlightRequests, end: asyncio.Event) -> None:
+        """Load each newer snapshot as soon as it is published, until `end` is set."""
+        if self._context.in_flight == "finish" or not self._is_student:
             return
         while not await _is_set(end, _LOOK_SECONDS):
-            newest = self._around.newest()
+            newest = self._context.newest()
             if newest is not None and newest[1] > (self.version or 0):
-                new = await self._describe(*newest)  # before anybody has to wait
+                new = await self._prepare(*newest)  # before requests are interrupted
                 try:
-                    await writing.closed(self._pool.admins)
-                    await self._hand_over(new)
+                    await inflight.interrupt(self._pool.admins)
+                    await self._update(new)
                 finally:
-                    await self._pool.release()  # where only a part of them came to be paused
-                writing.open()
+                    await self._pool.resume()  # in case `interrupt` failed on some servers
+                inflight.resume()
 
     def _sampling(self) -> SamplingSettings:
         config, known = self._config, self._vocab_size
-        padding = range(known, self._holding.model_vocabulary) if known else range(0)
+        padding = range(known, self._model_vocabulary) if known else range(0)
         return SamplingSettings(
             config.max_new_tokens,
             self._stop_ids,
@@ -167,15 +204,16 @@ class ServedGenerator:
         )
 
 
-async def _while(
-    work: Coroutine[Any, Any, T], beside: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+async def _alongside(
+    work: Coroutine[Any, Any, T], background: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 ) -> T:
-    """The result of `work`, with `beside` running until its event is set; it may end what it is at.
+    """Run `work` and `background` together; returns the result of `work`.
 
-    An error of either ends both.
+    When `work` ends, the event passed to `background` is set and its current step completes. An
+    error of either cancels the other.
     """
     end = asyncio.Event()
-    main, other = asyncio.create_task(work), asyncio.create_task(beside(end))
+    main, other = asyncio.create_task(work), asyncio.create_task(background(end))
     try:
         await asyncio.wait([main, other], return_when=asyncio.FIRST_COMPLETED)
         if other.done():
@@ -191,7 +229,130 @@ async def _while(
 
 
 async def _is_set(event: asyncio.Event, seconds: float) -> bool:
-    """Whether an event is set, after so long at most."""
+    """Wait up to `seconds` for an event; whether it is set."""
     with suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), seconds)
     return event.is_set()
+
+
+# Responses that a refresh interrupts.
+
+InFlight: TypeAlias = Literal["finish", "mix"]
+# More interruptions of one response than refreshes cause; another program must pause the server.
+_MAX_INTERRUPTIONS = 64
+_POLL_SECONDS = 0.1
+_NOT_FOUND = 404
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A partial response: its pieces, each with its policy version."""
+
+    pieces: list[tuple[Completion, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.ids) for piece, _ in self.pieces)
+
+    def ids(self) -> list[int]:
+        return [int(token) for piece, _ in self.pieces for token in piece.ids]
+
+
+class InFlightRequests:
+    """The requests of one `generate` call, which refreshes may interrupt.
+
+    Promises: each token carries the version of the weights that sampled it. An interrupted response
+    continues from its tokens so far (`mix`), or restarts if another program interrupted it
+    (`finish`). Later tokens use another part of the sample's random stream. No request is sent
+    between `interrupt` and `resume`.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSync,
+        sampling: SamplingSettings,
+        in_flight: InFlight,
+        with_logprobs: bool,
+    ) -> None:
+        self._weights, self._sampling, self._in_flight = weights, sampling, in_flight
+        self._with_logprobs = with_logprobs
+        self._may_send = asyncio.Event()
+        self._may_send.set()
+        self._num_sent = 0
+
+    async def write(self, server: EngineServer, request: SampleRequest) -> Rollout:
+        """Generate the rollout of `request` on `server`. Raises Refused or Unavailable."""
+        draft = _Draft()
+        for _ in range(_MAX_INTERRUPTIONS):
+            piece, version = await self._send(server, request, draft)
+            if piece.ending == "abort" and self._in_flight != "mix":
+                draft = _Draft()
+                continue
+            if len(piece.ids):
+                draft.pieces.append((piece, version))
+            is_full = draft.num_tokens >= self._sampling.max_new_tokens
+            if piece.ending != "abort" or is_full:
+                return self._rollout(request, draft, is_stopped=piece.ending == "stop")
+        raise Unavailable(server.name, "keeps aborting responses: does another run pause it?")
+
+    async def interrupt(self, servers: Sequence[EngineServer]) -> None:
+        """Hold back new requests and abort the running ones; returns when all have ended."""
+        self._may_send.clear()
+        while True:
+            # Repeated, because a request in transit may arrive after the first pause.
+            await asyncio.gather(*(server.pause(drain=False) for server in servers))
+            if self._num_sent == 0:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def resume(self) -> None:
+        """Send requests again after `interrupt`."""
+        self._may_send.set()
+
+    async def _send(
+        self, server: EngineServer, request: SampleRequest, draft: _Draft
+    ) -> tuple[Completion, int]:
+        """Request the remaining tokens of a draft; returns the new piece and its version."""
+        await self._may_send.wait()
+        served = self._weights.served
+        assert served is not None, "requests were resumed without a snapshot on the servers"
+        done = draft.num_tokens
+        sampling = replace(self._sampling, max_new_tokens=self._sampling.max_new_tokens - done)
+        prompt = [*request.prompt.prompt_ids.tolist(), *draft.ids()]
+        # A new seed after each interruption, because the same one would repeat random numbers.
+        seed = (request.seed + 0x9E3779B97F4A7C15 * done) % 2**63
+        self._num_sent += 1
+        try:
+            piece = await server.complete(prompt, sampling, seed=seed, model=served.adapter)
+        except Refused as error:
+            if error.status == _NOT_FOUND and served.adapter is not None:
+                raise WorkerLostError(
+                    f"{server.name} no longer has the adapter {served.adapter}: it was restarted, "
+                    "so its requests are sent again"
+                ) from error
+            raise
+        finally:
+            self._num_sent -= 1
+        if not len(piece.ids) and piece.ending != "abort":
+            raise Unavailable(server.name, "returns a response without tokens")
+        return piece, served.version
+
+    def _rollout(self, request: SampleRequest, draft: _Draft, *, is_stopped: bool) -> Rollout:
+        versions = np.concatenate(
+            [np.full(len(piece.ids), version, np.int32) for piece, version in draft.pieces]
+        )
+        logprobs = np.concatenate([piece.logprobs for piece, _ in draft.pieces])
+        oldest = int(versions.min())
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_index=request.prompt.index,
+            version=oldest,
+            prompt_ids=request.prompt.prompt_ids,
+            header_ids=request.prompt.header_ids,
+            response_ids=np.concatenate([piece.ids for piece, _ in draft.pieces]),
+            logprobs=logprobs if self._with_logprobs else None,
+            finish=FinishReason.STOP if is_stopped else FinishReason.LENGTH,
+            seed=request.seed,
+            teacher=request.prompt.teacher,
+            versions=versions if versions.max() > oldest else None,
+        )

@@ -1,30 +1,43 @@
-"""In-process generation with a transformers model: snapshots in, the rollouts of `decoding` out.
+"""In-process generation with a transformers model: loads snapshots, and decodes requests.
 
-Promises: a sample depends on its seed and prompt, not on what is decoded beside it (up to float
-noise); recorded log-probs are the model's own, untempered float32 ones over its whole vocabulary.
-Does not score, tokenise, or keep anything between calls but the model.
+Promises: a sample depends on its seed and prompt only, not on other samples of the batch (to float
+noise). Recorded log-probs are untempered, in float32, over the model's full vocabulary. Does not
+score or tokenise, and keeps no state between calls except the model.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from npd.config import GenerateConfig
-from npd.errors import ModelError, StoreError
-from npd.generate.attention import decode_attention
-from npd.generate.decoding import Draft, decode
+from npd.errors import InputError, ModelError, RunError, StoreError
+from npd.generate.decoding import Draft, decode, decode_attention
 from npd.generate.sampling import Sampling
-from npd.generate.weights import Snapshot, copy_weights
-from npd.modeling import load_model, resolve_device
-from npd.types import Ask, Rollout
+from npd.models.loading import check_finite, load_model, own_code, resolve_device
+from npd.models.metadata import context_of
+from npd.models.packed_attention import UnsupportedAttentionError
+from npd.models.tensors import about
+from npd.types import EncodedPrompt, Rollout, SampleRequest
+
+# The largest difference, in nats per token, between log-probs with and without a cache that
+# rounding explains. Measured: a missing softcap on scores, 1.3 in every text; rounding in bfloat16,
+# 1.2 in one of six texts (a pruned model on rare tokens) and 0.1 in the others, hence the median.
+_DECODING_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5}
+_DECODED_LENGTHS = (6, 3, 5, 4, 6, 3)
 
 
 class TransformersGenerator:
-    """Decodes with the snapshot loaded last; `version` and `snapshot` say which that is.
+    """A Generator in this process; `snapshot` and `version` are those loaded last.
 
-    With `config.source` teacher the rollouts carry no log-probs: they are not the student's.
+    With `config.source` teacher the rollouts have no log-probs, because the student did not write
+    them.
     """
 
     def __init__(
@@ -56,7 +69,7 @@ class TransformersGenerator:
         )
 
     def load(self, snapshot: Path, version: int) -> None:
-        """Hold the weights of `snapshot`, in place where the architecture is the one held already.
+        """Load `snapshot`, in place if the loaded model has the same architecture.
 
         Raises:
             ModelError: `snapshot` is not a model directory.
@@ -65,7 +78,7 @@ class TransformersGenerator:
         from safetensors import SafetensorError
 
         model, loaded = self._model, self._loaded
-        # A load that fails half way must not leave mixed weights that could still generate.
+        # Unload first: a load that fails halfway must not leave a model with mixed weights.
         self.close()
         new = Snapshot.read(snapshot)
         try:
@@ -80,73 +93,200 @@ class TransformersGenerator:
         self._model, self._loaded = model, new
         self.snapshot, self.version = snapshot, version
 
-    def generate(self, asks: Sequence[Ask]) -> list[Rollout]:
-        """One rollout per ask, in the order of the asks, all of the version loaded last.
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        """One rollout per request, in the order of the requests.
 
         Raises:
             RunError: the model gives non-finite logits.
-            ModelError: a sample would not fit the model's context.
+            ModelError: a sample does not fit the model's context.
         """
         assert self._model is not None, "generate() needs a snapshot: call load() first"
         assert self.version is not None
         return generate_with(
             self._model,
-            asks,
+            requests,
             self._sampling,
             version=self.version,
             with_logprobs=self._is_student,
         )
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self._model = self._loaded = self.snapshot = self.version = None
 
     def _build(self, snapshot: Path) -> Any:
-        return load_model(
+        role = "student's snapshot" if self._is_student else "teacher"
+        model = load_model(
             snapshot,
+            role=role,
             dtype=self._dtype,
             device=self._device,
             packed=False,
             trust_remote_code=self._trust_remote_code,
         )
+        with about(role, snapshot):
+            check_decoding(model)
+        return model
 
 
 def generate_with(
     model: Any,
-    asks: Sequence[Ask],
+    requests: Sequence[SampleRequest],
     sampling: Sampling,
     *,
     version: int = 0,
     with_logprobs: bool = True,
     limits: Sequence[int] | None = None,
 ) -> list[Rollout]:
-    """Decode `asks` with a loaded causal LM (eval mode, packed or not), in the order of the asks.
+    """Decode `requests` with a loaded causal LM (eval mode, packed or not); rollouts in order.
 
-    Log-probs are recorded unless `with_logprobs` is off: log p(y_t) in nats at temperature 1 over
-    the model's whole vocabulary, whatever the sampling. `limits` are the most tokens of each
-    response, from 1 to `sampling.max_new_tokens`, which it is where they are not given.
+    `with_logprobs` records log p(y_t) in nats at temperature 1 over the full vocabulary, for any
+    sampling. `limits` are the token limits of the responses, each from 1 to
+    `sampling.max_new_tokens` (the default).
 
     Raises:
         RunError: the model gives non-finite logits.
-        ModelError: a sample would not fit the model's context.
+        ModelError: a sample does not fit the model's context.
     """
-    if not asks:
+    if not requests:
         return []
-    _check_context(model, max(len(ask.prompt.prompt_ids) for ask in asks), sampling)
+    _check_context(model, max(len(request.prompt.prompt_ids) for request in requests), sampling)
     if limits is None:
-        limits = [sampling.max_new_tokens] * len(asks)
-    drafts = [Draft(ask, limit) for ask, limit in zip(asks, limits, strict=True)]
+        limits = [sampling.max_new_tokens] * len(requests)
+    drafts = [Draft(request, limit) for request, limit in zip(requests, limits, strict=True)]
     with decode_attention(model):
         decode(model, drafts, sampling)
     return [draft.rollout(version, with_logprobs) for draft in drafts]
 
 
+def check_decoding(model: Any) -> None:
+    """Check on a few tokens that cached decoding has the log-probs of the architecture's own code.
+
+    Decodes a batch of prompts of different lengths, then scores each text without a cache.
+
+    Raises:
+        ModelError: the log-probs differ, or the weights are not finite.
+        RunError: the logits are not finite.
+    """
+    random, vocabulary = np.random.default_rng(0), model.config.get_text_config().vocab_size
+    ids = [random.integers(vocabulary, size=n, dtype=np.int32) for n in _DECODED_LENGTHS]
+    requests = [
+        SampleRequest(i, i, EncodedPrompt(i, prompt, prompt)) for i, prompt in enumerate(ids)
+    ]
+    sampling = Sampling(3, frozenset(), pad_id=0, temperature=0.0, top_p=1.0, batch_size=len(ids))
+    try:
+        rollouts = generate_with(model, requests, sampling)
+        apart = [_apart(model, rollout) for rollout in rollouts]
+    except UnsupportedAttentionError as error:
+        raise _refusal(model, str(error)) from error
+    except RunError:
+        check_finite(model)
+        raise
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise _refusal(model, f"cannot generate in process ({e!r:.200})") from e
+    if (nats := too_far(apart, model.dtype)) is not None:
+        raise _refusal(model, f"is {nats:.2g} nats per token off when it decodes with a cache")
+
+
+def too_far(apart: Sequence[float], dtype: torch.dtype) -> float | None:
+    """The error of decoding in nats per token if it is too large for rounding, else None.
+
+    `apart` has one difference per text. In float32 the maximum must be small. In a narrower type
+    the median must be: rounding affects single texts, a decoding error affects all of them.
+    """
+    is_exact = dtype == torch.float32
+    nats = float(np.max(apart) if is_exact else np.median(apart))
+    tolerance = _DECODING_TOLERANCE[torch.float32 if is_exact else torch.bfloat16]
+    return None if nats <= tolerance else nats  # NaN is refused as well
+
+
+def _apart(model: Any, rollout: Rollout) -> float:
+    """The mean difference, in nats per token, between log-probs with and without a cache."""
+    assert rollout.logprobs is not None
+    ids = np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int64)
+    inputs = torch.from_numpy(ids)[None].to(model.device)
+    with torch.inference_mode(), own_code(model):
+        logits = model(input_ids=inputs, use_cache=False).logits[0].float()
+    first = len(rollout.prompt_ids)
+    found = logits[first - 1 : -1].log_softmax(dim=1).gather(1, inputs[0, first:, None])
+    return float(np.abs(found[:, 0].cpu().numpy() - rollout.logprobs).mean())
+
+
+def _refusal(model: Any, what: str) -> ModelError:
+    return ModelError(
+        f"this architecture ({type(model).__name__}) {what}: set generate.engine: vllm, or choose "
+        "another model"
+    )
+
+
 def _check_context(model: Any, longest_prompt: int, sampling: Sampling) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(model.config)
     needed = longest_prompt + sampling.max_new_tokens
     if limit is not None and needed > limit:
         raise ModelError(
-            f"a prompt of {longest_prompt} tokens and {sampling.max_new_tokens} new ones do not "
-            f"fit the model's {limit} positions: lower data.max_prompt_tokens, or "
+            f"a prompt of {longest_prompt} tokens and a response of {sampling.max_new_tokens} do "
+            f"not fit the model's context of {limit}: lower data.max_prompt_tokens, or "
             "generate.max_new_tokens and eval.max_new_tokens"
         )
+
+
+# Loading a snapshot in place.
+
+# Fields of config.json that do not describe the architecture.
+_VOLATILE = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype"})
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The architecture and weight files of a model directory; no files for a hub name."""
+
+    architecture: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Snapshot:
+        """The snapshot at `path`; empty if there is no such folder."""
+        config = path / "config.json"
+        fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        architecture = {key: value for key, value in fields.items() if key not in _VOLATILE}
+        return cls(architecture, tuple(sorted(path.glob("*.safetensors"))))
+
+
+def copy_weights(model: Any, old: Snapshot, new: Snapshot) -> bool:
+    """Copy the weights of `new` into `model`, loaded from `old`; whether they fit.
+
+    Either every parameter is overwritten, or none. Does not verify checksums (the store does).
+
+    Raises:
+        safetensors.SafetensorError: a weight file cannot be read.
+    """
+    from safetensors import safe_open
+
+    if not new.files or new.architecture != old.architecture:
+        return False
+    state: dict[str, torch.Tensor] = model.state_dict()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in new.files:
+        with safe_open(file, framework="pt") as tensors:
+            names: list[str] = list(tensors.keys())
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    if not _fits(state, shapes):
+        return False
+    for file in new.files:
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            names = list(tensors.keys())
+            for name in names:
+                state[name].copy_(tensors.get_tensor(name))
+    return True
+
+
+def _fits(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the files have exactly the model's tensors; tied tensors may be stored once."""
+    if any(
+        name not in state or tuple(state[name].shape) != shape for name, shape in shapes.items()
+    ):
+        return False
+    written = {state[name].data_ptr() for name in shapes}
+    return all(name in shapes or tensor.data_ptr() in written for name, tensor in state.items())

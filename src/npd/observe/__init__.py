@@ -1,1 +1,1 @@
-"""What a run leaves for people: metrics, traces, a live view and a report. Imports no room."""
+"""Metrics, traces, the live view and the report of a run. Imports no other room."""

@@ -1,8 +1,8 @@
-"""The one table of what a run measures, and the file it is written to.
+"""The table of all metrics, and the file they are written to.
 
-Promises: every number in `metrics.jsonl` has a unit and a meaning here; an unknown name is our own
-bug and fails. A name may carry a part after `/` (`tokens_per_second/train`, `peak_memory/trainer`).
-Does not compute any metric.
+Promises: every number in `metrics.jsonl` has a unit and a meaning here; an unknown name is a bug
+and fails an assertion. A name may have a suffix after `/` (`tokens_per_second/train`,
+`peak_memory/trainer`). Computes no metric.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from npd.observe.jsonl import JsonLines, read_json_lines
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a number is measured in, and what it says."""
+    """The unit and the meaning of a metric."""
 
     unit: str
     meaning: str
@@ -27,22 +27,22 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     # one optimiser step
-    "loss": Metric("nats/token", "what the optimiser minimises: (1 - kd_weight) CE + kd_weight KD"),
+    "loss": Metric("nats/token", "the training loss: (1 - kd_weight) CE + kd_weight KD"),
     "ce": Metric("nats/token", "cross-entropy of the student on the response's own tokens"),
     "kd": Metric("nats/token", "divergence from the teacher on its support (may be negative)"),
     "grad_norm": Metric("1", "global gradient norm before clipping"),
     "lr": Metric("1", "learning rate of the step"),
-    "num_samples": Metric("samples", "documents in the step"),
-    "response_tokens": Metric("tokens", "tokens that carry loss"),
+    "num_samples": Metric("samples", "samples in the step"),
+    "response_tokens": Metric("tokens", "tokens in the loss"),
     "skipped_tokens": Metric("tokens", "response tokens left out by `loss.skip_after`"),
     "total_tokens": Metric("tokens", "prompt and response tokens of the step"),
     "num_rows": Metric("rows", "packed rows of the step, all ranks together"),
-    "fill": Metric("share", "packed tokens over the capacity of the rows"),
+    "fill": Metric("share", "packed tokens divided by the capacity of the rows"),
     "seconds": Metric("s", "wall time of the step, or of the evaluation"),
     "teacher_mass": Metric("share", "teacher probability inside its support"),
     "student_mass": Metric("share", "student probability inside the teacher's support"),
     "agreement": Metric("share", "positions where student and teacher have the same top token"),
-    "overlap": Metric("share", "support ids the student puts before every id outside the support"),
+    "overlap": Metric("share", "support ids that the student ranks above every id outside it"),
     "entropy": Metric("nats", "mean entropy of the student's next-token distribution"),
     "drift": Metric("nats/token", "estimate of KL(theta || gen): student against its snapshot"),
     "drift_k3": Metric("nats/token", "k3 estimate of KL(gen || theta)"),
@@ -51,23 +51,25 @@ METRICS: dict[str, Metric] = {
     "lag_max": Metric("versions", "age of the oldest trained sample, in snapshots"),
     # one held-out evaluation
     "kl": Metric("nats/token", "tail-bucket KL(teacher || student) on fixed held-out responses"),
-    "exact_match": Metric("share", "held-out prompts answered right, greedy decoding"),
+    "exact_match": Metric("share", "held-out prompts answered correctly by greedy decoding"),
     "num_prompts": Metric("prompts", "held-out prompts evaluated"),
-    "num_answers": Metric("prompts", "of them, those with an answer to match"),
+    "num_answers": Metric("prompts", "evaluated held-out prompts with an answer to match"),
     "num_tokens": Metric("tokens", "held-out response tokens compared"),
     # the run as a whole
-    "tokens_per_second": Metric("tokens/s", "a stage's tokens over the seconds it worked"),
-    "samples_per_hour": Metric("samples/h", "samples trained out over wall time, all stages in it"),
+    "tokens_per_second": Metric("tokens/s", "a stage's tokens divided by its busy seconds"),
+    "samples_per_hour": Metric("samples/h", "samples trained out per hour of wall time"),
     "peak_memory": Metric("MiB", "peak memory of a worker"),
-    "window_live": Metric("samples", "live samples: generated or on their way, not yet left"),
+    "window_live": Metric("samples", "live samples: requested and not yet finalized"),
     "version": Metric("versions", "newest published snapshot"),
-    "asked": Metric("samples", "samples asked for so far"),
-    "trained_out": Metric("samples", "samples trained on as often as wanted"),
-    "rejected": Metric("samples", "samples a filter refused"),
-    "stale": Metric("samples", "samples that grew older than max_lag"),
-    "failed": Metric("samples", "samples given up after errors"),
+    "asked": Metric("samples", "samples requested so far"),
+    "trained_out": Metric("samples", "samples trained on `schedule.reuse` times"),
+    "rejected": Metric("samples", "samples rejected by a filter"),
+    "stale": Metric("samples", "samples dropped because their lag exceeded `schedule.max_lag`"),
+    "failed": Metric("samples", "samples that failed after all retries"),
     "delta_median": Metric("1", "median Δ-IFD of a scored shard"),
-    "kept_share": Metric("share", "samples judged since the last line that all filters kept"),
+    "kept_share": Metric(
+        "share", "samples kept by all filters, of those judged since the last line"
+    ),
 }
 
 
@@ -79,7 +81,7 @@ def metric(name: str) -> Metric:
 
 
 class MetricsWriter:
-    """Appends one line a call to `path`: step, kind, time (unix seconds) and the values."""
+    """Appends one line per call to `path`: step, kind, time (unix seconds) and the values."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path)
@@ -97,9 +99,9 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of `path` as written (of one `kind`), each with step, kind, time and its values.
+    """The lines of `path`, each with step, kind, time and its values; only of `kind` if given.
 
-    A line torn off by a crash is left out; a damaged one elsewhere is a StoreError.
+    An incomplete last line is dropped; a damaged line elsewhere is a StoreError.
     """
     lines = read_json_lines(path)
     return [line for line in lines if kind is None or line.get("kind") == kind]

@@ -1,22 +1,28 @@
-"""What each worker did and when: spans, the file they are kept in, and what follows from them.
+"""Traces: spans of each worker's work, their file, and measures of idle time and overlap.
 
-Promises: times are `time.time()` seconds as the worker measured them; `overlap_seconds` is the
-measure behind every claim that stages run at the same time. Does not sample or profile.
+Times are `steady_time()` seconds of the controller; the workers measure durations. Every claim that
+stages overlap is measured with `overlap_seconds`. Does not sample or profile.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from npd.observe.jsonl import JsonLines, read_json_lines
+from npd.observe.jsonl import JsonLines, read_good_lines
 from npd.store.files import write_atomic
 
+# The last time whose year has four digits in every time zone.
+_MAX_TIME = 253_402_000_000
 Interval: TypeAlias = tuple[float, float]
+CONTROLLER = "controller"
+"""The worker of empty spans, which mark the start of a session of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,21 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The span's duration."""
         return self.end - self.start
+
+
+def steady_time() -> float:
+    """Unix seconds at the start of this process, plus monotonic time since then.
+
+    Setting the machine's clock does not change durations.
+    """
+    return _origin() + time.monotonic()
+
+
+@cache
+def _origin() -> float:
+    return time.time() - time.monotonic()
 
 
 class TraceWriter:
@@ -56,16 +75,55 @@ class TraceWriter:
 
 
 def read_trace(path: Path) -> list[Span]:
-    """The spans of `path` in the order written; none if the file does not exist."""
-    return [Span(**record) for record in read_json_lines(path)]
+    """The spans of `path` in the order written; none if the file does not exist.
+
+    A line that is not a span is skipped; a damaged trace must not cost the run its result.
+    """
+    found = (_span(record) for record in read_good_lines(path))
+    return [span for span in found if span is not None]
+
+
+def _span(record: Mapping[str, Any]) -> Span | None:
+    try:
+        span = Span(**record)
+    except TypeError:
+        return None
+    is_named = isinstance(span.worker, str) and isinstance(span.name, str)
+    is_timed = _is_time(span.start) and _is_time(span.end) and span.start <= span.end
+    return span if is_named and is_timed and isinstance(span.args, dict) else None
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _MAX_TIME
+
+
+def sessions(spans: Iterable[Span]) -> list[Interval]:
+    """The intervals in which the run was active: from each start mark to the last work after it.
+
+    Without start marks it is one interval from the first span to the last. `spans` must be in the
+    order of writing, which is right even if the clock was set back between two sessions.
+    """
+    known, found = list(spans), list[list[Span]]()
+    for span in known:
+        if span.worker == CONTROLLER or not found:
+            found.append([])
+        found[-1].append(span)
+    work = any(span.worker != CONTROLLER for span in known)
+    return [_extent(session) for session in found] if work else []
+
+
+def _extent(session: Sequence[Span]) -> Interval:
+    marked = [span.start for span in session if span.worker == CONTROLLER]
+    start = min(marked or (span.start for span in session))
+    return start, max(start, *(span.end for span in session))
 
 
 def export_perfetto(source: Path, target: Path) -> int:
-    """Write the spans of `source` as Chrome trace events, for ui.perfetto.dev; returns how many.
+    """Write the spans of `source` as Chrome trace events (ui.perfetto.dev); returns their number.
 
     One process, one thread lane per worker, 'X' events in microseconds since the first span.
     """
-    spans = read_trace(source)
+    spans = [span for span in read_trace(source) if span.worker != CONTROLLER]
     lanes = {worker: lane for lane, worker in enumerate(dict.fromkeys(s.worker for s in spans), 1)}
     origin = min((span.start for span in spans), default=0.0)
     events = [_metadata("process_name", 0, "npd")]
@@ -94,7 +152,7 @@ def _event(span: Span, lane: int, origin: float) -> dict[str, Any]:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same points in time as disjoint intervals, in order."""
+    """The union of the intervals, as disjoint intervals in order."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -105,7 +163,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Where two lists of disjoint, ordered intervals both hold."""
+    """The intersection of two lists of disjoint, ordered intervals."""
     both: list[Interval] = []
     i = j = 0
     while i < len(a) and j < len(b):
@@ -120,12 +178,12 @@ def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]
 
 
 def total(intervals: Iterable[Interval]) -> float:
-    """Seconds in disjoint intervals."""
+    """The total seconds of disjoint intervals."""
     return sum(end - start for start, end in intervals)
 
 
 def busy_seconds(spans: Iterable[Span]) -> dict[tuple[str, str], float]:
-    """Seconds each (worker, name) was at work; nested or repeated time counts once."""
+    """Busy seconds of each (worker, name); overlapping spans count once."""
     groups: dict[tuple[str, str], list[Interval]] = defaultdict(list)
     for span in spans:
         groups[span.worker, span.name].append((span.start, span.end))
@@ -133,7 +191,7 @@ def busy_seconds(spans: Iterable[Span]) -> dict[tuple[str, str], float]:
 
 
 def idle_shares(spans: Iterable[Span], started: float, ended: float) -> dict[str, float]:
-    """Share of [started, ended] in which each worker did nothing."""
+    """The share of [started, ended] in which each worker was idle."""
     groups: dict[str, list[Interval]] = defaultdict(list)
     for span in spans:
         groups[span.worker].append((max(span.start, started), min(span.end, ended)))
@@ -145,7 +203,7 @@ def idle_shares(spans: Iterable[Span], started: float, ended: float) -> dict[str
 def overlap_intervals(
     spans: Iterable[Span], a_names: Iterable[str], b_names: Iterable[str]
 ) -> list[Interval]:
-    """When any span named in `a_names` runs while any named in `b_names` does."""
+    """The intervals in which a span of `a_names` and a span of `b_names` run at the same time."""
     a_set, b_set, known = set(a_names), set(b_names), list(spans)
     a = union((s.start, s.end) for s in known if s.name in a_set)
     b = union((s.start, s.end) for s in known if s.name in b_set)
@@ -153,5 +211,5 @@ def overlap_intervals(
 
 
 def overlap_seconds(spans: Iterable[Span], a_names: Iterable[str], b_names: Iterable[str]) -> float:
-    """Total time in which any span of `a_names` runs while any of `b_names` runs."""
+    """The total seconds of `overlap_intervals`."""
     return total(overlap_intervals(spans, a_names, b_names))

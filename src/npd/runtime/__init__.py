@@ -1,17 +1,17 @@
-"""Places for workers to live, behind one small protocol: threads, processes, Ray actors."""
+"""Runtimes of workers behind one small protocol: threads, processes, Ray actors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from npd.config import RuntimeConfig
-from npd.runtime.base import Factory, Needs, Reply, Runtime, Worker
+from npd.runtime.base import CallResult, Factory, Resources, Runtime, Worker
 
-__all__ = ["Factory", "Needs", "Reply", "Runtime", "Worker", "build_runtime"]
+__all__ = ["CallResult", "Factory", "Resources", "Runtime", "Worker", "build_runtime"]
 
 
 def build_runtime(config: RuntimeConfig, log_dir: Path) -> Runtime:
-    """The runtime that the config names; worker logs go to `log_dir/<worker>.log`."""
+    """The runtime in the config; worker logs go to `log_dir/<worker>.log`."""
     if config.kind == "inline":
         from npd.runtime.inline import InlineRuntime
 

@@ -1,9 +1,10 @@
-"""Where workers live: the small protocol that a thread, a process and a Ray actor keep.
+"""The protocol of a runtime, whose workers are threads, processes or Ray actors.
 
-Promises: calls of one worker run one at a time, in the order asked; a caller that is cancelled
-leaves its call to finish and the worker usable; npd errors raised inside arrive as the same class
-with the same message, any other exception as a RunError naming the worker's log; a lost worker says
-so at each call until it is restarted. It does not retry, replace workers, or know what they do.
+Promises: calls of one worker run one at a time, in the order of the requests. If a caller is
+cancelled, its call still finishes and the worker stays usable. npd's errors in a worker reach the
+caller with the same class and message; any other exception becomes a RunError that names the
+worker's log. A lost worker raises WorkerLostError at every call until it is restarted. Does not
+retry calls or replace workers, and is independent of their work.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Environment: TypeAlias = Mapping[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What a call returned, and when it ran: `time.time()` seconds, taken inside the worker."""
+class CallResult:
+    """The result of a call, and its start and end as `time.time()` seconds in the worker."""
 
     value: Any
     started: float
@@ -30,11 +31,11 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """What a worker takes of the machine it is put on, where there is a choice (Ray).
+class Resources:
+    """The resources of a worker, for a runtime that chooses its machine (Ray).
 
-    `gpus`: how many it has to itself; None is one, if there are any. Members of a `team`, `size` in
-    all, are placed together, near each other.
+    `gpus` is the number of GPUs for the worker alone; None is one, if there are any. The `size`
+    members of a `team` are scheduled together, on as few machines as possible.
     """
 
     gpus: float | None = 0.0
@@ -42,46 +43,46 @@ class Needs:
     size: int = 1
 
 
-NOTHING = Needs()
+NOTHING = Resources()
 
 
 class Worker(Protocol):
-    """One object living in its own thread or process, spoken to by method name.
+    """One object in its own thread or process, called by method name.
 
-    Belongs to the event loop of its first call. `call` takes its time limit itself (ASYNC109):
-    running out of it ends the worker, which a caller's own `asyncio.timeout` must not.
+    Belongs to the event loop of its first call. `call` takes the timeout as an argument (ASYNC109),
+    because an overrun ends the worker; a caller's own `asyncio.timeout` does not.
     """
 
     @property
     def name(self) -> str:
-        """Unique within its runtime; names the log file too."""
+        """Unique within its runtime; also the name of the log file."""
         ...
 
     @property
     def pid(self) -> int | None:
-        """Process id of a worker that has its own process and is alive, else None."""
+        """The process id of a live worker with its own process, else None."""
         ...
 
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Reply:  # noqa: ASYNC109
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> CallResult:  # noqa: ASYNC109
         """Run `method(*args)` on the worker's object, which the first call builds.
 
-        `timeout` (seconds, None: the runtime's `call_timeout`) counts from the call's turn.
-        Raises WorkerLostError if the worker dies or overruns, RunError for an unforeseen
-        exception, and the worker's own npd errors as they are.
+        `timeout` (seconds; None: the runtime's `call_timeout`) starts with the call's turn. Raises
+        WorkerLostError if the worker dies or overruns, npd's errors unchanged, and RunError for any
+        other exception.
         """
         ...
 
     async def restart(self) -> None:
-        """Drop the object, and its process if it has one, and start afresh."""
+        """Discard the object, and its process if it has one, and start a new one."""
         ...
 
     async def close(self) -> None:
-        """End the worker: at once if it is idle or killable, else when its call has ended."""
+        """End the worker: at once if it is idle or can be killed, else after its call."""
         ...
 
 
 class Runtime(Protocol):
-    """A place to start workers in."""
+    """Starts and ends workers."""
 
     def spawn(
         self,
@@ -90,31 +91,32 @@ class Runtime(Protocol):
         *,
         threads: int,
         environment: Environment = None,
-        needs: Needs = NOTHING,
+        needs: Resources = NOTHING,
     ) -> Worker:
         """Start a worker. `factory` is picklable and runs inside it; `threads` are CPU threads.
 
-        `environment` is set before anything is imported; a thread has none of its own.
+        `environment` is set before the worker imports anything; thread workers do not support it.
         """
         ...
 
     async def close(self) -> None:
-        """End every worker; no thread and no process of ours is left."""
+        """End every worker, so that no thread and no process remains."""
         ...
 
 
 class SerialWorker(ABC):
-    """The half of a worker that is the same everywhere: taking turns and surviving cancellation.
+    """The base of all workers: calls take turns, and a cancelled caller interrupts no call.
 
-    `call` consumes a turn, produced again when the running exchange ends, however it ends.
+    Consumes: calls. Produces: results. Waits for: the turn of a call. Unblocked by: the end of the
+    running call.
     """
 
     def __init__(self, name: str, call_timeout: float) -> None:
         self._name = name
         self._call_timeout = call_timeout
         self._turn = asyncio.Lock()
-        self._running: asyncio.Task[Reply] | None = None
-        self._life = 0
+        self._running: asyncio.Task[CallResult] | None = None
+        self._restarts = 0
         self._gone: str | None = None
 
     @property
@@ -126,26 +128,28 @@ class SerialWorker(ABC):
     def _closed(self) -> str:
         return f"worker {self.name} is closed"
 
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Reply:  # noqa: ASYNC109
-        """Run a method when its turn comes; see `Worker.call`."""
-        life = self._life
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> CallResult:  # noqa: ASYNC109
+        """Run a method in its turn; see `Worker.call`."""
+        restarts = self._restarts
         await self._turn.acquire()
         limit = self._call_timeout if timeout is None else timeout
-        self._running = asyncio.create_task(self._answer(life, method, args, limit))
+        self._running = asyncio.create_task(self._answer(restarts, method, args, limit))
         self._running.add_done_callback(self._end_turn)
-        # A cancelled caller must not cut an exchange in two: the reply still has to be taken in.
+        # A cancelled caller must not interrupt the exchange, because the reply must still be read.
         return await asyncio.shield(self._running)
 
-    async def _answer(self, life: int, method: str, args: tuple[Any, ...], limit: float) -> Reply:
+    async def _answer(
+        self, restarts: int, method: str, args: tuple[Any, ...], limit: float
+    ) -> CallResult:
         if self._gone is not None:
             raise WorkerLostError(self._gone)
-        if life != self._life:
+        if restarts != self._restarts:
             raise WorkerLostError(
-                f"worker {self.name} was restarted before {method}() had its turn: ask again"
+                f"worker {self.name} was restarted before {method}() ran: call it again"
             )
         return await self._exchange(method, args, limit)
 
-    def _end_turn(self, task: asyncio.Task[Reply]) -> None:
+    def _end_turn(self, task: asyncio.Task[CallResult]) -> None:
         self._turn.release()
         if not task.cancelled():
             task.exception()
@@ -159,4 +163,4 @@ class SerialWorker(ABC):
             await asyncio.wait([self._running])
 
     @abstractmethod
-    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> Reply: ...
+    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> CallResult: ...

@@ -1,8 +1,8 @@
 """Workers as threads of this process: for tests, notebooks and debugging.
 
-One thread each, so workers may overlap. A thread cannot be stopped: a call that overruns its
-timeout counts as lost and goes on unseen, `close` waits for it. Thread counts are torch's, which
-are those of the whole process.
+Each worker has a thread, so workers may overlap. A thread cannot be stopped: a call that overruns
+its timeout counts as lost but keeps running, and `close` waits for it. `threads` sets torch's
+thread count, which applies to the whole process.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from npd.runtime.base import NOTHING, Environment, Factory, Needs, Reply, SerialWorker
-from npd.runtime.host import Host
+from npd.runtime.base import NOTHING, CallResult, Environment, Factory, Resources, SerialWorker
+from npd.runtime.rpc import ObjectServer
 
 
 class InlineWorker(SerialWorker):
-    """One object in one thread. Its log file holds the tracebacks only."""
+    """One object in one thread. Its log file contains tracebacks only."""
 
     def __init__(
         self, name: str, factory: Factory, log_file: Path, threads: int, call_timeout: float
@@ -26,26 +26,26 @@ class InlineWorker(SerialWorker):
         self._factory = factory
         self._log_file = log_file
         self._threads = threads
-        self._pool, self._host = self._start()
+        self._pool, self._server = self._start()
         self._retired: list[tuple[ThreadPoolExecutor, Future[None]]] = []
 
     @property
     def pid(self) -> int | None:
-        """None: it has no process of its own."""
+        """None, because it has no separate process."""
         return None
 
     async def restart(self) -> None:
-        """Drop the object and build another at the next call, in another thread.
+        """Discard the object; the next call builds a new one in a new thread.
 
-        A call that is still running is left behind; its caller gets its answer.
+        Does not wait for a running call, whose caller still gets the result.
         """
         self._retire()
-        self._pool, self._host = self._start()
-        self._life += 1
+        self._pool, self._server = self._start()
+        self._restarts += 1
         self._gone = None
 
     async def close(self) -> None:
-        """Let the object close itself and end the thread, after the call that is running."""
+        """Close the object and end the thread, after the running call."""
         if self._gone != self._closed:
             self._gone = self._closed
             self._retire()
@@ -55,26 +55,26 @@ class InlineWorker(SerialWorker):
         self._retired.clear()
         await self._settle()
 
-    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> Reply:
+    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> CallResult:
         loop = asyncio.get_running_loop()
-        answer = loop.run_in_executor(self._pool, _run, self._host, method, args)
-        done, _ = await asyncio.wait([answer], timeout=limit)
+        call = loop.run_in_executor(self._pool, _run, self._server, method, args)
+        done, _ = await asyncio.wait([call], timeout=limit)
         if done:
-            return answer.result()
-        answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+            return call.result()
+        call.add_done_callback(lambda late: late.cancelled() or late.exception())
         raise self._lose(
-            f"worker {self.name} gave no answer to {method}() within {limit:g} s; a thread cannot "
-            "be stopped and goes on: raise runtime.call_timeout, or use runtime.kind: local"
+            f"worker {self.name} gave no answer to {method}() within {limit:g} s, and its thread "
+            "cannot be stopped: raise runtime.call_timeout, or use runtime.kind: local"
         )
 
-    def _start(self) -> tuple[ThreadPoolExecutor, Host]:
+    def _start(self) -> tuple[ThreadPoolExecutor, ObjectServer]:
         pool = ThreadPoolExecutor(
             1, f"npd-{self.name}", initializer=_set_threads, initargs=(self._threads,)
         )
-        return pool, Host(self.name, self._factory, self._log_file)
+        return pool, ObjectServer(self.name, self._factory, self._log_file)
 
     def _retire(self) -> None:
-        self._retired.append((self._pool, self._pool.submit(self._host.close)))
+        self._retired.append((self._pool, self._pool.submit(self._server.close)))
         self._pool.shutdown(wait=False)
 
 
@@ -93,7 +93,7 @@ class InlineRuntime:
         *,
         threads: int,
         environment: Environment = None,
-        needs: Needs = NOTHING,
+        needs: Resources = NOTHING,
     ) -> InlineWorker:
         """Start a worker; see `Runtime.spawn`."""
         assert not environment, "threads share the environment of their process"
@@ -105,14 +105,14 @@ class InlineRuntime:
         return worker
 
     async def close(self) -> None:
-        """End every worker, each after the call it is running."""
+        """End every worker after its running call."""
         workers, self._workers = self._workers, {}
         await asyncio.gather(*(worker.close() for worker in workers.values()))
 
 
-def _run(host: Host, method: str, args: tuple[Any, ...]) -> Reply:
-    with host.guard(method):
-        return host.call(method, args)
+def _run(server: ObjectServer, method: str, args: tuple[Any, ...]) -> CallResult:
+    with server.reporting_errors(method):
+        return server.call(method, args)
 
 
 def _set_threads(threads: int) -> None:

@@ -1,8 +1,8 @@
-"""Workers as actors on a Ray cluster: one process each, wherever Ray finds room for it.
+"""Workers as actors on a Ray cluster: one process each, on the machine that Ray schedules it to.
 
-Promises those of `npd.runtime.base`. Ray starts an actor again when its process or its machine is
-lost; the worker counts as lost all the same, until `restart` has met the actor's new life. Members
-of a team share one placement group. Actors are not detached: they end with this process.
+Has the promises of `npd.runtime.base`. Ray restarts an actor whose process or machine is lost, with
+empty state. The worker still counts as lost until `restart` accepts the new incarnation. Members of
+a team share one placement group. Actors are not detached, so they end with this process.
 """
 
 from __future__ import annotations
@@ -10,27 +10,35 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import signal
+import socket
+import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npd.config import RayConfig
 from npd.errors import RunError, WorkerLostError
-from npd.runtime.base import NOTHING, Environment, Factory, Needs, Reply, SerialWorker
-from npd.runtime.cluster import Cluster
+from npd.models.distributed import ADDRESS
+from npd.runtime.base import NOTHING, CallResult, Environment, Factory, Resources, SerialWorker
 from npd.runtime.local import THREAD_VARIABLES
-from npd.runtime.seat import Life, Seat
-from npd.runtime.wire import opened
+from npd.runtime.ray_cluster import Cluster
+from npd.runtime.rpc import ObjectServer, Shipped, configure_logging, handle_request, unpack_reply
 
-# Time to close files and free a device after being asked to end; then it is killed.
+# Grace period for closing files and freeing a device, after which an actor is killed.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
 
 class RayWorker(SerialWorker):
-    """One object in one actor; `start` asks Ray for a new actor."""
+    """One object in one actor.
+
+    `start` requests an actor. `room` describes the requested and the free resources, for messages.
+    """
 
     def __init__(
         self,
@@ -39,86 +47,86 @@ class RayWorker(SerialWorker):
         log_file: Path,
         call_timeout: float,
         start_timeout: float,
-        place: Callable[[], str],
+        room: Callable[[], str],
     ) -> None:
         super().__init__(name, call_timeout)
         self._start, self._log_file, self._start_timeout = start, log_file, start_timeout
-        self._place = place
+        self._room = room
         self._actor = start()
-        self._met: Life | None = None
-        self._former: Life | None = None
-        self._is_alive, self._is_doubtful = True, False
+        self._current: Incarnation | None = None
+        self._previous: Incarnation | None = None
+        self._is_alive, self._may_be_alive = True, False
 
     @property
     def pid(self) -> int | None:
-        """Process id on its machine; None before the first call, and once it has ended."""
-        return self._met.pid if self._met is not None and self._is_alive else None
+        """The process id on its machine; None before the first call and after the actor's end."""
+        return self._current.pid if self._current is not None and self._is_alive else None
 
     async def restart(self) -> None:
-        """End what is left of the actor's life; its next one is met by the next call."""
-        self._gone = f"worker {self.name} was restarted while it held a call: ask again"
-        if self._is_doubtful:
-            await self._make_sure()
+        """Kill the current incarnation; the next call finds the new one."""
+        self._gone = f"worker {self.name} was restarted during a call: call it again"
+        if self._may_be_alive:
+            await self._ensure_dead()
         elif self._is_alive:
-            self._kill(for_ever=False)
+            self._kill(no_restart=False)
         await self._settle()
-        self._former, self._met = self._met or self._former, None
-        self._life += 1
+        self._previous, self._current = self._current or self._previous, None
+        self._restarts += 1
         self._is_alive, self._gone = True, None
 
     async def close(self) -> None:
-        """Let an idle object close itself; end the actor."""
-        is_idle = not self._turn.locked() and self._met is not None and self._gone is None
+        """Close the object if it is idle, and end the actor."""
+        is_idle = not self._turn.locked() and self._current is not None and self._gone is None
         self._gone = self._closed
         if is_idle:
             with suppress(_errors().RayError, TimeoutError):
                 await _within(_GRACE_SECONDS, self._actor.close.remote())
-        self._kill(for_ever=True)
-        with suppress(_errors().RayError, TimeoutError):  # until Ray knows that it is no more
-            await _within(_GRACE_SECONDS, self._actor.life.remote())
+        self._kill(no_restart=True)
+        with suppress(_errors().RayError, TimeoutError):  # wait until Ray reports the actor's end
+            await _within(_GRACE_SECONDS, self._actor.incarnation.remote())
         await self._settle()
 
-    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> Reply:
-        life = self._met = self._met or await self._meet()
-        request = self._actor.answer.remote(life.name, pickle.dumps((method, args)))
+    async def _exchange(self, method: str, args: tuple[Any, ...], limit: float) -> CallResult:
+        incarnation = self._current = self._current or await self._find_incarnation()
+        request = self._actor.handle.remote(incarnation.name, pickle.dumps((method, args)))
         try:
             reply = await _within(limit, request)
         except TimeoutError:
             raise self._overran(method, limit) from None
         except _errors().RayError as error:
-            self._is_doubtful = not isinstance(error, _errors().ActorDiedError)
-            raise self._died(f"while it held {method}()") from None
+            self._may_be_alive = not isinstance(error, _errors().ActorDiedError)
+            raise self._died(f"during {method}()") from None
         if not reply:
             raise self._died("while it was idle")
-        return opened(reply)
+        return unpack_reply(reply)
 
-    async def _make_sure(self) -> None:
-        """Out of reach is not dead: what Ray only lost sight of must not write on unseen."""
-        self._is_doubtful = False
+    async def _ensure_dead(self) -> None:
+        """Kill an actor that Ray cannot reach, because it may still run and write files."""
+        self._may_be_alive = False
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
             try:
-                life = await _within(_GRACE_SECONDS, self._actor.life.remote())
+                found = await _within(_GRACE_SECONDS, self._actor.incarnation.remote())
             except _errors().ActorUnavailableError:
-                await asyncio.sleep(_POLL_SECONDS)  # it is being started again
+                await asyncio.sleep(_POLL_SECONDS)  # Ray is restarting it
             except TimeoutError:
-                break  # busy, with what it was lost over
+                break  # still busy with the lost call
             except _errors().RayError:
                 return
             else:
-                if life != self._met:
+                if found != self._current:
                     return
                 break
-        self._kill(for_ever=False)
+        self._kill(no_restart=False)
 
-    async def _meet(self) -> Life:
-        """The actor's present life, once Ray has found it a place; not the one that was ended."""
+    async def _find_incarnation(self) -> Incarnation:
+        """Wait until Ray has scheduled the actor; returns its incarnation, never a killed one."""
         deadline = time.monotonic() + self._start_timeout
         while (left := deadline - time.monotonic()) > 0:
             if self._gone is not None:
                 raise WorkerLostError(self._gone)
             try:
-                life: Life = await _within(left, self._actor.life.remote())
+                found: Incarnation = await _within(left, self._actor.incarnation.remote())
             except _errors().ActorUnavailableError:
                 await asyncio.sleep(_POLL_SECONDS)
             except TimeoutError:
@@ -133,39 +141,39 @@ class RayWorker(SerialWorker):
             else:
                 if self._gone is not None:
                     raise WorkerLostError(self._gone)
-                if life != self._former:
-                    return life
-                self._kill(for_ever=False)
+                if found != self._previous:
+                    return found
+                self._kill(no_restart=False)
                 await asyncio.sleep(_POLL_SECONDS)
         raise RunError(
-            f"worker {self.name} got no place in the Ray cluster within {self._start_timeout:g} s "
-            f"({self._place()}): add machines, ask for less (runtime.ray.gpus, *.workers, "
-            "train.ranks), or raise runtime.ray.start_timeout"
+            f"worker {self.name} was not scheduled on the Ray cluster within "
+            f"{self._start_timeout:g} s ({self._room()}): add machines, lower runtime.ray.gpus, "
+            "*.workers or train.ranks, or raise runtime.ray.start_timeout"
         )
 
     def _overran(self, method: str, limit: float) -> Exception:
-        self._kill(for_ever=False)
+        self._kill(no_restart=False)
         return self._lose(
-            f"worker {self.name} ({self._met}) gave no answer to {method}() within {limit:g} s and "
-            f"was killed: raise runtime.call_timeout, or see {self._log_file}"
+            f"worker {self.name} ({self._current}) gave no answer to {method}() within {limit:g} s "
+            f"and was killed: raise runtime.call_timeout, or see {self._log_file}"
         )
 
     def _died(self, when: str) -> Exception:
         self._is_alive = False
         return self._lose(
             self._gone
-            or f"worker {self.name} ({self._met}) was ended {when}, killed or out of memory: see "
-            f"{self._log_file}"
+            or f"worker {self.name} ({self._current}) was ended {when}, killed or out of memory: "
+            f"see {self._log_file}"
         )
 
-    def _kill(self, *, for_ever: bool) -> None:
+    def _kill(self, *, no_restart: bool) -> None:
         self._is_alive = False
         with suppress(_errors().RayError, ValueError):
-            _ray().kill(self._actor, no_restart=for_ever)
+            _ray().kill(self._actor, no_restart=no_restart)
 
 
 class RayRuntime:
-    """Starts actors; what they print goes to `log_dir/<name>.log` where they see that folder."""
+    """Starts actors; their output goes to `log_dir/<name>.log` if they see that folder."""
 
     def __init__(
         self, log_dir: Path, config: RayConfig | None = None, *, call_timeout: float = 3600.0
@@ -184,10 +192,12 @@ class RayRuntime:
         *,
         threads: int,
         environment: Environment = None,
-        needs: Needs = NOTHING,
+        needs: Resources = NOTHING,
     ) -> RayWorker:
-        """Ask Ray for a worker; see `Runtime.spawn`. It has one CPU, so to speak: what is shared
-        out among machines is GPUs and memory."""
+        """Start a worker; see `Runtime.spawn`.
+
+        Each requests one CPU, regardless of its `threads`; its GPUs determine its machine.
+        """
         assert name not in self._workers, f"worker {name} exists"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{name}.log"
@@ -197,25 +207,25 @@ class RayRuntime:
             **resources,
             "max_restarts": -1,
             "runtime_env": {"env_vars": variables},
-            **self._place_in_team(needs, resources),
+            **self._schedule_in_team(needs, resources),
         }
         shipped = pickle.dumps(factory)
 
         def start() -> Any:
-            seat = _ray().remote(Seat).options(**options)
-            return seat.remote(name, shipped, str(log_file), os.getcwd())
+            actor = _ray().remote(RayActor).options(**options)
+            return actor.remote(name, shipped, str(log_file), os.getcwd())
 
-        def place() -> str:
+        def room() -> str:
             gpus = f" and {resources['num_gpus']:g} GPU" if resources["num_gpus"] else ""
-            return f"it asks for 1 CPU{gpus}; {self._room()}"
+            return f"it needs 1 CPU{gpus}; {self._free()}"
 
         timeouts = (self._call_timeout, self._config.start_timeout)
-        worker = RayWorker(name, start, log_file, *timeouts, place)
+        worker = RayWorker(name, start, log_file, *timeouts, room)
         self._workers[name] = worker
         return worker
 
     async def close(self) -> None:
-        """End every worker, and leave the cluster or end it, if it is ours."""
+        """End every worker and leave the cluster."""
         workers, self._workers = self._workers, {}
         await asyncio.gather(*(worker.close() for worker in workers.values()))
         for group in self._teams.values():
@@ -224,13 +234,13 @@ class RayRuntime:
         self._teams.clear()
         await asyncio.to_thread(self._cluster.leave)
 
-    def _gpus(self, needs: Needs) -> float:
+    def _gpus(self, needs: Resources) -> float:
         if needs.gpus is not None:
             return needs.gpus
         return 1.0 if self._cluster.resources().get("GPU", 0.0) >= 1.0 else 0.0
 
-    def _place_in_team(self, needs: Needs, resources: Mapping[str, float]) -> dict[str, Any]:
-        """The next bundle of the team's placement group, made with its first member."""
+    def _schedule_in_team(self, needs: Resources, resources: Mapping[str, float]) -> dict[str, Any]:
+        """The next bundle of the team's placement group; its first member creates the group."""
         if needs.team is None:
             return {}
         if needs.team not in self._teams:
@@ -245,14 +255,14 @@ class RayRuntime:
         strategy = PlacementGroupSchedulingStrategy(self._teams[needs.team], index)
         return {"scheduling_strategy": strategy}
 
-    def _room(self) -> str:
+    def _free(self) -> str:
         has, free = self._cluster.resources(), self._cluster.free()
         parts = [f"{free.get(kind, 0):g} of {has.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
-        return f"the cluster {self._cluster.name} has {' and '.join(parts)} free"
+        return f"the cluster at {self._cluster.name} has {' and '.join(parts)} free"
 
 
 async def _within(seconds: float, reference: Any) -> Any:
-    """What a Ray call returns. Raises TimeoutError; the call itself goes on."""
+    """The result of a Ray call. Raises TimeoutError after `seconds`, without ending the call."""
     future: Awaitable[Any] = asyncio.wrap_future(reference.future())
     async with asyncio.timeout(seconds):
         return await future
@@ -271,3 +281,73 @@ def _ray() -> Any:
 
 def _errors() -> Any:
     return _ray().exceptions
+
+
+# The actor's side.
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """One process of an actor: its id, its machine, and its process id there."""
+
+    name: str
+    node: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.node}"
+
+
+class RayActor:
+    """The Ray actor: one worker's object and its log. Calls are serial.
+
+    Ray restarts a dead actor on its own, with empty state. So each request names an incarnation,
+    and other incarnations reject it: a restarted trainer must not continue in place of the old one.
+    """
+
+    def __init__(self, name: str, factory: bytes, log_file: str, folder: str) -> None:
+        # The controller handles Ctrl-C; Ray ends actors without signals.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if Path(folder).is_dir():
+            os.chdir(folder)  # the controller's, so that relative paths are the same
+        _print_to(Path(log_file))
+        configure_logging()
+        os.environ[ADDRESS] = _address()
+        self._incarnation = Incarnation(uuid.uuid4().hex, socket.gethostname(), os.getpid())
+        self._server = ObjectServer(name, Shipped(factory), Path(log_file))
+
+    def incarnation(self) -> Incarnation:
+        """The incarnation of this process."""
+        return self._incarnation
+
+    def handle(self, incarnation: str, request: bytes) -> bytes:
+        """A pickled CallResult or Failure; empty if the request is for another incarnation."""
+        return (
+            handle_request(self._server, request) if incarnation == self._incarnation.name else b""
+        )
+
+    def close(self) -> None:
+        """Close the object."""
+        self._server.close()
+
+
+def _address() -> str:
+    """This machine's address within the cluster."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def _print_to(log_file: Path) -> None:
+    """Redirect stdout and stderr to the run's log; if its folder is missing here, Ray logs them.
+
+    Redirects the file descriptors, to include output of native libraries and of crashes.
+    """
+    if not log_file.parent.is_dir():
+        return
+    with log_file.open("ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)

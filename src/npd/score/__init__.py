@@ -1,4 +1,4 @@
-"""What the teacher says of each rollout, and what Δ-IFD needs of the snapshot that wrote it."""
+"""Scoring of rollouts: the teacher's log-probs and top-k, and the student's log-probs for Δ-IFD."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npd.config import RunConfig, ScoreConfig
-from npd.names import DEFAULT_TEACHER
-from npd.score.base import Reader, Scorer, Support
+from npd.score.base import LogprobModel, Scorer, Support
+from npd.types import DEFAULT_TEACHER, role_of
 
 if TYPE_CHECKING:
     from npd.score.served import ServedTeacher
     from npd.score.teachers import Teachers
 
-__all__ = ["Reader", "Scorer", "Support", "build_scorer", "open_teacher", "open_teachers"]
+__all__ = ["LogprobModel", "Scorer", "Support", "build_scorer", "open_teacher", "open_teachers"]
 
 
 def build_scorer(
     config: ScoreConfig,
     *,
-    teacher: Path | str | Reader,
+    teacher: Path | str | LogprobModel,
     vocab_size: int,
     needs_ifd: bool,
     needs_student_pass: bool,
@@ -29,23 +29,23 @@ def build_scorer(
     trust_remote_code: bool,
     seed: int,
 ) -> Scorer:
-    """A scorer, its teacher loaded, unless it is open already: a reader stays the caller's.
+    """A scorer; `teacher` is a path to load, or an open model, which the caller closes.
 
     `vocab_size` is the number of token ids that teacher and student share (`len(tokenizer)`).
 
     Raises:
         ModelError: the teacher cannot be loaded.
     """
-    from npd.score.pair import PairScorer
-    from npd.score.prefill import load_reader
+    from npd.score.prefill import load_prefill_model
+    from npd.score.scorer import TeacherStudentScorer
 
-    def load(model: Path | str) -> Reader:
-        return load_reader(
-            config, model, vocab_size, device=device, trust_remote_code=trust_remote_code
+    def load(model: Path | str, role: str = "student") -> LogprobModel:
+        return load_prefill_model(
+            config, model, vocab_size, role=role, device=device, trust_remote_code=trust_remote_code
         )
 
-    return PairScorer(
-        load(teacher) if isinstance(teacher, Path | str) else teacher,
+    return TeacherStudentScorer(
+        load(teacher, "teacher") if isinstance(teacher, Path | str) else teacher,
         load,
         top_k=config.top_k,
         needs_ifd=needs_ifd,
@@ -63,17 +63,18 @@ def open_teacher(
     teacher: str = DEFAULT_TEACHER,
     widest: int = 0,
 ) -> ServedTeacher | None:
-    """A teacher of a run on servers of its own, to be closed by the caller; None in process.
+    """A teacher on its servers, to be closed by the caller; None if it runs in process.
 
-    Our own server writes to `log`. `widest` is the widest support asked for besides `score.top_k`.
+    A server that npd starts writes to `log`. `widest` is the largest support that will be
+    requested besides `score.top_k`.
 
     Raises:
         ConfigError, ModelError, RunError: see `ServedTeacher`.
     """
-    if config.score.engine == "transformers":
+    if not config.score.is_served:
         return None
+    from npd.engines.pool import ServerPool
     from npd.score.served import ServedTeacher
-    from npd.servers.pool import ServerPool
 
     score = config.score_of(teacher)
     return ServedTeacher(
@@ -95,26 +96,32 @@ def open_teachers(
     device: str,
     log: Callable[[str], Path],
     widest: int = 0,
-    tell: Callable[[str], None] = lambda note: None,
-    hold: Callable[[str], Reader] | None = None,
+    notify: Callable[[str], None] = lambda note: None,
+    get_teacher: Callable[[str], LogprobModel] | None = None,
 ) -> Teachers:
     """The teachers of a run, each opened at its first use; to be closed by the caller.
 
-    `log` gives the log file of a server that we start for a teacher of that name; `tell` takes what
-    shows of a running one that it holds the teacher. `widest` and errors as in `open_teacher`.
-    With `hold` a teacher in process is not loaded here: `hold` gives it, by name.
+    `log` gives the log file of a server that npd starts for a teacher; `notify` receives the
+    verification of a running one. With `get_teacher`, which returns a teacher by name, teachers in
+    process are not loaded. `widest` and errors as in `open_teacher`.
     """
-    from npd.score.prefill import load_reader
+    from npd.score.prefill import load_prefill_model
     from npd.score.teachers import Teachers
 
-    def load(name: str) -> Reader:
-        trust, model = config.trust_remote_code, config.teacher_models[name]
-        return load_reader(config.score, model, vocab_size, device=device, trust_remote_code=trust)
+    def load(name: str) -> LogprobModel:
+        return load_prefill_model(
+            config.score,
+            config.teacher_models[name],
+            vocab_size,
+            role=role_of(name),
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
 
     def serve(name: str) -> ServedTeacher | None:
         served = open_teacher(config, vocab_size, log(name), teacher=name, widest=widest)
         for note in () if served is None else served.notes:
-            tell(note)
+            notify(note)
         return served
 
-    return Teachers(load if hold is None else hold, serve)
+    return Teachers(load if get_teacher is None else get_teacher, serve)

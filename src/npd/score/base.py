@@ -1,8 +1,8 @@
-"""What a scorer is, and what reads for it.
+"""The protocols of a scorer, and of the models that compute log-probs for it.
 
-A scorer reads rollouts and returns what the teacher says of them, one frozen record each, in order.
-It keeps no sample and decides nothing. A reader is one model, wherever it runs: given documents it
-returns that model's word on them. Import-light: torch comes with the implementations.
+A `Scorer` turns rollouts into scored records, in order. It keeps no sample and decides nothing. A
+`LogprobModel` is one model, in process or behind HTTP: it returns log-probs for documents of token
+ids. Imports no torch; the implementations do.
 
 Dimensions: L tokens of a response.
 """
@@ -17,18 +17,19 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from npd.names import DEFAULT_TEACHER
-from npd.types import Failed, FloatArray, IntArray, Rollout, Scored
+from npd.types import DEFAULT_TEACHER, Failed, FloatArray, IntArray, Rollout, Scored
 
 Key = TypeVar("Key", bound=Hashable)
 Support: TypeAlias = Literal["topk", "sampled"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Document:
-    """A response after some context. `k` ids of the model's top are asked for at each of its
-    positions, and one drawn id for each of `uniforms` [L, draws] in [0, 1). `teacher` names who is
-    to read it, where there are several."""
+class LogprobRequest:
+    """A response with its context, whose log-probs are requested.
+
+    Each position also gets the model's top `k` ids, and one sampled id for each of `uniforms`
+    [L, draws] in [0, 1). `teacher` names one of several teachers.
+    """
 
     context: IntArray
     response: IntArray
@@ -37,14 +38,14 @@ class Document:
     teacher: str = DEFAULT_TEACHER
 
     @property
-    def wants(self) -> tuple[int, bool]:
-        """Documents that want the same of each position go through the head together."""
+    def outputs(self) -> tuple[int, bool]:
+        """`k` and whether ids are sampled; documents that agree share a pass of the LM head."""
         return self.k, self.uniforms is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """A model's word on a document: log p(y_t) [L]; `ids` [L, k + draws], top first, then drawn."""
+class Logprobs:
+    """A model's log p(y_t) [L] of a document; `ids` [L, k + draws], first top-k, then sampled."""
 
     logprobs: FloatArray
     ids: IntArray
@@ -57,29 +58,32 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
-    """A document that could not be read although others could, and why, in one line."""
+class LogprobFailure:
+    """A document whose log-probs could not be computed; `reason` is one line."""
 
     reason: str
 
 
-class Reader(Protocol):
-    """One model, asked about given text. Readings do not depend on what is read beside them."""
+class LogprobModel(Protocol):
+    """A model that returns log-probs of given text, independently for each document."""
 
-    def read(self, documents: Mapping[Key, Document]) -> Mapping[Key, Reading | Unread]:
-        """A reading of each document, or the reason why there is none, under its key; a key's text
-        names it in an error."""
+    def read(
+        self, documents: Mapping[Key, LogprobRequest]
+    ) -> Mapping[Key, Logprobs | LogprobFailure]:
+        """The log-probs of each document, or its failure, by key; errors name the key."""
 
 
 class Scorer(Protocol):
-    """Scores rollouts by a teacher, and by the snapshot that wrote them where it is asked for."""
+    """Scores rollouts with a teacher and, if requested, with the snapshot that wrote them."""
 
     def load_student(self, snapshot: Path, version: int) -> None:
-        """Take the student's side of the scores from this snapshot from now on."""
+        """Use this snapshot for the student's log-probs from now on."""
 
     def score(self, rollouts: Sequence[Rollout]) -> Sequence[Scored | Failed]:
-        """One record a rollout, or the reason why there is none, in the order given; a record
-        depends on its own rollout alone."""
+        """One record or failure for each rollout, in order.
+
+        A record depends on its own rollout alone.
+        """
 
     def close(self) -> None:
-        """Let go of the models; no call is allowed after it."""
+        """Free the models; no call is allowed afterwards."""

@@ -1,13 +1,14 @@
-"""The teacher on servers: it reads documents there, token ids in and log-probs out.
+"""The teacher on servers: token ids in, log-probs out.
 
-Promises: a reading is that of the in-process reader (to the rounding of another engine): the
-response's positions only, no id the student does not have, log-probs of the whole distribution. One
-document of many that a server refuses is unread alone. The requests a server has at once hold
-`score.row_tokens` tokens in all, or are a single one. What a server cannot do is found when it is
-opened, not at the first sample. Draws no ids (`uniforms`): a server does not tell the whole
-distribution.
+Promises: log-probs equal the in-process teacher's, up to the engine's rounding. They cover the
+response's positions only, with the full softmax, and only ids that the student has. A request that
+a server refuses does not affect other requests. The concurrent requests of a server have at most
+`score.row_tokens` tokens in total; a longer request runs alone. A server's limits are checked when
+it is opened, not at the first sample. Cannot sample ids (`uniforms`), because a server does not
+return the full distribution.
 
-Waits for: the servers. Unblocked by: answers, their time limits, the loss of our own server.
+Consumes: log-prob requests. Produces: log-probs. Waits for: the servers. Unblocked by: responses,
+their time limits, the loss of our own server.
 
 Dimensions: L tokens of a response, k ids of a position.
 """
@@ -22,38 +23,38 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from npd import probe
 from npd.config import ScoreConfig
+from npd.engines import EngineServer, Refused, Unavailable
+from npd.engines.capabilities import check_context, check_vocabulary, widest_support
+from npd.engines.pool import ServerPool
+from npd.engines.server_process import ServerSpec, teacher_spec
+from npd.engines.verify_weights import StaleWeights, read_fingerprint, verify
 from npd.errors import ConfigError, RunError
-from npd.probe import Probe
-from npd.score.base import Document, Key, Reading, Unread
-from npd.servers import EngineServer, Refused, Unavailable
-from npd.servers.commands import ServerSpec, teacher_spec
-from npd.servers.limits import check_context, check_vocabulary, widest_support
-from npd.servers.models import model_settings
-from npd.servers.pool import ServerPool
-from npd.servers.proof import StaleWeights, judge, read_probe
+from npd.models import fingerprint
+from npd.models.fingerprint import Fingerprint
+from npd.models.metadata import model_settings
+from npd.score.base import Key, LogprobFailure, LogprobRequest, Logprobs
 from npd.types import FloatArray, IntArray
 
 T = TypeVar("T")
 Job = TypeVar("Job")
-# Requests a server has at once at most, however short: each is a connection.
+# Limit of concurrent requests per server, because each is a connection.
 _MAX_REQUESTS = 64
-# Stands in a support for an id that no server told of: no mass, and finite for every divergence.
+# Log-prob of a support id that no server returned: without mass, but finite for all divergences.
 _NO_MASS = -50.0
 
 
 class ServedTeacher:
-    """A Reader over the servers of a pool, which it opens at the start and closes in `close`.
+    """A `LogprobModel` on servers, opened in the constructor and closed by `close`.
 
-    `context` is the longest text it will be asked to read, in tokens; `widest` the widest support,
-    which servers at `urls` may bound lower (`max_k`), though not below `score.top_k`. Those must
-    agree with the teacher's own log-probs to `tolerance` (nats a token), where these are at hand.
+    `context` is the longest text in tokens. `widest` is the widest support requested; servers at
+    `urls` may lower it (`max_k`), but not below `score.top_k`. If the teacher's weights are on this
+    machine, log-probs of servers at `urls` must agree with them to `tolerance` (nats per token).
 
     Raises:
-        ConfigError: a server's limits are too low, it wants another key, or holds another model.
-        ModelError: its model does not have the student's token ids.
-        RunError: our server does not start, or one does not answer.
+        ConfigError: a server's limits are too low, or its key or its model is another one.
+        ModelError: a server's model lacks a token id of the student.
+        RunError: our server does not start, or a server does not respond.
     """
 
     def __init__(
@@ -72,16 +73,16 @@ class ServedTeacher:
         self._teacher, self._tolerance = teacher, tolerance
         self._trust_remote_code = trust_remote_code
         self.notes: tuple[str, ...] = ()
-        """Of each server that was running already: what shows that it holds the teacher."""
+        """For each server at `urls`, the result of its verification."""
         settings = model_settings(Path(teacher))
         if pool.is_ours and settings.lora_rank:
             raise ConfigError(
-                f"teacher {teacher} is an adapter, which the server would not merge: give the "
-                "merged model"
+                f"teacher {teacher} is an adapter, which servers do not merge: give "
+                "the merged model"
             )
         spec = teacher_spec(config, Path(teacher), context, widest, trust_remote_code)
         self.num_padding_ids = max(0, settings.vocabulary - vocab_size)
-        """Ids of the teacher's embedding from `vocab_size` on, where its config tells."""
+        """Ids of the teacher's embedding from `vocab_size` on, if its config states them."""
         self._pool = pool
         self._runner = asyncio.Runner()
         try:
@@ -90,26 +91,28 @@ class ServedTeacher:
             self.close()
             raise
 
-    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading | Unread]:
-        """A reading of each document, or why the servers have none, under its key.
+    def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs | LogprobFailure]:
+        """The log-probs of each document, or its failure, by key.
 
         Raises:
-            RunError: no server answers, or log-probabilities are not finite.
-            WorkerLostError: our own server ended or hangs.
+            RunError: no server responds, or log-probabilities are not finite.
+            WorkerLostError: our own server exited or hangs.
         """
         assert all(document.uniforms is None for document in documents.values())
-        rooms = {server.name: _Room(self._config.row_tokens) for server in self._pool.servers}
+        rooms = {
+            server.name: _TokenBudget(self._config.row_tokens) for server in self._pool.servers
+        }
 
-        async def do(server: EngineServer, key: Key) -> Reading:
+        async def do(server: EngineServer, key: Key) -> Logprobs:
             document = documents[key]
             async with rooms[server.name].taken(_length(document)):
                 return await self._read(server, document)
 
         keys = sorted(documents, key=lambda key: -_length(documents[key]))
-        readings: dict[Key, Reading | Unread] = {}
-        for key, found in zip(keys, self.ask(keys, do), strict=True):
+        readings: dict[Key, Logprobs | LogprobFailure] = {}
+        for key, found in zip(keys, self.run_jobs(keys, do), strict=True):
             if isinstance(found, RunError):
-                readings[key] = Unread(str(found))
+                readings[key] = LogprobFailure(str(found))
                 continue
             if not np.isfinite(found.logprobs).all():
                 raise RunError(
@@ -119,19 +122,19 @@ class ServedTeacher:
             readings[key] = found
         return readings
 
-    def ask(
+    def run_jobs(
         self,
         jobs: Sequence[Job],
         do: Callable[[EngineServer, Job], Awaitable[T]],
         *,
         at_once: int = _MAX_REQUESTS,
     ) -> list[T | Refused | Unavailable]:
-        """Have the servers do something else with the teacher; see `ServerPool.ask`."""
+        """Run other jobs on the teacher's servers; see `ServerPool.run_jobs`."""
         at_once = min(at_once, _MAX_REQUESTS)
-        return self._run(self._pool.ask(jobs, do, at_once=at_once)) if jobs else []
+        return self._run(self._pool.run_jobs(jobs, do, at_once=at_once)) if jobs else []
 
     def close(self) -> None:
-        """End our server, let go of others."""
+        """Stop our server, or disconnect from the servers at `urls`."""
         self._run(self._pool.close())
         self._runner.close()
 
@@ -139,13 +142,13 @@ class ServedTeacher:
         return self._runner.run(work)
 
     async def _open(self, spec: ServerSpec) -> int:
-        """Get in touch with every server; the widest support all of them give."""
+        """Connect to every server; the widest support that all of them return."""
         await self._pool.open(spec, connections=_MAX_REQUESTS)
         try:
             checks = [self._check(server, spec.max_logprobs) for server in self._pool.servers]
             widest = min(await asyncio.gather(*checks))
             if not self._pool.is_ours:
-                self.notes = await self._prove()
+                self.notes = await self._verify()
             return widest
         except Unavailable as error:
             self._pool.check(error)
@@ -161,44 +164,44 @@ class ServedTeacher:
         except Refused as error:
             raise ConfigError(str(error)) from error
 
-    async def _prove(self) -> tuple[str, ...]:
-        """What shows of each server that it holds the teacher, or that nothing does."""
-        own = await asyncio.to_thread(probe.of_cheap, self._teacher, self._trust_remote_code)
-        shown = [self._proof(server, own) for server in self._pool.servers]
-        return tuple(await asyncio.gather(*shown))
+    async def _verify(self) -> tuple[str, ...]:
+        """A line for each server: its verification, or the reason for none."""
+        own = await asyncio.to_thread(fingerprint.of_cheap, self._teacher, self._trust_remote_code)
+        verified = [self._verify_server(server, own) for server in self._pool.servers]
+        return tuple(await asyncio.gather(*verified))
 
-    async def _proof(self, server: EngineServer, own: Probe | None) -> str:
-        room = (await server.facts()).max_context or probe.MAX_TOKENS + 1
+    async def _verify_server(self, server: EngineServer, own: Fingerprint | None) -> str:
+        room = (await server.facts()).max_context or fingerprint.MAX_TOKENS + 1
         own = None if own is None else own.within(room)
         if own is None or not own.sequences:
             return (
-                f"{server.name}: that it holds {self._teacher} was not proven (its weights are not "
-                "here, too large to compare with, or the server's context too short)"
+                f"{server.name}: not verified to serve {self._teacher} (its weights are not on "
+                "this machine, or too large to load here, or the server's context is too short)"
             )
-        found = await read_probe(server, own)
+        found = await read_fingerprint(server, own)
         try:
-            evidence = judge(server.name, self._teacher, found, own, None, self._tolerance)
+            verification = verify(server.name, self._teacher, found, own, None, self._tolerance)
         except StaleWeights as error:
             raise ConfigError(f"{error}; serve {self._teacher} there") from error
-        return f"{server.name} holds {self._teacher}: {evidence}"
+        return f"{server.name} serves {self._teacher}: {verification}"
 
-    async def _read(self, server: EngineServer, document: Document) -> Reading:
+    async def _read(self, server: EngineServer, document: LogprobRequest) -> Logprobs:
         ids = np.concatenate([document.context, document.response]).tolist()
         first, k = len(document.context) - 1, min(document.k, self._vocab_size)
-        asked = k
+        requested = k
         while True:
-            found = await server.read(ids, asked)
+            found = await server.read(ids, requested)
             shown = found.ids[first:]
             short = k - int((shown < self._vocab_size).sum(axis=1).min())
-            if short <= 0 or asked >= self.max_k:
+            if short <= 0 or requested >= self.max_k:
                 break
-            asked = min(2 * asked, self.max_k)  # padding of the embedding took places: look deeper
+            requested = min(2 * requested, self.max_k)  # some of the top k are padding ids
         support = _known(shown, found.id_logprobs[first:], k, self._vocab_size)
-        return Reading(np.ascontiguousarray(found.logprobs[first:]), *support)
+        return Logprobs(np.ascontiguousarray(found.logprobs[first:]), *support)
 
 
-class _Room:
-    """The tokens a server may have in hand at once; more than `size` count as all of it."""
+class _TokenBudget:
+    """The tokens that a server may have in flight; a longer request counts as `size`."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size
@@ -218,14 +221,14 @@ class _Room:
                 self._changed.notify_all()
 
 
-def _length(document: Document) -> int:
+def _length(document: LogprobRequest) -> int:
     return len(document.context) + len(document.response)
 
 
 def _known(
     ids: IntArray, logprobs: FloatArray, k: int, vocab_size: int
 ) -> tuple[IntArray, FloatArray]:
-    """The first k ids [L, k] below `vocab_size` of each row; where there are fewer, unused ids."""
+    """The first k ids [L, k] below `vocab_size` of each row, filled up with unused ids."""
     order = np.argsort(ids >= vocab_size, axis=1, kind="stable")[:, :k]
     ids = np.take_along_axis(ids, order, axis=1)
     logprobs = np.take_along_axis(logprobs, order, axis=1)

@@ -1,7 +1,7 @@
-"""Several teachers as one reader: each document is read by the teacher that it names.
+"""Several teachers as one model: each document goes to the teacher that it names.
 
-Promises: a teacher is opened when it is first asked, once, and kept; it reads all of its documents
-of a call together, so that a reading is what that teacher alone would give (to float noise).
+Promises: a teacher is opened once, at its first use, and kept open. A call passes it all of its
+documents together, so the log-probs equal those of a run with that teacher alone (to float noise).
 """
 
 from __future__ import annotations
@@ -10,48 +10,51 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from npd.score.base import Document, Key, Reader, Reading, Unread
+from npd.score.base import Key, LogprobFailure, LogprobModel, LogprobRequest, Logprobs
 
 if TYPE_CHECKING:
     from npd.score.served import ServedTeacher
 
 
 class Teachers:
-    """A Reader over teachers by name: `serve` opens one on its servers, or says by None that there
-    are none; then `load` loads it into this process."""
+    """A LogprobModel over teachers by name.
+
+    `serve` opens a teacher on its servers, or returns None if it has none; then `load` loads it
+    into this process.
+    """
 
     def __init__(
-        self, load: Callable[[str], Reader], serve: Callable[[str], ServedTeacher | None]
+        self, load: Callable[[str], LogprobModel], serve: Callable[[str], ServedTeacher | None]
     ) -> None:
         self._load, self._serve = load, serve
-        self._loaded: dict[str, Reader] = {}
+        self._loaded: dict[str, LogprobModel] = {}
         self._served: dict[str, ServedTeacher | None] = {}
 
-    def read(self, documents: Mapping[Key, Document]) -> dict[Key, Reading | Unread]:
-        """A reading of each document, or the reason why there is none, under its key."""
-        readings: dict[Key, Reading | Unread] = {}
+    def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs | LogprobFailure]:
+        """The log-probs of each document, or its failure, by key."""
+        readings: dict[Key, Logprobs | LogprobFailure] = {}
         for name in sorted({document.teacher for document in documents.values()}):
             own = {key: d for key, d in documents.items() if d.teacher == name}
             readings.update(self._named(name).read(own))
         return readings
 
     def served(self, name: str) -> ServedTeacher | None:
-        """The teacher on its servers; None where it is held in process."""
+        """The teacher on its servers; None if it runs in process."""
         if name not in self._served:
             self._served[name] = self._serve(name)
         return self._served[name]
 
     def widest(self, names: Iterable[str], wanted: int) -> int:
-        """The widest support, up to `wanted`, that all of these teachers give."""
+        """The largest support, up to `wanted`, that all of these teachers can give."""
         found = [self.served(name) for name in names]
         return min([wanted, *(teacher.max_k for teacher in found if teacher is not None)])
 
     def unload(self) -> None:
-        """Let go of the models of this process; one that is asked again is loaded again."""
+        """Free the models of this process; a later use loads again."""
         self._loaded.clear()
 
     def close(self) -> None:
-        """Let go of the models, and of the servers."""
+        """Free the models and close the servers."""
         self.unload()
         with ExitStack() as stack:
             for teacher in self._served.values():
@@ -59,7 +62,7 @@ class Teachers:
                     stack.callback(teacher.close)
             self._served = {}
 
-    def _named(self, name: str) -> Reader:
+    def _named(self, name: str) -> LogprobModel:
         served = self.served(name)
         if served is not None:
             return served

@@ -1,8 +1,9 @@
-"""Where everything of a run lies. Paths only: no file is opened here.
+"""The paths of a run directory. No file is opened here.
 
-runs/<name>/ config.json  ledger.db  metrics.jsonl  trace.jsonl  trace.json  report.html
-             heldout.arrow  logs/  probes/v000003/  rollouts/000012.arrow  scored/000012.arrow
-             snapshots/v000003/  snapshots/LATEST  checkpoints/step-000200/  student/
+runs/<name>/ config.json  ledger.db  ledger.mark  metrics.jsonl  trace.jsonl  trace.json
+             report.html  heldout.arrow  status.json  logs/  probes/v000003/
+             rollouts/000012.arrow  scored/000012.arrow  snapshots/v000003/  snapshots/LATEST
+             checkpoints/step-000200/  student/
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ class RunLayout:
 
     @property
     def ledger_db(self) -> Path:
-        """The ledger (SQLite); beside it `ledger.db-wal` while it is open, and `ledger.lock`."""
+        """The ledger (SQLite). Beside it: `ledger.db-wal` while it is open, `ledger.lock`, and
+        `ledger.mark`, which records how much of it is safely on disk."""
         return self.root / "ledger.db"
 
     @property
     def metrics_jsonl(self) -> Path:
-        """One line a step and a segment."""
+        """One line for each step and segment."""
         return self.root / "metrics.jsonl"
 
     @property
     def trace_jsonl(self) -> Path:
-        """Spans as they end."""
+        """One line for each span, written when it ends."""
         return self.root / "trace.jsonl"
 
     @property
     def trace_json(self) -> Path:
-        """The same for Perfetto."""
+        """The same spans in Perfetto's format."""
         return self.root / "trace.json"
 
     @property
@@ -61,8 +63,18 @@ class RunLayout:
 
     @property
     def logs(self) -> Path:
-        """One log file a worker."""
+        """One log file for each worker."""
         return self.root / "logs"
+
+    @property
+    def trainer_step(self) -> Path:
+        """The trainer's progress in its segment, for the live view; resuming does not use it."""
+        return self.logs / "trainer.step"
+
+    @property
+    def status_json(self) -> Path:
+        """The progress of a running run, for `npd show`."""
+        return self.root / "status.json"
 
     @property
     def snapshots(self) -> Path:
@@ -71,7 +83,7 @@ class RunLayout:
 
     @property
     def probes(self) -> Path:
-        """What each snapshot says of a few fixed texts, kept for comparison by servers' users."""
+        """Each snapshot's fingerprint, against which servers are verified."""
         return self.root / "probes"
 
     @property
@@ -101,17 +113,43 @@ class RunLayout:
         names = ("rollouts", "scored", "logs", "snapshots", "checkpoints")
         return (self.root, *(self.root / name for name in names))
 
+    @property
+    def everything(self) -> tuple[Path, ...]:
+        """Everything that npd puts into the run directory."""
+        ledger = self.ledger_db.name
+        names = (ledger, f"{ledger}-wal", f"{ledger}-shm", "ledger.lock", "ledger.mark", "trackers")
+        files_of_all = (
+            *(self.config_json, self.metrics_jsonl, self.trace_jsonl, self.trace_json),
+            *(self.report_html, self.heldout, self.status_json, self.student, self.probes),
+        )
+        return (*files_of_all, *(self.root / name for name in names), *self.directories[1:])
+
+    def first_made(self) -> Path | None:
+        """A file that proves recorded events, or None.
+
+        Held-out responses and the trace do not count, because they precede the first event.
+        """
+        folders = ("checkpoints/step-*", "snapshots/v*", "scored/*.arrow", "rollouts/*.arrow")
+        found = (path for pattern in folders for path in sorted(self.root.glob(pattern)))
+        if (path := next(found, None)) is not None:
+            return path
+        if self.metrics_jsonl.exists() and self.metrics_jsonl.stat().st_size:
+            return self.metrics_jsonl
+        return self.student if self.student.exists() else None
+
     def create(self) -> None:
-        """Make the directories. Raises RunError when the place cannot be written."""
+        """Create the directories. Raises RunError if the disk is not writable."""
         with files.explain_write(self.root):
             for directory in self.directories:
                 directory.mkdir(parents=True, exist_ok=True)
 
-    def sweep(self) -> list[Path]:
-        """Remove what killed writers left; returns it.
+    def remove_temporary(self) -> list[Path]:
+        """Remove the temporary files of killed writers; returns them.
 
-        Only for the holder of the run's ledger, before it starts any worker: a live writer's
-        unfinished file looks just the same.
+        Call it only with the ledger's lock and while no worker runs: a live writer's temporary
+        files look the same.
         """
         with files.explain_write(self.root):
-            return [path for directory in self.directories for path in files.sweep(directory)]
+            return [
+                path for directory in self.directories for path in files.remove_temporary(directory)
+            ]

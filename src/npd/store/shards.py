@@ -1,12 +1,13 @@
-"""Rollouts and scored rollouts as files: one Arrow stream a shard, closed by a checksum.
+"""Files of rollouts and scored rollouts: one Arrow stream per shard, followed by a checksum.
 
-Promises: a file is whole or absent; one that was truncated or altered since is a StoreError, never
-wrong numbers. What is read owns its memory. Files stay plain Arrow streams (any Arrow library reads
-them; the 8 bytes after the end mark are ours). Does not compress: the page cache is the cache.
+Promises: a file is complete or absent. A truncated or altered file raises a StoreError and is never
+read as wrong numbers. Records own their memory. Files are plain Arrow streams, readable by any
+Arrow library; the 8 bytes after the end mark are npd's checksum. Files are not compressed, so that
+the page cache can serve them.
 
-The teacher's top-k log-probs are kept as float16 and one float32 a position, the log of the mass
-that rounding moved, so that the mass inside the support survives exactly (the `tail` loss takes the
-log of what is left of it). All other log-probs are float32.
+The teacher's top-k log-probs are stored as float16, with one float32 correction per position: the
+log of the mass that rounding moved. It keeps the support's mass exact, from which the `tail` loss
+computes the log of the rest. All other log-probs are float32.
 """
 
 from __future__ import annotations
@@ -24,19 +25,27 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from npd.errors import StoreError
-from npd.names import DEFAULT_TEACHER
 from npd.store.files import write_atomic
-from npd.types import FinishReason, FloatArray, Rollout, SampleRef, Scored
+from npd.types import DEFAULT_TEACHER, FinishReason, FloatArray, Rollout, SampleRef, Scored
 
 Kind: TypeAlias = Literal["rollouts", "scored"]
 _Array: TypeAlias = NDArray[Any]
 
 _TRAILER = struct.Struct("<4sI")
 _MAGIC = b"npd1"
-_REMEDY = "delete it and resume the run to have it made again"
+_REMEDY = "delete it and resume the run, which regenerates it"
 
 _INTS = pa.large_list(pa.int32())
 _FLOATS = pa.large_list(pa.float32())
+# Older releases of pyarrow provide this only if pandas is installed.
+_NUMPY: dict[pa.DataType, type] = {
+    pa.int32(): np.int32,
+    pa.int64(): np.int64,
+    pa.uint64(): np.uint64,
+    pa.float16(): np.float16,
+    pa.float32(): np.float32,
+    pa.float64(): np.float64,
+}
 _ROLLOUT_FIELDS = {
     "sample_id": pa.int64(),
     "prompt_index": pa.int64(),
@@ -63,20 +72,20 @@ _SCHEMAS: dict[Kind, pa.Schema] = {
     "rollouts": pa.schema(_ROLLOUT_FIELDS, metadata={"npd": "rollouts/2"}),
     "scored": pa.schema(_SCORED_FIELDS, metadata={"npd": "scored/2"}),
 }
-# Only where a sample has a teacher other than the default one.
+# Written only if a sample has a teacher other than the default one.
 _TEACHER = pa.field("teacher", pa.string())
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write a shard of rollouts, atomically. Seeds must be in [0, 2**64).
 
-    Raises RunError when the disk is full or the place cannot be written.
+    Raises RunError if the disk is full or not writable.
     """
     _write(path, "rollouts", [_rollout_row(rollout) for rollout in rollouts])
 
 
 def write_scored(path: Path, scored: Sequence[Scored]) -> None:
-    """Write a shard of scored rollouts (the rollouts with them), atomically. Raises RunError."""
+    """Write a shard of scored rollouts, rollouts included, atomically. Raises RunError."""
     _write(path, "scored", [_scored_row(item) for item in scored])
 
 
@@ -98,11 +107,10 @@ def verify_shard(path: Path, kind: Kind) -> None:
 
 
 class ShardReader:
-    """Single samples out of many shards, by reference; at most `capacity` shards stay mapped.
+    """Reads single samples from many shards, by reference; at most `capacity` shards stay mapped.
 
-    `path_of` gives a shard's file, e.g. `RunLayout(root).scored`. A file's checksum is verified the
-    first time it is opened, not each time it comes back. For one thread at a time. Raises
-    StoreError.
+    `path_of` gives a shard's file, e.g. `RunLayout(root).scored`. A file's checksum is verified at
+    its first opening only. Not thread-safe. Raises StoreError.
     """
 
     def __init__(self, path_of: Callable[[int], Path], kind: Kind, *, capacity: int = 64) -> None:
@@ -111,7 +119,7 @@ class ShardReader:
         self._verified: set[tuple[int, int, int]] = set()
 
     def read(self, ref: SampleRef) -> Rollout | Scored:
-        """The sample as its kind of shard holds it."""
+        """The sample, as a Rollout or a Scored by the kind of shard."""
         return self.rollout(ref) if self._kind == "rollouts" else self.scored(ref)
 
     def rollout(self, ref: SampleRef) -> Rollout:
@@ -126,7 +134,7 @@ class ShardReader:
         return shard.scored(shard.row_of(ref.sample_id))
 
     def close(self) -> None:
-        """Unmap every shard. Records already handed out stay valid."""
+        """Unmap every shard. Records that were returned stay valid."""
         self._open.clear()
 
     def _shard(self, index: int) -> _Shard:
@@ -145,7 +153,7 @@ class ShardReader:
 
 
 class _Shard:
-    """One mapped file: scalar columns as lists, list columns as views cut out on demand."""
+    """One mapped file: scalar columns as lists, list columns as views, sliced on demand."""
 
     def __init__(self, path: Path, kind: Kind, *, is_verified: bool = False) -> None:
         self._path = path
@@ -154,7 +162,8 @@ class _Shard:
         self._lists: dict[str, tuple[_Array, _Array]] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_large_list(column.type):
-                self._lists[name] = (column.offsets.to_numpy(), column.values.to_numpy())
+                offsets, values = np.from_dlpack(column.offsets), np.from_dlpack(column.values)
+                self._lists[name] = (offsets, values)
             else:
                 self._scalars[name] = column.to_pylist()
         self._rows = {sample: row for row, sample in enumerate(self._scalars["sample_id"])}
@@ -165,7 +174,7 @@ class _Shard:
 
     def row_of(self, sample_id: int) -> int:
         if sample_id not in self._rows:
-            raise StoreError(f"{self._path} does not hold sample {sample_id}: {_REMEDY}")
+            raise StoreError(f"{self._path} does not contain sample {sample_id}: {_REMEDY}")
         return self._rows[sample_id]
 
     def rollout(self, row: int) -> Rollout:
@@ -228,7 +237,7 @@ def _scored_row(scored: Scored) -> dict[str, Any]:
 
 
 def _round(logprobs_LK: FloatArray) -> tuple[NDArray[np.float16], FloatArray]:
-    """Float16 log-probs, and per position what to add to them to keep the row's total mass."""
+    """Float16 log-probs, and for each position the correction that keeps the row's total mass."""
     lowest = float(np.finfo(np.float16).min)
     rounded = np.where(np.isneginf(logprobs_LK), -np.inf, np.maximum(logprobs_LK, lowest))
     halves = rounded.astype(np.float16)
@@ -238,14 +247,39 @@ def _round(logprobs_LK: FloatArray) -> tuple[NDArray[np.float16], FloatArray]:
     return halves, np.log(ratio).astype(np.float32)
 
 
+# `pa.array` and `to_numpy` import pandas where it is installed: 0.3 s and 40 MiB in every process.
+
+
 def _column(name: str, kind: pa.DataType, rows: Sequence[dict[str, Any]]) -> pa.Array:
     cells = [row[name] for row in rows]
+    if pa.types.is_string(kind):
+        return _texts(cells)
     if not pa.types.is_large_list(kind):
-        return pa.array(cells, kind)
-    dtype = kind.value_type.to_pandas_dtype()
+        return _numbers(cells, kind)
+    dtype = _NUMPY[kind.value_type]
     offsets = np.cumsum([0, *(len(cell) for cell in cells)], dtype=np.int64)
     flat = np.concatenate([np.empty(0, dtype), *(np.asarray(cell, dtype) for cell in cells)])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type))
+    return pa.LargeListArray.from_arrays(
+        _filled(offsets, pa.int64()), _filled(flat, kind.value_type)
+    )
+
+
+def _texts(cells: Sequence[str]) -> pa.Array:
+    texts = [cell.encode() for cell in cells]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _numbers(cells: Sequence[float | None], kind: pa.DataType) -> pa.Array:
+    is_there = np.array([cell is not None for cell in cells], bool)
+    values: _Array = np.array([0 if cell is None else cell for cell in cells], _NUMPY[kind])
+    return _filled(values, kind, None if is_there.all() else is_there)
+
+
+def _filled(values: _Array, kind: pa.DataType, is_there: _Array | None = None) -> pa.Array:
+    mask = None if is_there is None else pa.py_buffer(np.packbits(is_there, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(values), [mask, pa.py_buffer(values)])
 
 
 def _write(path: Path, kind: Kind, rows: Sequence[dict[str, Any]]) -> None:
@@ -273,7 +307,7 @@ def _map(path: Path, kind: Kind, *, is_verified: bool) -> pa.RecordBatch:
     body = content.slice(0, content.size - _TRAILER.size)
     magic, checksum = _TRAILER.unpack(content.slice(body.size))
     if magic != _MAGIC:
-        raise StoreError(f"{path} is truncated or not a shard of npd: {_REMEDY}")
+        raise StoreError(f"{path} is truncated or not a shard: {_REMEDY}")
     if not is_verified and zlib.crc32(body) != checksum:
         raise StoreError(f"{path} does not match its checksum: {_REMEDY}")
     return _parse(path, kind, body)
@@ -283,14 +317,14 @@ def _parse(path: Path, kind: Kind, body: pa.Buffer) -> pa.RecordBatch:
     with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
         known = (_SCHEMAS[kind], _SCHEMAS[kind].append(_TEACHER))
         if not any(reader.schema.equals(schema, check_metadata=True) for schema in known):
-            raise StoreError(f"{path} holds no {kind} this version of npd can read: {_REMEDY}")
+            raise StoreError(f"{path} has no {kind} that this version of npd can read: {_REMEDY}")
         return reader.read_next_batch()
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """What changes when another file takes this path: inode, time of change, size."""
+    """A file's inode, change time and size: different once another file has this path."""
     try:
         stat = os.stat(path)
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: resume the run to have it made again") from error
+        raise StoreError(f"{path} is missing: resume the run, which regenerates it") from error
     return stat.st_ino, stat.st_mtime_ns, stat.st_size

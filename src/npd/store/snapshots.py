@@ -1,8 +1,8 @@
-"""Published model directories: versioned, checksummed, whole or absent.
+"""Published model directories: versioned, checksummed, complete or absent.
 
-Promises: a directory with a valid `manifest.json` holds what its writer wrote, to the byte. Serves
-snapshots (`v000003`), checkpoints (`step-000200`) and the final student alike. Does not know
-models: the caller writes the files. Files beside those of the manifest are ignored.
+Promises: a directory with a valid `manifest.json` has the content that was published, to the byte.
+Used for snapshots (`v000003`), checkpoints (`step-000200`) and the final student. Independent of
+models: the caller writes the files. Files that the manifest does not list are ignored.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _VERSIONED = re.compile(r"(?:v|step-)(\d{6,})")
 
 
 def publish(final_dir: Path, write: Callable[[Path], None]) -> str:
-    """Make `final_dir` hold what `write` puts into the directory it is given; returns a checksum.
+    """Publish what `write` puts into a temporary directory as `final_dir`; returns a checksum.
 
-    The checksum covers names and contents of all files. Where `final_dir` is already valid nothing
-    is written; where it was published but is damaged, it is replaced. Raises RunError when the disk
-    is full, StoreError where something is that was not published.
+    The checksum covers names and contents of all files. A valid `final_dir` is left unchanged, a
+    damaged one is replaced. Raises RunError if the disk is full, and StoreError if `final_dir`
+    exists and was not published.
     """
     if _is_published(final_dir):
         try:
@@ -54,7 +54,7 @@ def publish(final_dir: Path, write: Callable[[Path], None]) -> str:
 def verify(directory: Path) -> str:
     """Check every file against the manifest; returns the checksum.
 
-    Raises StoreError naming the first file that is missing or altered.
+    Raises StoreError, which names the first missing or altered file.
     """
     listed = _listed(directory)
     for name, entry in sorted(listed.items()):
@@ -63,8 +63,14 @@ def verify(directory: Path) -> str:
     return _checksum(listed)
 
 
+def contents(directory: Path) -> list[str]:
+    """The names of the directory's files, verified."""
+    verify(directory)
+    return sorted(_listed(directory))
+
+
 def is_whole(directory: Path) -> bool:
-    """Whether `verify` finds nothing wrong."""
+    """Whether `verify` succeeds."""
     try:
         verify(directory)
     except StoreError:
@@ -79,7 +85,7 @@ def set_latest(root: Path, version: int) -> None:
 
 
 def latest(root: Path) -> int | None:
-    """The version LATEST points at; None before the first. Raises StoreError when it is gone."""
+    """The version in LATEST; None before the first. Raises StoreError if its directory is gone."""
     pointer = root / _LATEST
     if not pointer.exists():
         return None
@@ -90,9 +96,10 @@ def latest(root: Path) -> int | None:
 
 
 def prune(root: Path, keep: Collection[int]) -> list[int]:
-    """Remove versions (or checkpoint steps) not in `keep` and older than the newest of it.
+    """Remove versions (or checkpoint steps) that are not in `keep` and older than its newest.
 
-    Never LATEST's, nor what is newer: that may have been written this moment. Returns the removed.
+    Never removes LATEST's version, nor a newer one, which may have just been written. Returns the
+    removed versions.
     """
     kept: set[int | None] = {*keep, latest(root)}
     newest, found = max(keep, default=0), _published(root)
@@ -103,7 +110,7 @@ def prune(root: Path, keep: Collection[int]) -> list[int]:
 
 
 def drop_newer(root: Path, newest: int) -> None:
-    """Remove versions (or steps) that are newer, and LATEST where it names one of them."""
+    """Remove newer versions (or steps), and LATEST if it points to one of them."""
     for number, path in sorted(_published(root).items()):
         if number > newest:
             if (root / _LATEST).exists() and latest(root) == number:
@@ -117,7 +124,7 @@ def _published(root: Path) -> dict[int, Path]:
 
 
 def number_of(name: str) -> int | None:
-    """The version or step that a directory is named after (`v000003`, `step-000200`), or None."""
+    """The version or step in a directory's name (`v000003`, `step-000200`), or None."""
     match = _VERSIONED.fullmatch(name)
     return None if match is None else int(match[1])
 
@@ -127,7 +134,7 @@ def _directory(root: Path, version: int) -> Path:
 
 
 def _discard(directory: Path) -> None:
-    """Remove a directory so that no half of it is ever seen under its name."""
+    """Remove a directory atomically: it is renamed first."""
     if directory.exists():
         tmp = files.temporary(directory)
         with files.explain_write(directory):
@@ -136,8 +143,9 @@ def _discard(directory: Path) -> None:
 
 
 def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
-    """Let `write` work, then put everything on disk and a manifest beside it."""
+    """Call `write`, flush everything to disk, then write the manifest."""
     write(tmp)
+    files.give_usual_modes(tmp)
     paths = [path for path in sorted(tmp.rglob("*")) if path.is_file()]
     listed = {str(path.relative_to(tmp)): describe(path) for path in paths}
     for path in (*paths, *(path for path in tmp.rglob("*") if path.is_dir())):
@@ -148,7 +156,7 @@ def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
 
 
 def describe(path: Path) -> dict[str, Any] | None:
-    """Size and checksum of a file, as in a manifest; None where there is none."""
+    """Size and checksum of a file, as in a manifest; None if it does not exist."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -157,29 +165,35 @@ def describe(path: Path) -> dict[str, Any] | None:
 
 
 def _is_published(final_dir: Path) -> bool:
-    """Whether our manifest is there; what has none is not ours to replace."""
+    """Whether the directory has npd's manifest; one without it must not be replaced."""
     if (final_dir / MANIFEST).exists():
         return True
     if final_dir.exists() and (not final_dir.is_dir() or any(final_dir.iterdir())):
-        raise StoreError(f"{final_dir} exists and holds no {MANIFEST}: move it out of the way")
+        raise StoreError(f"{final_dir} exists and has no {MANIFEST}: move it away")
     return False
 
 
 def _listed(directory: Path) -> dict[str, Any]:
-    """The files of the manifest, after checking it against itself."""
+    """The files in the manifest, whose own checksum is verified."""
     try:
         manifest = files.read_json(directory / MANIFEST)
     except StoreError as error:
         raise _damaged(directory, f"{MANIFEST} is missing or unreadable") from error
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict) or manifest.get("checksum") != _checksum(listed):
-        raise _damaged(directory, f"{MANIFEST} contradicts itself")
+        raise _damaged(directory, f"{MANIFEST} is inconsistent")
+    if not all(_is_inside(name) for name in listed):
+        raise _damaged(directory, f"{MANIFEST} names files outside the directory")
     return listed
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _damaged(directory: Path, what: str) -> StoreError:
     return StoreError(
-        f"{directory} is damaged ({what}): delete it and resume the run to have it made again"
+        f"{directory} is damaged ({what}): delete it and resume the run, which regenerates it"
     )
 
 

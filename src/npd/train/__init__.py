@@ -1,1 +1,1 @@
-"""The training room: the near-policy loss, the trainer, and its checkpoints."""
+"""Training: the near-policy loss, the trainer, checkpoints and sharding."""

@@ -1,7 +1,10 @@
-"""Rows of samples as tensors: packed ids, the positions that predict a response, their targets.
+"""Rows of samples as tensors, built one step ahead of the trainer.
 
-Promises: only positions that predict a response token are listed, each document's own, in the order
-given. Does not pack (the controller did), compute, or read files.
+A `TrainRow` has packed ids, the positions that predict a response token, and their targets. Samples
+keep their order. `prefetch` reads and builds the rows of the next step, and no further ones, in a
+thread while a step trains. A read error is raised at the start of its step, and no thread outlives
+the iteration. Rows for a GPU are in pinned memory, so that copies do not block the host. Does not
+pack rows (the plan does), train, or read files itself.
 
 Dimensions: T tokens of a row, N response tokens of a row, K teacher support size.
 """
@@ -9,7 +12,8 @@ Dimensions: T tokens of a row, N response tokens of a row, K teacher support siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -19,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npd.config import LossConfig
-from npd.modeling import PackedBatch, pack_documents
-from npd.types import FloatArray, IntArray, Rollout, SampleRef, Scored
+from npd.models.loading import PackedBatch, pack_documents
+from npd.types import FloatArray, IntArray, Rollout, SampleRef, Scored, Segment, Step
 
 Sample: TypeAlias = Rollout | Scored
 Read: TypeAlias = Callable[[SampleRef], Sample]
@@ -28,13 +32,13 @@ Read: TypeAlias = Callable[[SampleRef], Sample]
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """One packed row and what its response positions are trained towards.
+    """One packed row, and the targets of its response positions.
 
-    A document is a prompt and its response but for the last token, which predicts nothing.
-    `positions_N` index the row's T tokens: those whose next token, `labels_N`, is a response's.
-    `topk_*_NK` are None for samples no teacher has seen. `behavior_N` are the newest snapshot's
-    log-probs of the labels, NaN at tokens of other samples; None when the row has none.
-    `num_skipped` response tokens are among the T but not the N (`only`).
+    A document is a prompt and its response without the last token, which predicts no label.
+    `positions_N` index the row's T tokens, and select those whose next token (`labels_N`) belongs
+    to a response. `topk_*_NK` are None for samples without a teacher. `behavior_N` are log-probs of
+    the labels under the newest snapshot, NaN for samples of other snapshots, and None for a row
+    without any. `num_skipped` response tokens are among the T but not the N (see `only`).
 
     Example: prompt [5, 6], response [7, 2] packs to ids [5, 6, 7], positions [1, 2], labels [7, 2].
     """
@@ -48,15 +52,15 @@ class TrainRow:
     num_skipped: int = 0
 
     def to(self, device: str | torch.device) -> TrainRow:
-        """The same on `device`; what is pinned is on its way there when this returns."""
+        """The row on `device`; copies from pinned memory may still be running on return."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> TrainRow:
-        """The same in page-locked memory, which a GPU copies from without the host waiting."""
+        """The row in pinned memory, from which copies to a GPU do not block the host."""
         return self._each(Tensor.pin_memory)
 
     def only(self, kept_N: Tensor) -> TrainRow:
-        """The same, to be trained at the kept positions alone; the others stay as context."""
+        """The row, trained only at the kept positions; the others remain as context."""
 
         def of(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[kept_N]
@@ -93,10 +97,10 @@ def rollout_of(sample: Sample) -> Rollout:
 
 
 def kept(sample: Sample, loss: LossConfig) -> NDArray[np.bool_]:
-    """Which response tokens `[L]` are trained on: none of the `skip_tokens` after an unlikely one.
+    """A mask [L] of the response tokens to train on.
 
-    One that is left out leaves out what follows it all the same if it is unlikely itself. The first
-    token always stays; and all of a sample that no teacher has seen.
+    The `skip_tokens` after an unlikely token are skipped. A skipped token that is unlikely itself
+    extends the skip. The first token is always kept, and so are all tokens without a teacher.
     """
     is_kept = np.ones(len(rollout_of(sample).response_ids), dtype=np.bool_)
     if loss.skip_after > 0.0 and isinstance(sample, Scored):
@@ -108,7 +112,7 @@ def kept(sample: Sample, loss: LossConfig) -> NDArray[np.bool_]:
 
 
 def build_row(samples: Sequence[Sample], *, version: int, device: str | torch.device) -> TrainRow:
-    """Lay `samples` end to end, in order; drift is measured on those written by `version`."""
+    """Pack `samples` in order; drift is measured on the samples of snapshot `version`."""
     rollouts = [rollout_of(sample) for sample in samples]
     assert all(len(r.prompt_ids) for r in rollouts), "a response needs a token before it"
     documents = [np.concatenate([r.prompt_ids, r.response_ids[:-1]]) for r in rollouts]
@@ -142,3 +146,60 @@ def _ids(parts: Sequence[IntArray]) -> Tensor:
 
 def _floats(parts: Sequence[FloatArray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """A rank's rows of a step: `rows`, then `idle` rows with weight 0.
+
+    All ranks must process the same number of rows, so a rank with fewer rows gets idle ones. An
+    idle row is the step's shortest sample.
+    """
+
+    step: Step
+    rows: tuple[TrainRow, ...]
+    idle: tuple[TrainRow, ...]
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """The number of response tokens trained on, and of those skipped."""
+        trained = sum(len(row.labels_N) for row in self.rows)
+        return trained, sum(row.num_skipped for row in self.rows)
+
+
+def prefetch(
+    segment: Segment, read: Read, loss: LossConfig, *, rank: int, is_pinned: bool
+) -> Generator[StepRows, None, None]:
+    """The segment's steps in order, each with the rows of `rank` in main memory.
+
+    Positions that `loss` skips are left out. `read` is called by one thread at a time; each call of
+    `prefetch` starts one.
+    """
+
+    def row_of(refs: Sequence[SampleRef]) -> TrainRow:
+        samples = [read(ref) for ref in refs]
+        row = build_row(samples, version=segment.version, device="cpu")
+        if loss.skip_after > 0.0:
+            is_kept = np.concatenate([kept(sample, loss) for sample in samples])
+            row = row.only(torch.from_numpy(is_kept))
+        return row.pinned() if is_pinned else row
+
+    def prepare(step: Step) -> StepRows:
+        rows = tuple(row_of(row.samples) for row in step.ranks[rank])
+        num_idle = max(map(len, step.ranks)) - len(rows)
+        return StepRows(step, rows, (row_of([_shortest(step)]),) * num_idle if num_idle else ())
+
+    with ThreadPoolExecutor(1, "npd-prefetch") as thread:
+        coming = [thread.submit(prepare, step) for step in segment.steps[:1]]
+        for step in [*segment.steps[1:], None]:
+            if not coming:
+                return
+            ready = coming.pop().result()
+            if step is not None:
+                coming.append(thread.submit(prepare, step))
+            yield ready
+
+
+def _shortest(step: Step) -> SampleRef:
+    refs = [ref for rank in step.ranks for row in rank for ref in row.samples]
+    return min(refs, key=lambda ref: (ref.num_tokens, ref.sample_id))

@@ -1,56 +1,52 @@
-"""What a trainer leaves on disk: checkpoints to go on from, and the student in Hugging Face form.
+"""Checkpoints of the trainer, and the check that a saved student equals the live one.
 
-A checkpoint is a directory written as a whole or not at all (`npd.store.snapshots`):
-`model.safetensors` (the float32 parameters that are trained, by name, tied ones once),
+A checkpoint is a directory, written completely or not at all (`npd.store.snapshots`):
+`model.safetensors` (the trained float32 parameters by name, tied ones once),
 `optimizer.safetensors` (AdamW's `exp_avg`, `exp_avg_sq` and `step`, each as
 `<kind>/<parameter name>`) and `state.json`. Loading checks everything before it changes anything,
-so a failed load leaves model and optimiser as they were. No pickle. Does not decide when to
-save or which checkpoint counts. The files hold whole tensors whatever the number of ranks, so that
-any number may go on; the first rank gathers and writes them, which takes it the memory of all.
+so a failed load leaves model and optimiser unchanged. No pickle. The files hold full tensors for
+any number of ranks, so that any number can resume. Rank 0 gathers and writes them, and needs the
+memory for it. Does not decide when to save or which checkpoint to load.
+
+A library may quantise, rename or drop tensors when it saves them. So a saved student is loaded
+again and compared in two ways: every tensor by name, to the bit in the saved dtype, and the
+log-probs of a probe text, which also depend on the config.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from npd.errors import StoreError
-from npd.modeling import quiet
+from npd.errors import RunError, StoreError
+from npd.models import lora
+from npd.models.files import in_one_line
+from npd.models.lm_head import head_of
+from npd.models.loading import autocast, hidden_states, load_model, pack_documents
 from npd.store import files
 from npd.store.snapshots import publish, verify
-from npd.train.parallel import spread
+from npd.train.fsdp import shard_like
+from npd.types import IntArray
 
 _FORMAT = 1
 _WEIGHTS, _MOMENTS, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _KINDS = ("exp_avg", "exp_avg_sq", "step")
-# What a tokenizer may consist of; names that are missing in a directory are passed over.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def state_of(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters that are trained and their moments, by name, as they lie on this rank."""
+    """The trained parameters and their moments by name, as sharded on this rank."""
     weights = {name: p.detach() for name, p in _trained(model).items()}
     return weights, _moments(model, optimizer)
 
@@ -62,10 +58,10 @@ def save(
     *,
     last_step: int | None,
 ) -> None:
-    """Write a checkpoint at `directory`, replacing one that is there once the new one is whole.
+    """Write a checkpoint at `directory`; an older one is replaced once the new one is complete.
 
     Raises:
-        RunError: the disk is full or the place cannot be written; an old checkpoint stays.
+        RunError: the disk is full or not writable; an older checkpoint stays.
     """
 
     def write(into: Path) -> None:
@@ -77,7 +73,7 @@ def save(
     if not directory.exists():
         publish(directory, write)
         return
-    # `publish` would keep what is there, but after a resume the same step may come out otherwise.
+    # `publish` would keep an existing one. The trainer skips a whole one, so this is damaged.
     fresh, old = files.temporary(directory), files.temporary(directory)
     try:
         publish(fresh, write)
@@ -90,10 +86,10 @@ def save(
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-    """Restore `model` and `optimizer` in place; gives the index of the last step taken.
+    """Restore `model` and `optimizer` in place; returns the index of the last step taken.
 
     Raises:
-        StoreError: the checkpoint is missing or damaged, or its parameters are not the model's.
+        StoreError: the checkpoint is missing, damaged, or of another model.
     """
     verify(directory)
     try:
@@ -112,69 +108,12 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return None if last_step is None else int(last_step)
 
 
-def save_pretrained(
-    model: Any,
-    directory: Path,
-    *,
-    dtype: str,
-    source: str,
-    trust_remote_code: bool,
-    untie: bool = False,
-) -> None:
-    """Write `model` in Hugging Face form with the tokenizer of `source`; `model` is not changed.
-
-    Tied embeddings stay tied, as in the source: one matrix in the file. With `untie` the LM head is
-    a matrix of its own, and the saved config says so: the same model, for readers that lose ties.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    target = getattr(torch, dtype)
-    copies: dict[int, Tensor] = {}
-    state = {
-        name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", target))
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    # The saved config names the type of the live weights; readers go by it.
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    if untie:
-        head = model.get_output_embeddings().weight
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor is head and name.startswith(_head_prefix(model)):
-                state[name] = state[name].clone()
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-    with quiet():
-        model.save_pretrained(directory, state_dict=state)
-    config.save_pretrained(directory)
-    _save_tokenizer(source, directory, trust_remote_code)
-
-
-def _head_prefix(model: Any) -> str:
-    """The name of the LM head's module: its weight goes by the embedding's name too."""
-    head = model.get_output_embeddings()
-    return str(next(name for name, module in model.named_modules() if module is head))
-
-
-def _save_tokenizer(source: str, directory: Path, trust_remote_code: bool) -> None:
-    if Path(source).is_dir():
-        # Copied, not loaded and saved: the very same tokenizer, whatever library version reads it.
-        for name in _TOKENIZER_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, directory / name)
-        return
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    tokenizer.save_pretrained(directory)
-
-
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every moment by kind and parameter name; a parameter never stepped has zeros at step 0."""
+    """Every moment by kind and parameter name; zeros at step 0 for a parameter never stepped."""
     out: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
         state = optimizer.state.get(parameter, {})
@@ -205,8 +144,8 @@ def _check(directory: Path, state: Any, weights: Any, moments: Any, model: nn.Mo
             name = min(n for n in {**found, **wanted} if found.get(n) != wanted.get(n))
             raise StoreError(
                 f"checkpoint {directory / file} is not of this model: {name} has shape "
-                f"{found.get(name)}, the model's is {wanted.get(name)}. Resume with the student "
-                "the run was started with"
+                f"{found.get(name)}, not {wanted.get(name)}: resume with the student that the run "
+                "was started with"
             )
 
 
@@ -222,12 +161,121 @@ def _restore(
     }
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(spread(weights.get_tensor(name), parameter))
+            parameter.copy_(shard_like(weights.get_tensor(name), parameter))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _stored(moments: Any, kind: str, name: str, parameter: nn.Parameter) -> Tensor:
-    """A moment of `parameter`, this rank's part of it; the count of steps is everybody's."""
+    """This rank's part of a moment of `parameter`; the step count is the same on all ranks."""
     whole: Tensor = moments.get_tensor(f"{kind}/{name}")
-    return whole if kind == "step" else spread(whole, parameter)
+    return whole if kind == "step" else shard_like(whole, parameter)
+
+
+# The largest KL in nats between saved and live student at the median position. Rounding weights to
+# bfloat16 gives about 1e-3, a different model several nats. In a mixture of experts, rounding can
+# route single tokens to other experts, hence the median.
+_MAX_KL = 0.1
+_PROBE_TOKENS = 32
+
+
+def check_written(
+    directory: Path, live: Any, *, dtype: str, student: str, trust_remote_code: bool
+) -> Any:
+    """Check that the model in `directory` equals `live` in `dtype`; returns the loaded model.
+
+    Raises:
+        RunError: the saved model differs or cannot be loaded.
+    """
+    written = _load(directory, dtype, student, trust_remote_code)
+    difference = _difference(written.state_dict(), live.state_dict(), dtype)
+    if difference:
+        raise _unlike(directory, student, difference)
+    return written
+
+
+def check_adapter(
+    directory: Path, live: Any, *, dtype: str, student: str, trust_remote_code: bool
+) -> Any:
+    """Check a saved LoRA adapter of `live`; returns the base with the adapter merged.
+
+    Raises:
+        RunError: the saved adapter differs or cannot be merged.
+    """
+    difference = _difference(lora.load(directory), lora.state_of(live), dtype)
+    if difference:
+        raise _unlike(directory, student, difference)
+    return _load(directory, dtype, student, trust_remote_code)
+
+
+def check_alike(
+    directory: Path, written: Any, live: Any, *, student: str, is_mixed: bool = False
+) -> None:
+    """Check that both models have nearly the same log-probs on a probe text.
+
+    With `is_mixed` the live model has weights in several dtypes and runs under autocast.
+
+    Raises:
+        RunError: the log-probs differ.
+    """
+    ids = _probe(live)
+    with torch.no_grad(), _evaluating(live):
+        theirs = written.float()(input_ids=torch.from_numpy(ids).long()[None]).logits[0]
+        with autocast(live.device, is_on=is_mixed):
+            hidden = hidden_states(live, pack_documents([ids], live.device))
+        ours = head_of(live).logits(hidden).to("cpu")
+    p, q = ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
+    kl = (p.exp() * (p - q)).sum(dim=-1).median().item()
+    if not kl <= _MAX_KL:  # also refuses NaN
+        what = f"its log-probs of a probe text are {kl:.3g} nats away"
+        raise _unlike(directory, student, what)
+
+
+def _load(directory: Path, dtype: str, student: str, trust_remote_code: bool) -> Any:
+    try:
+        return load_model(directory, dtype=dtype, packed=False, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _unlike(directory, student, f"it does not load: {in_one_line(error)}") from error
+
+
+def _difference(written: Mapping[str, Tensor], live: Mapping[str, Tensor], dtype: str) -> str:
+    lost, odd = sorted(live.keys() - written.keys()), sorted(written.keys() - live.keys())
+    if lost or odd:
+        which = f"lacks {lost[0]}" if lost else f"has an extra tensor {odd[0]}"
+        return f"it {which} ({len(lost)} of {len(live)} tensors missing, {len(odd)} too many)"
+    for name, tensor in live.items():
+        ours, theirs = (_as_written(side, dtype) for side in (tensor, written[name]))
+        if theirs.shape != ours.shape:
+            return f"its {name} has shape {list(theirs.shape)}, the live one {list(ours.shape)}"
+        if not torch.equal(theirs, ours):
+            most = (theirs.float() - ours.float()).abs().max().item()
+            return f"its {name} differs by up to {most:.3g}"
+    return ""
+
+
+def _as_written(tensor: Tensor, dtype: str) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype)
+
+
+def _probe(model: Any) -> IntArray:
+    vocabulary = model.config.get_text_config().vocab_size
+    return np.asarray([7 * i % vocabulary for i in range(_PROBE_TOKENS)], dtype=np.int32)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _unlike(directory: Path, student: str, what: str) -> RunError:
+    return RunError(
+        f"the student written to {directory} is not the one in training, from {student}: {what}; "
+        "this version of transformers does not save the architecture correctly: try another "
+        "version, or another student"
+    )

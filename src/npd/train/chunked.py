@@ -1,14 +1,13 @@
 """The near-policy loss without a [N, V] tensor: value, metrics and gradients, chunk by chunk.
 
-The forward pass makes the gradients at once (three head matmuls, nothing recomputed), so that a
-chunk's logits are dropped before the next chunk's exist. A chunk's logits lie in one buffer of the
-compute type, and two sweeps go over it: the first reduces each row to the teacher's k ids plus one
-log-sum-exp of the rest; the loss and its gradient live on those k + 1 numbers; the second writes
-the gradient over the logits. Who sweeps is a parameter (`Sweeper`): plain torch in small blocks of
-rows (`npd.train.sweeps`) or fused kernels (`npd.train.fused`); targets, divergences, metrics and
-matmuls are the same. Sums over tokens and the head's gradient are accumulated in float32 whatever
-the compute type.
-Does not check its arguments; `npd.train.loss` does.
+The forward pass also computes the gradients (three head matmuls, without recomputation), so a
+chunk's logits are freed before the next chunk's exist. They are in one buffer of the compute dtype,
+which two passes process. The first pass reduces each row to the teacher's k ids plus one
+log-sum-exp of the rest; loss and gradient are functions of those k + 1 numbers. The second pass
+overwrites the logits with their gradient. The passes are a parameter (`LogitsPasses`): plain torch
+in small blocks of rows (`npd.train.logits_passes`), or fused kernels (`npd.train.triton_passes`).
+Both share targets, divergences, metrics and matmuls. Sums over tokens and the head's gradient are
+accumulated in float32 for any compute dtype. Does not check its arguments; `npd.train.loss` does.
 
 Dimensions: N tokens, C tokens of a chunk, d hidden size, V vocabulary, K support, B = K + 1.
 """
@@ -23,29 +22,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from npd.head import Head
-from npd.train.device import autocast
-from npd.train.divergence import NOTHING, Rule, Support, kd_of_buckets
-from npd.train.sweeps import Rest, Slopes, Sweeper, finish
-from npd.train.tokens import Targets, TokenValues, agreement, metric_sums, overlap
+from npd.models.lm_head import Head
+from npd.models.loading import autocast
+from npd.train.divergence import NOTHING, LossSpec, Support, kd_of_buckets
+from npd.train.logits_passes import LogitGrads, LogitsPasses, OutsideStats, finish
+from npd.train.loss_targets import Targets, TokenValues, agreement, metric_sums, overlap
 
-# Rows of the head whose gradient exists in the compute type at once: large enough for the device's
-# matmul, small enough for an allocator (CPU: a cache) to reuse.
+# Rows of the head per matmul of its gradient in the compute dtype. Large enough for an efficient
+# matmul, small enough for the allocator (on CPU: the cache) to reuse.
 _HEAD_BLOCK = {"cpu": 2048}
 _HEAD_BLOCK_ELSEWHERE = 8192
 
 
 @dataclass(slots=True, eq=False)
 class Gradients:
-    """Sums under construction: d loss / d hidden, weight and bias; None where nobody asks."""
+    """Accumulated gradients: d loss / d hidden, weight and bias; None if not required."""
 
     hidden_Nd: Tensor | None
     weight_Vd: Tensor | None
     bias_V: Tensor | None
 
     @property
-    def is_asked(self) -> bool:
-        """Whether any of them is."""
+    def is_required(self) -> bool:
+        """Whether any gradient is required."""
         return not (self.hidden_Nd is None and self.weight_Vd is None and self.bias_V is None)
 
 
@@ -53,28 +52,28 @@ def chunked_loss(
     hidden_Nd: Tensor,
     head: Head,
     targets: Targets,
-    rule: Rule,
+    spec: LossSpec,
     scale: Tensor,
     chunk: int,
-    sweeper: Sweeper,
+    passes: LogitsPasses,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`scale` times the weighted sum of token losses, gradient attached, and the metric sums."""
     grads = _empty_gradients(hidden_Nd, head, targets.weights_N.dtype)
     loss = targets.weights_N.new_zeros(())
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), autocast(hidden_Nd.device, is_on=False):
-        # A tied or master weight is cast once, not once a chunk.
+        # Cast a tied or master weight once, not once per chunk.
         cast = Head(head.weight.to(hidden_Nd.dtype), head.bias, head.scale, head.softcap)
-        # Fresh memory for every chunk costs more on CPU than the arithmetic done in it.
+        # On CPU, allocating memory for every chunk would cost more than its arithmetic.
         buffer = cast.weight.new_empty(min(chunk, len(hidden_Nd)), len(cast.weight))
         for start in range(0, max(len(hidden_Nd), 1), chunk):
             part = slice(start, start + chunk)
             value, found = _chunk(
-                hidden_Nd, cast, part, targets.rows(part), rule, scale, grads, buffer, sweeper
+                hidden_Nd, cast, part, targets.rows(part), spec, scale, grads, buffer, passes
             )
             loss += value
             sums = {name: sums.get(name, 0.0) + item for name, item in found.items()}
-    if grads.is_asked:
+    if grads.is_required:
         loss = _Attach.apply(  # type: ignore[no-untyped-call]
             hidden_Nd, head.weight, head.bias, loss, grads
         )
@@ -86,11 +85,11 @@ def _chunk(
     head: Head,
     part: slice,
     targets: Targets,
-    rule: Rule,
+    spec: LossSpec,
     scale: Tensor,
     grads: Gradients,
     buffer: Tensor,
-    sweeper: Sweeper,
+    passes: LogitsPasses,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     hidden_Cd, support = hidden_Nd[part], targets.support
     logits_CV = torch.mm(hidden_Cd, head.weight.t(), out=buffer[: len(hidden_Cd)])
@@ -99,15 +98,17 @@ def _chunk(
     inside_CK = label_C.new_empty((len(label_C), 0))
     if support is not None:
         inside_CK = finish(logits_CV, support.ids_NK, head, dtype)
-    rest = sweeper.reduce(logits_CV, head, support, inside_CK)
+    rest = passes.stats_outside(logits_CV, head, support, inside_CK)
     valid_CK = inside_CK if support is None else torch.where(support.valid_NK, inside_CK, NOTHING)
     buckets_CB = torch.cat([valid_CK, rest.log_sum_C[:, None]], dim=-1)
-    value, slopes_CB, found = _token_losses(
-        buckets_CB, label_C, rest, targets, rule, scale, with_slopes=grads.is_asked
+    value, bucket_grads_CB, found = _token_losses(
+        buckets_CB, label_C, rest, targets, spec, scale, with_grads=grads.is_required
     )
-    if slopes_CB is not None:
-        slopes = _slopes(slopes_CB, inside_CK, label_C, rest, targets, rule, scale, head)
-        sweeper.spread(logits_CV, head, support, inside_CK, rest, slopes, grads.bias_V)
+    if bucket_grads_CB is not None:
+        logit_grads = _logit_grads(
+            bucket_grads_CB, inside_CK, label_C, rest, targets, spec, scale, head
+        )
+        passes.write_grads(logits_CV, head, support, inside_CK, rest, logit_grads, grads.bias_V)
         _accumulate(grads, logits_CV, hidden_Cd, head, part)
     return value, metric_sums(targets, found)
 
@@ -115,31 +116,35 @@ def _chunk(
 def _token_losses(
     buckets_CB: Tensor,
     label_C: Tensor,
-    rest: Rest,
+    rest: OutsideStats,
     targets: Targets,
-    rule: Rule,
+    spec: LossSpec,
     scale: Tensor,
     *,
-    with_slopes: bool,
+    with_grads: bool,
 ) -> tuple[Tensor, Tensor | None, TokenValues]:
-    """The chunk's loss, its gradient in the k + 1 buckets, and the values for the metrics."""
-    support, kd, slopes = targets.support, None, None
-    with torch.set_grad_enabled(with_slopes):
-        buckets = buckets_CB.detach().requires_grad_(with_slopes)
+    """The chunk's loss, its gradient with respect to the k + 1 buckets, and the metric values."""
+    support, kd, logit_grads = targets.support, None, None
+    with torch.set_grad_enabled(with_grads):
+        buckets = buckets_CB.detach().requires_grad_(with_grads)
         ce = buckets.logsumexp(dim=-1) - label_C
-        token = ce if rule.kd_weight < 1.0 else torch.zeros_like(ce)
+        token = ce if spec.kd_weight < 1.0 else torch.zeros_like(ce)
         if support is not None:
-            kd = kd_of_buckets(F.log_softmax(buckets, dim=-1), support, rule)
-            token = (1.0 - rule.kd_weight) * token + rule.kd_weight * kd
+            kd = kd_of_buckets(F.log_softmax(buckets, dim=-1), support, spec)
+            token = (1.0 - spec.kd_weight) * token + spec.kd_weight * kd
         value = scale * (targets.weights_N * token).sum()
-        if with_slopes:
-            (slopes,) = torch.autograd.grad(value, buckets)
+        if with_grads:
+            (logit_grads,) = torch.autograd.grad(value, buckets)
     found = _values(buckets_CB, ce.detach(), kd, rest, support)
-    return value.detach(), slopes, found
+    return value.detach(), logit_grads, found
 
 
 def _values(
-    buckets_CB: Tensor, ce_C: Tensor, kd_C: Tensor | None, rest: Rest, support: Support | None
+    buckets_CB: Tensor,
+    ce_C: Tensor,
+    kd_C: Tensor | None,
+    rest: OutsideStats,
+    support: Support | None,
 ) -> TokenValues:
     logprobs = F.log_softmax(buckets_CB, dim=-1)
     probs = logprobs.exp()
@@ -154,26 +159,26 @@ def _values(
     )
 
 
-def _slopes(
-    slopes_CB: Tensor,
+def _logit_grads(
+    bucket_grads_CB: Tensor,
     inside_CK: Tensor,
     label_C: Tensor,
-    rest: Rest,
+    rest: OutsideStats,
     targets: Targets,
-    rule: Rule,
+    spec: LossSpec,
     scale: Tensor,
     head: Head,
-) -> Slopes:
-    """The gradient in the buckets and in the label's logit, as gradients of the matmul's result."""
-    label = (rule.kd_weight - 1.0) * scale * targets.weights_N * _steepness(label_C, head)
-    inside = slopes_CB[:, :-1]
+) -> LogitGrads:
+    """The gradient with respect to the matmul's result, from that of the buckets and the label."""
+    label = (spec.kd_weight - 1.0) * scale * targets.weights_N * _finish_grad(label_C, head)
+    inside = bucket_grads_CB[:, :-1]
     if targets.support is not None:
-        inside = torch.where(targets.support.valid_NK, inside, 0.0) * _steepness(inside_CK, head)
-    outside = torch.where(rest.is_some_C, slopes_CB[:, -1], 0.0)
-    return Slopes(inside, outside, targets.labels_N, label)
+        inside = torch.where(targets.support.valid_NK, inside, 0.0) * _finish_grad(inside_CK, head)
+    outside = torch.where(rest.is_some_C, bucket_grads_CB[:, -1], 0.0)
+    return LogitGrads(inside, outside, targets.labels_N, label)
 
 
-def _steepness(logits: Tensor, head: Head) -> Tensor:
+def _finish_grad(logits: Tensor, head: Head) -> Tensor:
     """d logits / d (hidden @ weight.T), from the logits."""
     if head.softcap is None:
         return torch.full_like(logits, head.scale)
@@ -193,7 +198,7 @@ def _add_product(total_Vd: Tensor, d_logits_CV: Tensor, hidden_Cd: Tensor) -> No
     if total_Vd.dtype == hidden_Cd.dtype:
         total_Vd.addmm_(d_logits_CV.t(), hidden_Cd)
         return
-    # Adding a narrow type to a wide one makes a wide copy on CPU: keep that copy small.
+    # On CPU, adding a narrow type to a wide one makes a wide copy; keep it small.
     length = _HEAD_BLOCK.get(total_Vd.device.type, _HEAD_BLOCK_ELSEWHERE)
     for start in range(0, len(total_Vd), length):
         block = slice(start, start + length)
@@ -211,7 +216,7 @@ def _empty_gradients(hidden_Nd: Tensor, head: Head, dtype: torch.dtype) -> Gradi
 
 
 class _Attach(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it."""
+    """Attaches the precomputed gradients to the loss."""
 
     @staticmethod
     def forward(
@@ -224,18 +229,28 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(grads.hidden_Nd, grads.weight_Vd, grads.bias_V)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.factor = None
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the gradients, in place at the first call to save a copy of the head's gradient.
+
+        If the graph is retained, the tensors of the first call may be in use. Later calls do not
+        change them, and return NaN if the first call's factor was 0.
+        """
         grads = ctx.saved_tensors
-        if upstream.device.type != "cpu":
-            # In place: to ask for the factor is to wait, and a product a second gradient of the
-            # head. So there the pass is made once; autograd itself refuses another.
-            grads = [None if grad is None else grad.mul_(upstream) for grad in grads]
-        elif not bool(upstream == 1.0):
-            grads = [None if grad is None else grad * upstream for grad in grads]
+        if ctx.factor is None:
+            ctx.factor = upstream.clone()
+            # Only on a CPU, because elsewhere reading the factor waits for the device.
+            if upstream.device.type != "cpu" or bool(upstream != 1.0):
+                for grad in grads:
+                    if grad is not None:
+                        grad.data.mul_(upstream)  # `data`: autograd may still need the tensor
+        else:
+            ratio = upstream / ctx.factor
+            grads = [None if grad is None else grad * ratio for grad in grads]
         out = (
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)

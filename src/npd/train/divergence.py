@@ -1,10 +1,10 @@
-"""How far the student is from the teacher at a token, on the teacher's support: pure tensor maths.
+"""The divergence of student and teacher at a token, on the teacher's support.
 
-A position is seen as k + 1 buckets: the k ids of the teacher's support and everything outside it.
-Every target and divergence is a function of the two sides' bucket log-probabilities, and is written
-once, here, for all implementations of the loss. Promises finite values and gradients for entries
-that do not exist (teacher log-prob -inf) and for a support that is the whole vocabulary.
-Does not know about hidden states, heads, weights of tokens or chunks.
+A position has k + 1 buckets: the k ids of the teacher's support, and the tail outside it. Every
+target and divergence is a function of both models' bucket log-probabilities, defined here once for
+all implementations of the loss. Promises finite values and gradients for missing entries (teacher
+log-prob -inf) and for a support of the whole vocabulary. Independent of hidden states, heads, token
+weights and chunks.
 
 Dimensions: N tokens, V vocabulary, K support size, B = K + 1 buckets (the last one is the outside).
 """
@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from npd.config.checks import target_problems
 from npd.errors import ConfigError
 
 Target: TypeAlias = Literal["topk", "renorm", "tail", "sampled"]
 Divergence: TypeAlias = Literal["forward", "reverse", "jsd"]
 
-# Stands for -inf: its exp is 0, but 0 * NOTHING is 0 and NOTHING - NOTHING is 0, never NaN.
+# Replaces -inf: exp(NOTHING) is 0, and 0 * NOTHING and NOTHING - NOTHING are 0 instead of NaN.
 NOTHING = -1e30
-# 1 - M_T cannot be told from 0 below float32 noise; reverse KL needs its log to be finite.
+# Below this, 1 - M_T is float32 noise, and reverse KL needs a finite log of it.
 _TAIL_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """Which loss: L = (1 - kd_weight) * CE + kd_weight * KD(target, divergence, temperature)."""
+class LossSpec:
+    """The loss: L = (1 - kd_weight) * CE + kd_weight * KD(target, divergence, temperature)."""
 
     kd_weight: float
     target: Target
@@ -42,33 +43,30 @@ class Rule:
 
     @property
     def kind(self) -> Divergence:
-        """The divergence, with the ends of the JSD family (beta 0 and 1) named as what they are."""
+        """The divergence; JSD with beta 0 or 1 becomes the KL that it equals."""
         if self.divergence != "jsd":
             return self.divergence
         return {0.0: "forward", 1.0: "reverse"}.get(self.beta, "jsd")  # type: ignore[return-value]
 
     def check(self) -> None:
-        """Refuse what has no meaning (ConfigError); assert what only a programming error gives."""
+        """Raise ConfigError for meaningless combinations; assert against programming errors."""
         assert 0.0 <= self.kd_weight <= 1.0, f"kd_weight {self.kd_weight} is not in [0, 1]"
         assert 0.0 <= self.beta <= 1.0, f"beta {self.beta} is not in [0, 1]"
         assert self.temperature > 0.0, f"temperature {self.temperature} is not positive"
         assert self.target in ("topk", "renorm", "tail", "sampled"), self.target
         assert self.divergence in ("forward", "reverse", "jsd"), self.divergence
-        if self.target == "sampled" and (self.kind != "forward" or self.temperature != 1.0):
-            raise ConfigError(
-                "loss.target sampled estimates the forward divergence at temperature 1 only: set "
-                "loss.divergence forward and loss.temperature 1, or another target"
-            )
+        if found := [*target_problems(self.target, self.kind, self.temperature)]:
+            raise ConfigError(*found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Support:
-    """The teacher's side, made safe to gather with.
+    """The teacher's top-k or sampled ids and log-probs, safe to gather with.
 
-    `ids_NK` int64, all in [0, V): entries that do not exist repeat an id of their row.
-    `valid_NK` bool marks those that do; `logprobs_NK` is log p_T in nats, NOTHING elsewhere.
-    `share_NK`, for sampled targets only: the share of the row's draws that fell on the id (repeated
-    draws are merged into one entry).
+    `ids_NK` int64 are all in [0, V); missing entries repeat an id of their row. `valid_NK` bool
+    marks the others. `logprobs_NK` is log p_T in nats, NOTHING for missing entries. `share_NK`, for
+    sampled targets only, is the id's share of the row's samples (repeated samples are merged into
+    one entry).
     """
 
     ids_NK: Tensor
@@ -77,13 +75,13 @@ class Support:
     share_NK: Tensor | None = None
 
     def rows(self, part: slice) -> Support:
-        """The same for some of the tokens."""
+        """The support of a subset of the tokens."""
         share = None if self.share_NK is None else self.share_NK[part]
         return Support(self.ids_NK[part], self.valid_NK[part], self.logprobs_NK[part], share)
 
     @property
     def some_N1(self) -> Tensor:
-        """Whether the teacher says anything at the position."""
+        """Whether the position has a teacher."""
         return self.valid_NK.any(dim=-1, keepdim=True)
 
     @property
@@ -93,7 +91,7 @@ class Support:
 
 
 def demand(is_met: Tensor, message: str) -> None:
-    """Assert that all of `is_met` holds; a GPU does it when it gets there, and nobody waits."""
+    """Assert that all of `is_met` holds; on a GPU asynchronously, without waiting."""
     if is_met.device.type == "cpu":
         assert bool(is_met.all()), message
     else:
@@ -103,9 +101,9 @@ def demand(is_met: Tensor, message: str) -> None:
 def make_support(
     ids_NK: Tensor, logprobs_NK: Tensor, target: Target, vocab_size: int, dtype: torch.dtype
 ) -> Support:
-    """Check the teacher's ids [N, K] and log-probabilities [N, K] and make them safe to use.
+    """A checked Support from the teacher's ids [N, K] and log-probabilities [N, K].
 
-    Log-probability -inf (or NaN) marks an entry that does not exist; its id may be anything.
+    Log-probability -inf (or NaN) marks a missing entry, whose id is ignored.
     """
     assert ids_NK.shape == logprobs_NK.shape, (ids_NK.shape, logprobs_NK.shape)
     assert ids_NK.shape[-1] > 0, "a teacher support needs at least one id"
@@ -123,40 +121,40 @@ def make_support(
     return Support(ids, valid, logprobs, share)
 
 
-def kd_of_buckets(student_NB: Tensor, support: Support, rule: Rule) -> Tensor:
+def kd_of_buckets(student_NB: Tensor, support: Support, spec: LossSpec) -> Tensor:
     """KD [N] in nats from the student's bucket log-probabilities [N, K + 1].
 
-    0 where the teacher says nothing. A temperature reshapes both sides inside the support and
-    leaves the mass of the support as it is: nothing else is known of the teacher, and at k = V it
-    is the usual tempered divergence (without a factor temperature^2).
+    0 at positions without a teacher. A temperature reshapes both distributions inside the support
+    and keeps the support's mass, because the teacher's tail is unknown. At k = V that is the usual
+    tempered divergence (without the factor temperature^2).
     """
     valid, inside = support.valid_NK, student_NB[:, :-1]
     if support.share_NK is not None:
         return -(support.share_NK * torch.where(valid, inside, 0.0)).sum(dim=-1)
-    teacher = _temper(support.logprobs_NK, rule.temperature)
-    student = _temper(inside, rule.temperature)
-    if rule.target == "tail":
+    teacher = _temper(support.logprobs_NK, spec.temperature)
+    student = _temper(inside, spec.temperature)
+    if spec.target == "tail":
         outside = student_NB[:, -1:]
         student = torch.cat([student, outside], dim=-1)
         teacher = torch.cat([teacher, _log_outside(support.logprobs_NK)], dim=-1)
         valid = torch.cat([valid, outside > NOTHING / 2], dim=-1)
-    elif rule.target == "renorm":
+    elif spec.target == "renorm":
         teacher = F.log_softmax(teacher, dim=-1)
-        # The student's full softmax is a distribution beside the renormalised teacher, but that
+        # Forward KL can compare the renormalised teacher with the student's full softmax. But that
         # teacher is 0 outside the support, where reverse KL is infinite and JSD cannot vanish.
-        student = student if rule.kind == "forward" else F.log_softmax(student, dim=-1)
-    return _divergence(teacher, student, valid, rule)
+        student = student if spec.kind == "forward" else F.log_softmax(student, dim=-1)
+    return _divergence(teacher, student, valid, spec)
 
 
-def _divergence(teacher_NB: Tensor, student_NB: Tensor, live_NB: Tensor, rule: Rule) -> Tensor:
+def _divergence(teacher_NB: Tensor, student_NB: Tensor, live_NB: Tensor, spec: LossSpec) -> Tensor:
     a, b = torch.where(live_NB, teacher_NB, 0.0), torch.where(live_NB, student_NB, 0.0)
     p, q = a.exp() * live_NB, b.exp() * live_NB
-    if rule.kind == "forward":
+    if spec.kind == "forward":
         return (p * (a - b)).sum(dim=-1)
-    if rule.kind == "reverse":
+    if spec.kind == "reverse":
         return (q * (b - a)).sum(dim=-1)
-    mixture = torch.logaddexp(a + math.log(rule.beta), b + math.log1p(-rule.beta))
-    return (rule.beta * p * (a - mixture) + (1.0 - rule.beta) * q * (b - mixture)).sum(dim=-1)
+    mixture = torch.logaddexp(a + math.log(spec.beta), b + math.log1p(-spec.beta))
+    return (spec.beta * p * (a - mixture) + (1.0 - spec.beta) * q * (b - mixture)).sum(dim=-1)
 
 
 def _temper(logprobs_NK: Tensor, temperature: float) -> Tensor:
@@ -185,7 +183,7 @@ def _merge_draws(
 
 
 def _is_first(ids_NK: Tensor, valid_NK: Tensor) -> Tensor:
-    """Whether no id before it, in the order of ids, is the same."""
+    """Whether each id is the first of its value, in sorted order."""
     unlike = -1 - torch.arange(ids_NK.shape[-1], device=ids_NK.device)
     return _starts(torch.where(valid_NK, ids_NK, unlike).sort(dim=-1).values)
 

@@ -1,14 +1,13 @@
 """The near-policy loss: cross-entropy and distillation on a teacher's sparse targets.
 
-One public function (and as a module, `NearPolicyLoss`), three implementations that agree to float
+One public function (and a module, `NearPolicyLoss`) with three implementations that agree to float
 noise: `reference` is plain autograd over full logits (for reading and testing), `chunked` never
-holds an [N, V] tensor, `triton` is `chunked` with fused kernels between its matmuls. Promises that
-the value and its gradient do not depend on the order of tokens, on how they are split into
-micro-batches (given one `normalizer`) or on the chunk size; that a token of weight 0 changes
-nothing if its hidden state is finite; and finite results where the teacher's support has holes
-(-inf). Elsewhere than on a CPU nothing waits for the device: there an id outside the vocabulary is
-an assertion of the device, which ends its use by this process, and one backward pass uses the
-gradients up. Does not run models, pack, or average metrics.
+allocates an [N, V] tensor, `triton` is `chunked` with fused kernels between its matmuls. Value and
+gradient do not depend on the order of tokens, on micro-batches (given one `normalizer`) or on the
+chunk size. A token of weight 0 with a finite hidden state has no effect. Results are finite even if
+the teacher's support has missing entries (-inf). The host never waits for a GPU; an id outside the
+vocabulary is a device-side assertion, after which this process cannot use the device. Does not run
+models, pack, or average metrics.
 
 Dimensions: N response tokens, d hidden size, V vocabulary, K teacher support size.
 """
@@ -25,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from npd.head import Head
-from npd.sections import chunk_for
+from npd.config.sections import chunk_for
+from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
-from npd.train.divergence import Divergence, Rule, Target, demand, make_support
-from npd.train.parallel import whole_head
+from npd.train.divergence import Divergence, LossSpec, Target, demand, make_support
+from npd.train.fsdp import gathered_head
+from npd.train.logits_passes import LogitsPasses, TorchPasses
+from npd.train.loss_targets import Targets
 from npd.train.reference import reference_loss
-from npd.train.sweeps import Sweeper, TorchSweeper
-from npd.train.tokens import Targets
 
 Impl: TypeAlias = Literal["chunked", "triton", "reference"]
 
@@ -45,9 +44,9 @@ class LossOutput:
 
     Always: `tokens` (sum of weights), `ce`, `entropy` of the student (nats). With a teacher: `kd`
     (nats), `teacher_mass` and `student_mass` on the support, `agreement` (the teacher's likeliest
-    id has the student's highest logit; a tie agrees), `overlap` (share of the support's ids that no
-    logit outside the support is above: a lower bound of the overlap of both top-k sets, 1 where
-    they are the same). With `behavior_N`, over the tokens that have one and with
+    id has the student's highest logit; a tie agrees), `overlap` (share of the support's ids whose
+    logit is at least as high as all logits outside: a lower bound of the overlap of both top-k
+    sets, 1 if they are equal). With `behavior_N`, over the tokens that have one and with
     rho = p_S(y) / p_behavior(y): `drift` (rho log rho - rho + 1, of KL(theta || gen)), `drift_k3`
     (rho - 1 - log rho, of KL(gen || theta)), `rho`, `rho_sq`, and their count `n_behavior`; the
     effective sample size as a share is rho^2 / (n_behavior rho_sq). log rho is limited to +-20.
@@ -80,49 +79,49 @@ def near_policy_loss(
     Source: Near-Policy Distillation, arXiv 2605.05940. CE = -log q(y). With p the teacher's true
     probabilities on its support S, q the student's full softmax, M_p and M_q their masses on S:
 
-        topk     both raw on S: sum_S p log(p/q), the printed form; its floor is M_p log M_p
+        topk     both raw on S: sum_S p log(p/q), as in the paper; its floor is M_p log M_p
         renorm   p / M_p; q full softmax (forward) or also divided by M_q (reverse, jsd)
-        tail     both with one bucket more, 1 - M_p and 1 - M_q; never negative, 0 iff equal
+        tail     both with one more bucket, 1 - M_p and 1 - M_q; never negative, 0 iff equal
         sampled  ids drawn from p, each 1/K: -(1/K) sum log q(c), unbiased up to H(p) (2503.16870)
 
     divergence (a pair a, b of the above): forward sum a log(a/b); reverse sum b log(b/a); jsd
-    beta KL(a||m) + (1-beta) KL(b||m), m = beta a + (1-beta) b, ends 0 forward and 1 reverse (GKD,
-    2306.13649). Raw `topk` has no meaningful reverse (it is lowest off the support): use `tail`.
+    beta KL(a||m) + (1-beta) KL(b||m), m = beta a + (1-beta) b, beta 0 forward and 1 reverse (GKD,
+    2306.13649). Raw `topk` has no useful reverse (its minimum is off the support): use `tail`.
     `temperature` softens both sides within S and keeps the masses. CE is never tempered.
 
     hidden_ND [N, d]; head: a `Head` or a weight [V, d]; labels_N [N] ids in [0, V); topk_*_NK
     [N, K] ids and untempered log p (-inf: no entry); weights_N [N], 0 masks; behavior_N [N] log p
-    of the label by its writer, NaN for none. Without a teacher or with kd_weight 0, L = CE. Matmuls
-    run in hidden's type (autocast's if on; float16: float32), the rest in float32 (float64 if
-    hidden is); `chunk` tokens have logits at once (`chunk_for`). A weight sharded by FSDP2 is
+    of the label under its sampling policy, NaN for none. Without a teacher or with kd_weight 0,
+    L = CE. Matmuls run in hidden's dtype (autocast's if on; float16: float32), the rest in float32
+    (float64 if hidden is); `chunk` tokens have logits at once. A weight sharded by FSDP2 is
     gathered (all ranks call), its gradient averaged over ranks. ConfigError: `sampled` with a
     divergence or temperature.
     """
-    rule = Rule(kd_weight, target, divergence, beta, temperature)
-    rule.check()
-    head = whole_head(head if isinstance(head, Head) else Head(head))
+    spec = LossSpec(kd_weight, target, divergence, beta, temperature)
+    spec.check()
+    head = gathered_head(head if isinstance(head, Head) else Head(head))
     hidden_ND = hidden_ND.to(_compute_dtype(hidden_ND))
     has_teacher = topk_ids_NK is not None and kd_weight > 0.0
-    rule = rule if has_teacher else Rule(0.0, target, divergence, beta, temperature)
+    spec = spec if has_teacher else LossSpec(0.0, target, divergence, beta, temperature)
     teacher = (topk_ids_NK, topk_logprobs_NK) if has_teacher else (None, None)
     targets = _targets(hidden_ND, head, labels_N, *teacher, target, weights_N, behavior_N)
     scale = _scale(normalizer, targets.weights_N)
     if impl == "reference":
-        return LossOutput(*reference_loss(hidden_ND, head, targets, rule, scale))
+        return LossOutput(*reference_loss(hidden_ND, head, targets, spec, scale))
     if chunk is None:
         chunk = chunk_for(len(head.weight), is_cpu=hidden_ND.device.type == "cpu")
     assert chunk > 0, f"chunk {chunk} is not positive"
-    sweeper = _sweeper(impl, hidden_ND.device)
-    return LossOutput(*chunked_loss(hidden_ND, head, targets, rule, scale, chunk, sweeper))
+    passes = _passes(impl, hidden_ND.device)
+    return LossOutput(*chunked_loss(hidden_ND, head, targets, spec, scale, chunk, passes))
 
 
 class NearPolicyLoss(nn.Module):
-    """`near_policy_loss` with its options fixed, for a trainer that keeps its loss as a module.
+    """`near_policy_loss` as a module with fixed options and no parameters.
 
-    Has no parameters. Options, arguments, shapes and units are those of the function.
+    Options, arguments, shapes and units are those of the function.
 
     Raises:
-        ConfigError: options that do not go together.
+        ConfigError: options that cannot be combined.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class NearPolicyLoss(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        Rule(kd_weight, target, divergence, beta, temperature).check()
+        LossSpec(kd_weight, target, divergence, beta, temperature).check()
         self._options: dict[str, Any] = {
             "kd_weight": kd_weight,
             "target": target,
@@ -178,24 +177,24 @@ class NearPolicyLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
 
-def _sweeper(impl: str, device: torch.device) -> Sweeper:
+def _passes(impl: str, device: torch.device) -> LogitsPasses:
     assert impl in ("chunked", "triton"), impl
     if impl == "triton":
         try:
-            from npd.train import fused
+            from npd.train import triton_passes
         except ImportError as error:
             _fall_back(f"triton cannot be imported ({error})")
         else:
-            if fused.can_run(device):
-                return fused.TritonSweeper()
+            if triton_passes.can_run(device):
+                return triton_passes.TritonPasses()
             _fall_back(f"triton has no kernels for {device.type}")
-    return TorchSweeper()
+    return TorchPasses()
 
 
 @cache
 def _fall_back(why: str) -> None:
-    """Say once why."""
-    _log.warning("loss.impl triton: %s, so the loss is computed as by chunked", why)
+    """Warn once about the fallback."""
+    _log.warning("loss.impl triton: %s, so loss.impl chunked is used", why)
 
 
 def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
@@ -203,7 +202,7 @@ def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     dtype = hidden_ND.dtype
     if dtype == torch.float32 and is_autocast_available(device):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    # The gradient is made before a loss scale arrives, and float16 has no room for it without.
+    # Gradients are computed before a loss scale is known, and would underflow in float16.
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -225,7 +224,7 @@ def _targets(
     demand((labels_N >= 0) & (labels_N < vocab_size), "a label is outside the vocabulary")
     support = None
     if topk_ids_NK is not None:
-        assert topk_logprobs_NK is not None, "teacher ids come with their log-probabilities"
+        assert topk_logprobs_NK is not None, "teacher ids need their log-probabilities"
         assert len(topk_ids_NK) == num_tokens, (topk_ids_NK.shape, num_tokens)
         support = make_support(topk_ids_NK, topk_logprobs_NK, target, vocab_size, dtype)
     weights = hidden_ND.new_ones(num_tokens) if weights_N is None else weights_N.detach()

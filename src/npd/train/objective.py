@@ -1,25 +1,31 @@
-"""A student and its loss as one module: a packed row in, the row's share of the step's loss out."""
+"""The student and its loss as one module, and the optimiser.
+
+`Objective` takes a packed row and returns the row's share of the step's loss. `build_optimizer` and
+`clip` work on sharded parameters too. Does not decide the learning rate.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from npd.config import LossConfig, TrainConfig
-from npd.head import head_of
-from npd.modeling import hidden_states
+from npd.models.lm_head import head_of
+from npd.models.loading import autocast, hidden_states
 from npd.train.batch import TrainRow
-from npd.train.device import autocast
+from npd.train.fsdp import gather
 from npd.train.loss import near_policy_loss
 
 
 class Objective(nn.Module):
-    """Runs `model` on a row and puts the loss on its hidden states.
+    """Runs `model` on a row and computes the loss from its hidden states.
 
-    One module, so that what shards it has the LM head whole while the loss uses it, and its
-    gradient in one piece with an embedding it is tied to. `is_sharded` keeps autocast from holding
-    on to a copy of every weight in the compute type until the row is done.
+    It is one module so that FSDP keeps the LM head gathered for the loss, and reduces its gradient
+    together with that of a tied embedding. `is_sharded` disables autocast's cache, which would keep
+    a copy of every weight in the compute dtype during a row.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class Objective(nn.Module):
         self._keeps_casts = not is_sharded
 
     def forward(self, row: TrainRow, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the row, the step having `tokens` response tokens, and the row's metric sums."""
+        """The row's loss in a step of `tokens` response tokens, and the row's metric sums."""
         device = row.labels_N.device
         with autocast(device, is_on=self._is_bf16, keeps_casts=self._keeps_casts):
             out = near_policy_loss(
@@ -45,3 +51,32 @@ class Objective(nn.Module):
                 **self._settings,
             )
         return out.loss, dict(out.metrics)
+
+
+def build_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, not on norms, biases, embeddings or LM head."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(table.weight) for table in tables if table is not None}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p.dim() >= 2 and id(p) not in embeddings for p in parameters]
+    groups = [
+        {
+            "params": [p for p, is_decayed in zip(parameters, decayed, strict=True) if is_decayed],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [
+                p for p, is_decayed in zip(parameters, decayed, strict=True) if not is_decayed
+            ],
+            "weight_decay": 0.0,
+        },
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def clip(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Clip the gradients to the global norm `largest`; returns the norm before clipping."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = gather(nn.utils.get_total_norm(grads))
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm

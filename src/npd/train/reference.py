@@ -1,7 +1,7 @@
-"""The near-policy loss as it is written down: full logits and autograd, for reading and testing.
+"""The near-policy loss in its simplest form: full logits and autograd, for reading and testing.
 
-Shares with the chunked loss what is arithmetic on k + 1 buckets (`npd.train.divergence`) and the
-metrics (`npd.train.tokens`), nothing else. Holds several [N, V] tensors at once.
+Shares only the arithmetic on k + 1 buckets (`npd.train.divergence`) and the metrics
+(`npd.train.loss_targets`) with the chunked loss. Holds several [N, V] tensors at once.
 Does not check its arguments; `npd.train.loss` does.
 
 Dimensions: N tokens, d hidden size, V vocabulary, K support size.
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from npd.head import Head
-from npd.train.device import autocast
-from npd.train.divergence import NOTHING, Rule, kd_of_buckets
-from npd.train.tokens import Targets, TokenValues, agreement, metric_sums, overlap
+from npd.models.lm_head import Head
+from npd.models.loading import autocast
+from npd.train.divergence import NOTHING, LossSpec, kd_of_buckets
+from npd.train.loss_targets import Targets, TokenValues, agreement, metric_sums, overlap
 
 
 def reference_loss(
-    hidden_ND: Tensor, head: Head, targets: Targets, rule: Rule, scale: Tensor
+    hidden_ND: Tensor, head: Head, targets: Targets, spec: LossSpec, scale: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`scale` times the weighted sum of token losses, gradient attached, and the metric sums."""
     with autocast(hidden_ND.device, is_on=False):
@@ -37,15 +37,15 @@ def reference_loss(
         -1, support.ids_NK, support.some_N1.expand_as(support.ids_NK)
     )
     outside = logprobs_NV.masked_fill(is_inside, NOTHING).logsumexp(dim=-1, keepdim=True)
-    kd = kd_of_buckets(torch.cat([inside, outside], dim=-1), support, rule)
+    kd = kd_of_buckets(torch.cat([inside, outside], dim=-1), support, spec)
     with torch.no_grad():
         agrees = agreement(logprobs_NV.amax(dim=-1), inside, support)
         shared = overlap(logprobs_NV.masked_fill(is_inside, NOTHING).amax(-1), inside, support)
         found = TokenValues(ce, entropy, kd, inside.exp().sum(dim=-1), agrees, shared)
         sums = metric_sums(targets, found)
-    token = rule.kd_weight * kd
-    if rule.kd_weight < 1.0:
-        token = token + (1.0 - rule.kd_weight) * ce
+    token = spec.kd_weight * kd
+    if spec.kd_weight < 1.0:
+        token = token + (1.0 - spec.kd_weight) * ce
     return scale * (targets.weights_N * token).sum(), sums
 
 

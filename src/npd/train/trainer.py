@@ -1,42 +1,42 @@
 """The trainer: executes segments of optimiser steps on packed rows, and decides nothing.
 
-Promises: a step's loss is a mean over its response tokens, so neither packing, nor row order, nor
-how samples are spread over rows changes it (to float noise); only response positions reach the LM
-head; a step whose loss or gradient is not finite changes nothing; a step's random numbers follow
-from the seed and its index, so a resumed run repeats an uninterrupted one.
-With several ranks (`parallel`) each holds a part of the student and trains its rows of a step; the
-sums are everybody's, and so is the report. Every rank must make the same calls in the same order.
-Does not choose samples, order or learning rate: those arrive in `Step`.
+A step's loss is a mean over its response tokens, so packing and row order do not change it (to
+float noise). Only response positions reach the LM head. A step with a loss or gradient that is not
+finite changes nothing. A step's random numbers follow from the seed and its index, so a resumed run
+repeats an uninterrupted one.
+
+With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
+reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
+same order. Samples, their order and the learning rate are given by `Step`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from npd import lora
 from npd.config import LossConfig, TrainConfig
-from npd.errors import RunError
-from npd.modeling import load_model, resolve_device
-from npd.reports import SegmentReport, StepReport
+from npd.errors import ModelError, RunError
+from npd.models import lora
+from npd.models.distributed import DistContext
+from npd.models.loading import load_model, resolve_device
+from npd.models.saving import save_pretrained
 from npd.train import checkpoint
-from npd.train.batch import Read, TrainRow
-from npd.train.compiled import as_written, compile_layers
-from npd.train.device import peak_memory_mib, step_randomness
-from npd.train.feed import StepRows, feed
-from npd.train.measure import Measured, check_finite, report
-from npd.train.objective import Objective
-from npd.train.optimizer import build_optimizer, clip
-from npd.train.parallel import filled, gathered, hollow, shard
-from npd.types import Segment
-from npd.world import World
+from npd.train.batch import Read, StepRows, TrainRow, prefetch
+from npd.train.checkpoint import check_adapter, check_alike, check_written
+from npd.train.compile import compile_layers, uncompiled
+from npd.train.fsdp import gather_all, shard, to_meta, with_params
+from npd.train.objective import Objective, build_optimizer, clip
+from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report
+from npd.types import Segment, SegmentReport, StepReport
 
 __all__ = ["Trainer", "build_optimizer"]
 
@@ -44,12 +44,13 @@ __all__ = ["Trainer", "build_optimizer"]
 class Trainer:
     """A student in training: float32 weights and AdamW moments, compute in `config.dtype`.
 
-    With `config.lora` only adapters are trained, kept in checkpoints and written as snapshots.
-    `read` gives the sample behind a `SampleRef`: `Scored`, or `Rollout` where no teacher is
-    involved (`loss.kd_weight` 0). `last_step` is the index of the last step taken, None before.
+    With `config.lora` only adapters are trained, checkpointed and saved as snapshots. `read`
+    returns the sample of a `SampleRef`: `Scored`, or `Rollout` without a teacher (`loss.kd_weight`
+    0). `stop_ids` are added to the end tokens of saved students. `last_step` is the index of the
+    last step taken, None before the first.
 
     Raises:
-        ModelError: `student` cannot be loaded.
+        ModelError: `student` cannot be loaded, or cannot be trained as `config` says.
     """
 
     def __init__(
@@ -62,48 +63,51 @@ class Trainer:
         device: str = "auto",
         trust_remote_code: bool = False,
         seed: int = 0,
-        world: World | None = None,
+        dist: DistContext | None = None,
+        stop_ids: Collection[int] = (),
     ) -> None:
         self.config = config
         self.loss = loss
         self.student = str(student)
         self.device = resolve_device(device)
-        self.world = World() if world is None else world
-        # What is to be sharded need not fit the device; sharding moves it there.
-        first_device = self.device if self.world.size == 1 else "cpu"
+        self.dist = DistContext() if dist is None else dist
+        # A student to be sharded may not fit the device, so sharding moves it there.
+        first_device = self.device if self.dist.size == 1 else "cpu"
         self.model = load_model(
-            student, device=first_device, packed=True, trust_remote_code=trust_remote_code
+            student, role="student", device=first_device, trust_remote_code=trust_remote_code
         )
+        self._more_ends = _add_stop_ids(self.model, stop_ids)
         if config.lora is not None:
             lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
         self.model.train()
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        is_sharded = self.world.size > 1
-        self._hollow = hollow(self.model) if is_sharded and self.world.is_first else None
+            recompute_activations(self.model)
+        is_sharded = self.dist.size > 1
+        self._meta_model = to_meta(self.model) if is_sharded and self.dist.is_first else None
         self._objective = Objective(self.model, config, loss, is_sharded=is_sharded)
         if config.compile:
             compile_layers(self.model, self.device)
         if is_sharded:
-            shard(self._objective, self.model, self.world, self.device)
+            shard(self._objective, self.model, self.dist, self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.last_step: int | None = None
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._trust_remote_code = trust_remote_code
+        self._is_proven = False
         self._read, self._seed = read, seed
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None
     ) -> SegmentReport:
-        """Take the segment's steps in order; `on_step` hears of each as it ends.
+        """Take the segment's steps in order; `on_step` is called after each.
 
         Raises:
-            RunError: a loss or gradient norm is not finite, or the device's memory is too small.
-                The weights and the optimiser are as the step before left them.
+            RunError: a loss or gradient norm is not finite, or the device ran out of memory.
+                Weights and optimiser are those after the previous step.
         """
         reports = []
-        is_pinned, rank = self.device.startswith("cuda"), self.world.rank
-        ahead = feed(segment, self._read, self.loss, rank=rank, is_pinned=is_pinned)
+        is_pinned, rank = self.device.startswith("cuda"), self.dist.rank
+        ahead = prefetch(segment, self._read, self.loss, rank=rank, is_pinned=is_pinned)
         with closing(ahead) as steps:
             started = time.perf_counter()
             for step in steps:
@@ -111,32 +115,36 @@ class Trainer:
                 started = time.perf_counter()
                 if on_step is not None:
                     on_step(reports[-1])
-        peak = max(self.world.gather(peak_memory_mib(self.device)))
+        peak = max(self.dist.gather(peak_memory_mib(self.device)))
         return SegmentReport(segment.index, tuple(reports), peak)
 
     @contextmanager
-    def whole(self) -> Iterator[Any | None]:
-        """The student as one plain model for the time of the `with` block, or None.
+    def full_model(self) -> Iterator[Any | None]:
+        """The unsharded student within the block, for evaluation; None on all ranks but rank 0.
 
-        Alone it is the live model. Of several ranks, all of which must enter, the first gets a copy
-        on its device and the others None.
+        With one rank it is the live model. With several, all ranks must enter the block, and rank 0
+        gets a copy on its device.
         """
-        if self.world.size == 1:
-            with as_written() if self.config.compile else nullcontext():
+        if self.dist.size == 1:
+            with uncompiled() if self.config.compile else nullcontext():
                 yield self.model
             return
-        tensors = gathered(dict(self.model.named_parameters()), self.world, self.device)
-        yield None if self._hollow is None else filled(self._hollow, tensors).to(self.device)
+        tensors = gather_all(dict(self.model.named_parameters()), self.dist, self.device)
+        yield (
+            None
+            if self._meta_model is None
+            else with_params(self._meta_model, tensors).to(self.device)
+        )
 
     @contextmanager
-    def to_write(self) -> Iterator[Any | None]:
-        """The same for saving, on the CPU. Of adapters' base nothing is gathered: it is on disk."""
-        if self.world.size == 1:
+    def gathered_for_save(self) -> Iterator[Any | None]:
+        """As `full_model`, on the CPU for saving. With LoRA the base is loaded from disk."""
+        if self.dist.size == 1:
             yield self.model
             return
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        tensors = gathered(trained, self.world, "cpu")
-        yield None if self._hollow is None else filled(self._hollow, tensors)
+        tensors = gather_all(trained, self.dist, "cpu")
+        yield None if self._meta_model is None else with_params(self._meta_model, tensors)
 
     def save_snapshot(
         self,
@@ -144,76 +152,97 @@ class Trainer:
         dtype: str = "bfloat16",
         *,
         untie: bool = False,
-        whole: Any = None,
+        full: Any = None,
     ) -> None:
-        """Write what `load_model` makes the student of: with LoRA its adapter, which is small.
+        """Write a snapshot that `load_model` can load; with LoRA it is the adapter alone.
 
-        `untie` writes a tied LM head out as a matrix of its own. `whole` is what `to_write()` gave;
-        it may be left out where there is one rank.
+        `untie` writes a tied LM head as a separate tensor. `full` is the model from
+        `gathered_for_save()`, not needed with one rank. The first snapshot is loaded again and
+        compared.
+
+        Raises:
+            RunError: the saved model differs from the student.
         """
+        model, into = self._written(full), Path(directory)
         if self.config.lora is None:
-            self.save_pretrained(directory, dtype, untie=untie, whole=whole)
+            self._write(model, into, dtype, untie=untie)
+            check = check_written
         else:
-            lora.save(self._written(whole), Path(directory), dtype)
+            lora.save(model, into, dtype, self._more_ends)
+            check = check_adapter
+        if not self._is_proven:
+            self._check_alike(into, check(into, model, **self._origin(dtype)), full)
+            self._is_proven = True
 
     def save_pretrained(
-        self,
-        directory: str | Path,
-        dtype: str = "bfloat16",
-        *,
-        untie: bool = False,
-        whole: Any = None,
+        self, directory: str | Path, dtype: str = "bfloat16", *, full: Any = None
     ) -> None:
-        """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`."""
-        model = self._written(whole)
-        if self.config.lora is not None:
-            adapter = Path(directory) / "adapter"
-            self.save_snapshot(adapter, dtype, whole=whole)
-            model = load_model(adapter, packed=False, trust_remote_code=self._trust_remote_code)
-        checkpoint.save_pretrained(
-            model,
-            Path(directory),
-            dtype=dtype,
-            source=self.student,
-            untie=untie,
-            trust_remote_code=self._trust_remote_code,
-        )
+        """Write the student, LoRA merged, as a Hugging Face directory with weights in `dtype`.
 
-    def _written(self, whole: Any) -> Any:
-        assert whole is not None or self.world.size == 1, "of several ranks the first one writes"
-        return self.model if whole is None else whole
+        Raises:
+            RunError: the saved model differs from the student.
+        """
+        model, into = self._written(full), Path(directory)
+        if self.config.lora is not None:
+            adapter = into / "adapter"
+            lora.save(model, adapter, dtype, self._more_ends)
+            trust = self._trust_remote_code
+            model = load_model(adapter, packed=False, trust_remote_code=trust)
+        self._write(model, into, dtype)
+        self._check_alike(into, check_written(into, model, **self._origin(dtype)), full)
+
+    def _write(self, model: Any, into: Path, dtype: str, *, untie: bool = False) -> None:
+        save_pretrained(model, into, source=self.student, dtype=dtype, untie=untie)
+
+    def _origin(self, dtype: str) -> dict[str, Any]:
+        trust = self._trust_remote_code
+        return {"dtype": dtype, "student": self.student, "trust_remote_code": trust}
+
+    def _check_alike(self, directory: Path, written: Any, full: Any) -> None:
+        """Compare with the live student; sharded adapters are skipped (no rank has the base)."""
+        is_adapted = self.config.lora is not None
+        if is_adapted and self.dist.size > 1:
+            return
+        is_mixed = is_adapted and self.config.dtype == "bfloat16"
+        live, student = self._written(full), self.student
+        with uncompiled() if self.config.compile else nullcontext():
+            check_alike(directory, written, live, student=student, is_mixed=is_mixed)
+
+    def _written(self, full: Any) -> Any:
+        assert full is not None or self.dist.size == 1, "only rank 0 writes"
+        return self.model if full is None else full
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write all that training needs to go on, as a whole or not at all.
+        """Write the state for resuming, completely or not at all.
 
-        Whatever the number of ranks, whole tensors are written, by the first: any number goes on.
+        Rank 0 writes full tensors, so that any number of ranks can resume.
         """
         weights, moments = checkpoint.state_of(self.model, self.optimizer)
-        if self.world.size > 1:
-            weights = gathered(weights, self.world, "cpu")
-            moments = gathered(moments, self.world, "cpu")
-        if self.world.is_first:
+        if self.dist.size > 1:
+            weights = gather_all(weights, self.dist, "cpu")
+            moments = gather_all(moments, self.dist, "cpu")
+        if self.dist.is_first:
             checkpoint.save(Path(directory), weights, moments, last_step=self.last_step)
 
     def load_checkpoint(self, directory: str | Path) -> int | None:
-        """Go back to a checkpoint; gives its `last_step`.
+        """Restore a checkpoint; returns its `last_step`.
 
         Raises:
-            StoreError: the checkpoint is missing, damaged, or another model's.
+            StoreError: the checkpoint is missing, damaged, or of another model.
         """
         self.last_step = checkpoint.load(Path(directory), self.model, self.optimizer)
         return self.last_step
 
     def _step(self, given: StepRows, version: int, started: float) -> StepReport:
-        counts = self.world.gather(given.num_tokens)
+        counts = self.dist.gather(given.num_tokens)
         step, (tokens, skipped) = given.step, map(sum, zip(*counts, strict=True))
         try:
-            with step_randomness(self.device, self._seed, step.index, self.world.rank):
+            with step_randomness(self.device, self._seed, step.index, self.dist.rank):
                 rows = [self._backward(row, tokens) for row in given.rows]
-                for row in given.idle:  # another rank has one more, and needs this one to take part
+                for row in given.idle:  # other ranks' rows need this rank in their collectives
                     self._backward(row, 1, weight=0.0)
             norm = clip(self._parameters, self.config.clip)
-            measured = Measured.together(self.world.gather(Measured.of(rows, norm)))
+            measured = Measured.together(self.dist.gather(Measured.of(rows, norm)))
             check_finite(step, measured)
             for group in self.optimizer.param_groups:
                 group["lr"] = step.lr
@@ -232,8 +261,50 @@ class Trainer:
         return replace(found, skipped_tokens=skipped)
 
     def _backward(self, row: TrainRow, tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
-        """Add one row's gradient; gives its share of the step's loss and its metric sums."""
+        """Add one row's gradient; returns its share of the step's loss and its metric sums."""
         loss, metrics = self._objective(row.to(self.device), tokens)
-        # Sharded gradients are averaged over the ranks, and a step's is a sum.
-        loss.backward(torch.full_like(loss, weight * self.world.size))
+        # FSDP averages gradients over ranks, but a step's gradient is a sum.
+        loss.backward(torch.full_like(loss, weight * self.dist.size))
         return {"loss": loss.detach(), **metrics}
+
+
+@contextmanager
+def step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Seed dropout from (seed, step, rank) within the block, then restore the generator's state."""
+    state = np.random.SeedSequence([seed % 2**63, step, rank]).generate_state(1, np.uint64)
+    devices = [torch.cuda.current_device()] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(state[0]) % 2**63)
+        yield
+
+
+def recompute_activations(model: Any) -> None:
+    """Activation checkpointing: the backward pass recomputes each layer's activations.
+
+    Raises:
+        ModelError: the architecture does not support it.
+    """
+    # The layer class's name depends on the release of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"this architecture ({type(model).__name__}) cannot recompute activations: set "
+            "train.activation_checkpointing: false"
+        ) from error
+
+
+def _add_stop_ids(model: Any, stop_ids: Collection[int]) -> list[int]:
+    """Add `stop_ids` to the end tokens in the generation config that is saved with the model.
+
+    Returns all end tokens, or an empty list if nothing was added.
+    """
+    own = model.generation_config.eos_token_id
+    listed = list(own) if isinstance(own, list) else [] if own is None else [own]
+    more = sorted(set(stop_ids) - set(listed))
+    if not more:
+        return []
+    ids = [*listed, *more]
+    model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    return ids

@@ -1,8 +1,8 @@
-"""The three workers: a room's engine joined to the run directory. They hold models, decide nothing.
+"""The three workers: generator, scorer and trainer, which read and write the run directory.
 
-A task is carried out once: what a worker finds already written, whole and for the same task, it
-does not make again. Results are files, written whole or not at all; only scalars are returned.
-Each class is built inside its own process by the factory of the same name.
+Workers own the models and make no decisions. Tasks are idempotent: a worker reuses a complete
+result of the same task instead of recomputing it. Results are files, written completely or not at
+all; calls return scalars only. `Factory` builds a worker inside its own process.
 """
 
 from __future__ import annotations
@@ -11,32 +11,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npd.config import RunConfig
+from npd.errors import ModelError
+from npd.models.files import model_fingerprint
 from npd.store.layout import RunLayout
 from npd.workers.tasks import GenerateTask, ScoreTask, generated_stats, scored_stats
 
-__all__ = ["Factory", "GenerateTask", "ScoreTask", "generated_stats", "scored_stats"]
+__all__ = ["Factory", "GenerateTask", "Recorded", "ScoreTask", "generated_stats", "scored_stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A model of a run: its role ("teacher"), its path, and its checksum at the run's start."""
+
+    role: str
+    path: str
+    fingerprint: str
+
+    def check(self) -> None:
+        """Raise ModelError if the model has changed since the run was started."""
+        try:
+            now = model_fingerprint(self.path)
+        except OSError:
+            now = "unreadable"
+        if now not in (None, self.fingerprint):
+            raise ModelError(
+                f"the {self.role} {self.path} changed since the run was started: restore it and "
+                "resume, or start a new run (--set name=...)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """Builds one worker inside its process; `role` is generator, scorer or trainer."""
+    """Builds one worker inside its process; `role` is generator, scorer or trainer.
+
+    Every start checks `models`: a restarted worker must not continue with different ones.
+    """
 
     role: str
     config: RunConfig
     root: Path
+    models: tuple[Recorded, ...] = ()
 
     def __call__(self) -> object:
-        """The worker, its models loaded."""
+        """The worker, with its models loaded."""
         return self.build(RunLayout(self.root))
 
     def build(self, layout: RunLayout) -> object:
-        """The same with the files of `layout`."""
+        """The worker on the files of `layout`. Raises ModelError if a model was replaced."""
+        for model in self.models:
+            model.check()
         if self.role == "generator":
             from npd.workers.generator import GeneratorWorker
 
             return GeneratorWorker(self.config, layout)
         if self.role == "scorer" and self.config.score.ranks > 1:
-            from npd.workers.ranked import ScorerRank
+            from npd.workers.scorer import ScorerRank
 
             return ScorerRank(self.config, layout)
         if self.role == "scorer":

@@ -1,56 +1,56 @@
-"""The generator: writes shards of rollouts."""
+"""The generator worker: writes shards of rollouts."""
 
 from __future__ import annotations
 
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npd.chat import Chat
-from npd.config import RunConfig
-from npd.names import DEFAULT_TEACHER
+from npd.config import GenerateConfig, RunConfig
+from npd.data.tokenizer import Chat
+from npd.generate import Generator, TeachersGenerator, build_generator
+from npd.models.loading import resolve_device
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
 from npd.store.snapshots import latest, verify
-from npd.types import Failed, Rollout
+from npd.types import DEFAULT_TEACHER, Failed, Rollout
 from npd.workers.tasks import GenerateTask, ShardResult, generated_stats
 
 if TYPE_CHECKING:
-    from npd.generate.served import Surroundings
+    from npd.generate.served import ServingContext
 
 _log = logging.getLogger(__name__)
 
 
 class GeneratorWorker:
-    """Writes shards of rollouts: the student's snapshots, the teacher, or the data itself."""
+    """Writes shards of rollouts by the student's snapshots, by the teacher, or from the data."""
 
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        from npd.workers.writers import build_writer
-
-        chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        chat = Chat.of_student(config)
         self._layout = layout
         self._config = config
         self._notes: list[str] = []
         self._is_student = config.generate.source == "student"
-        around = partial(_surroundings, config, layout, self._notes.append)
-        self._engine = build_writer(config, chat, around)
+        serving = partial(_serving_context, config, layout, self._notes.append)
+        self._engine = generator_for(config, chat, serving)
 
     def refresh(self, version: int) -> ShardResult:
-        """Take up snapshot `version`, so that it need not be done within a shard; only notes."""
+        """Load snapshot `version` ahead of the next shard; the result contains only notes."""
         self._load(version)
         return ShardResult((), notes=self._take_notes())
 
     def generate(self, task: GenerateTask) -> ShardResult:
-        """Write the shard, unless it is there already; returns its samples' scalars."""
+        """Write the shard unless its file exists; returns the scalars of its samples."""
         path = self._layout.rollouts(task.shard)
         rollouts = read_rollouts(path) if path.exists() else []
         failed: tuple[Failed, ...] = ()
         if not self._is_of(rollouts, task):
             self._load(task.version)
-            found = self._engine.generate(task.asks)
+            found = self._engine.generate(task.requests)
             rollouts = [item for item in found if isinstance(item, Rollout)]
             failed = tuple(item for item in found if isinstance(item, Failed))
             write_rollouts(path, rollouts)
@@ -63,56 +63,113 @@ class GeneratorWorker:
     def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
         """Whether a file's rollouts are the task's.
 
-        Another task's file is one that a lost power supply kept while the ledger forgot it.
+        After a power cut a shard's file may exist although the ledger has lost its task.
         """
         ids = [rollout.sample_id for rollout in rollouts]
         versions = {rollout.version for rollout in rollouts}
         may_be_newer = self._config.schedule.refresh.in_flight != "finish"
-        return ids == [ask.sample_id for ask in task.asks] and (
+        return ids == [request.sample_id for request in task.requests] and (
             versions == {task.version} or (may_be_newer and min(versions) >= task.version)
         )
 
     def _load(self, version: int) -> None:
-        held = self._engine.version
+        loaded = self._engine.version
         may_be_newer = self._config.schedule.refresh.in_flight != "finish"
-        if may_be_newer and held is not None and held > version:
-            return  # a refresh came before the task did; its samples carry what wrote them
-        if self._is_student and held != version:
+        if may_be_newer and loaded is not None and loaded > version:
+            return  # a refresh preceded the task; samples carry their actual version
+        if self._is_student and loaded != version:
             snapshot = self._layout.snapshot(version)
             verify(snapshot)
             self._engine.load(snapshot, version)
 
     def ready(self) -> None:
-        """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
+        """No-op. The first call constructs the worker; loading gets its own span in traces."""
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model, and stop launched servers."""
         self._engine.close()
 
 
-def _surroundings(
-    config: RunConfig, layout: RunLayout, tell: Callable[[str], None], teacher: str | None
-) -> Surroundings | None:
-    """What a generator by servers must know of the run; `teacher`: the name of the one it runs."""
-    if config.generate.engine == "transformers":
+def _serving_context(
+    config: RunConfig, layout: RunLayout, notify: Callable[[str], None], teacher: str | None
+) -> ServingContext | None:
+    """The serving context of a generator for the student, or for the teacher named `teacher`."""
+    if not config.generate.is_served:
         return None
-    from npd.generate.served import Surroundings
+    from npd.generate.served import ServingContext
 
-    def told(note: str) -> None:
+    def log_and_notify(note: str) -> None:
         _log.info(note)
-        tell(note)
+        notify(note)
 
     def newest() -> tuple[Path, int] | None:
         version = latest(layout.snapshots)
         return None if version is None else (layout.snapshot(version), version)
 
     name = "" if teacher in (None, DEFAULT_TEACHER) else f"-{teacher}"
-    return Surroundings(
+    return ServingContext(
         log=layout.logs / f"server-{config.generate.engine}{name}.log",
         context=config.max_sample_tokens,
         in_flight=config.schedule.refresh.in_flight,
         newest=newest,
-        tell=told,
+        notify=log_and_notify,
         run=f"{zlib.crc32(str(layout.root.resolve()).encode()):08x}",
-        probes=layout.probes,
+        fingerprints=layout.probes,
     )
+
+
+def generator_for(
+    config: RunConfig,
+    chat: Chat,
+    serving: Callable[[str | None], ServingContext | None],
+    *,
+    model: str | None = None,
+) -> Generator:
+    """The generator of a run's samples: the student, the data, or each prompt's own teacher.
+
+    With `model`, that model is loaded and generates every sample. A single teacher is loaded at
+    once; several are loaded at their first request. `serving` returns the context of the teacher
+    with that name, or of the student (None).
+
+    Raises:
+        InputError, RunError: a model cannot be loaded or served.
+    """
+
+    def build(section: GenerateConfig, teacher: str | None, loads: str | None) -> Generator:
+        writer = build_generator(
+            section,
+            stop_ids=stop_ids(config, chat, teacher),
+            pad_id=chat.pad_id,
+            vocab_size=chat.vocab_size,
+            device=resolve_device(config.runtime.device),
+            trust_remote_code=config.trust_remote_code,
+            serving=serving(teacher),
+        )
+        with ExitStack() as undo:
+            undo.callback(writer.close)
+            if loads is not None:
+                writer.load(Path(loads), 0)
+            undo.pop_all()
+        return writer
+
+    models = config.teacher_models
+    if config.generate.source == "dataset":
+        limit = {"max_new_tokens": config.max_response_tokens}
+        return build(config.generate.model_copy(update=limit), None, model)
+    if config.generate.source != "teacher":
+        return build(config.generate, None, model)
+    if model is not None:
+        name = min(models, key=lambda name: name != DEFAULT_TEACHER)
+        return build(config.generate_of(name), name, model)
+    writers = TeachersGenerator(lambda name: build(config.generate_of(name), name, models[name]))
+    if len(models) == 1:
+        writers.open(*models)
+    return writers
+
+
+def stop_ids(config: RunConfig, chat: Chat, teacher: str | None) -> frozenset[int]:
+    """The end tokens of responses: the student's, and the teacher's if it generates them."""
+    if teacher is None:
+        return chat.stop_ids
+    model = config.teacher_models[teacher]
+    return chat.stop_ids | Chat.load(model, trust_remote_code=config.trust_remote_code).stop_ids

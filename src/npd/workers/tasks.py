@@ -1,4 +1,4 @@
-"""What workers are asked for, and the scalars they answer with."""
+"""The tasks of workers, and their scalar results."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npd.filters import repeat_share
-from npd.types import Ask, Failed, IntArray, Rollout, SampleStats, Scored
+from npd.types import Failed, IntArray, Rollout, SampleRequest, SampleStats, Scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateTask:
-    """Write these samples as `shard` with snapshot `version`."""
+    """Generate these samples with snapshot `version`, as `shard`."""
 
     shard: int
     version: int
-    asks: tuple[Ask, ...]
+    requests: tuple[SampleRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """Score these samples of `shard`; `version` is the oldest snapshot that wrote any of them."""
+    """Score these samples of `shard`; `version` is the oldest snapshot that generated any."""
 
     shard: int
     version: int
@@ -31,9 +31,9 @@ class ScoreTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What became of a task's samples: those that were written or scored, and those that were not.
+    """The succeeded and the failed samples of a task.
 
-    `notes` are lines for the person watching: which weights a server has shown that it holds.
+    `notes` are lines for the user, e.g. the verification of a server's weights.
     """
 
     stats: tuple[SampleStats, ...]
@@ -50,7 +50,7 @@ class HeldoutResult:
 
 
 def generated_stats(rollout: Rollout) -> SampleStats:
-    """What is known of a sample before it is scored."""
+    """The statistics of a sample that are known before it is scored."""
     return SampleStats(
         sample_id=rollout.sample_id,
         prompt_index=rollout.prompt_index,
@@ -63,8 +63,8 @@ def generated_stats(rollout: Rollout) -> SampleStats:
 
 
 def scored_stats(scored: Scored) -> SampleStats:
-    """What the filters see of a scored sample."""
-    distinct = _first_of_each(scored.topk_ids)  # a sampled support holds ids more than once
+    """The statistics of a scored sample, for the filters."""
+    distinct = _first_of_each(scored.topk_ids)  # a sampled support may repeat ids
     mass = (np.exp(scored.topk_logprobs.astype(np.float64)) * distinct).sum(axis=1).mean()
     return generated_stats(scored.rollout)._replace(
         nll_teacher=scored.nll_teacher,
@@ -77,7 +77,7 @@ def scored_stats(scored: Scored) -> SampleStats:
 
 
 def _first_of_each(ids_LK: IntArray) -> NDArray[np.bool_]:
-    """Whether each id [L, k] is the first of its kind in its row."""
+    """Whether each id [L, k] is the first occurrence in its row."""
     order = np.argsort(ids_LK, axis=1, kind="stable")
     ordered = np.take_along_axis(ids_LK, order, axis=1)
     is_new = np.ones_like(ordered, dtype=bool)

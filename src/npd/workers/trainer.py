@@ -1,4 +1,8 @@
-"""The trainer: trains segments, publishes snapshots, saves checkpoints, evaluates."""
+"""The trainer worker: trains segments, publishes snapshots, saves checkpoints, evaluates.
+
+With `train.ranks` every rank runs this class and receives the same calls; the first rank writes
+files and returns results.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from npd.chat import Chat
 from npd.config import RunConfig
+from npd.data.tokenizer import Chat
 from npd.evaluate import Match, exact_match, heldout_kl, kl_by_teacher
-from npd.modeling import decoding, resolve_device
-from npd.reports import EvalReport, SegmentReport
+from npd.models.distributed import DistContext, Rendezvous
+from npd.models.loading import decoding, resolve_device
+from npd.observe.pace import noted, write_note
 from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import is_whole, publish
-from npd.types import Ask, EncodedPrompt, Segment
-from npd.world import Meeting, World
+from npd.types import EncodedPrompt, EvalReport, SampleRequest, Segment, SegmentReport, StepReport
 
 
 class TrainerWorker:
@@ -30,10 +34,10 @@ class TrainerWorker:
             self._reader = ShardReader(layout.scored, "scored")
         else:
             self._reader = ShardReader(layout.rollouts, "rollouts")
-        self._chat = Chat.load(config.student, trust_remote_code=config.trust_remote_code)
+        self._chat = Chat.of_student(config)
         self._device = resolve_device(config.runtime.device)
-        self._world: World | None = None
-        self._meeting = Meeting(
+        self._dist: DistContext | None = None
+        self._rendezvous = Rendezvous(
             config.train.ranks,
             device=self._device,
             call_timeout=config.runtime.call_timeout,
@@ -42,17 +46,17 @@ class TrainerWorker:
         if config.train.ranks == 1:
             self._load()
 
-    def host(self) -> str:
-        """Open a place where ranks of other machines can join this one, the first."""
-        return self._meeting.host()
+    def open_rendezvous(self) -> str:
+        """Open a rendezvous on this rank, which is rank 0, for ranks on other machines."""
+        return self._rendezvous.open()
 
-    def join(self, rank: int, place: str) -> None:
-        """Become rank `rank` of the trainer; they meet at a new file, or where the first one hosts.
+    def join(self, rank: int, address: str) -> None:
+        """Become rank `rank` of the trainer; `address` as in `npd.models.distributed.connect`.
 
         Raises:
-            ConfigError: a rank has no GPU of its own.
+            ConfigError: a rank has no GPU.
         """
-        self._world = self._meeting.join(rank, place)
+        self._dist = self._rendezvous.join(rank, address)
         self._load()
 
     def _load(self) -> None:
@@ -66,58 +70,65 @@ class TrainerWorker:
             device=self._device,
             trust_remote_code=self._config.trust_remote_code,
             seed=self._config.seed,
-            world=self._world,
+            dist=self._dist,
+            stop_ids=self._chat.stop_ids,
         )
 
     def restore(self, step: int) -> None:
-        """Become what was saved after `step`; 0 is the student as it came."""
+        """Load the checkpoint of `step`; 0 is the initial student."""
         if step > 0:
             self._trainer.load_checkpoint(self._layout.checkpoint(step))
 
     def train(self, segment: Segment) -> SegmentReport:
-        """Take the segment's optimiser steps."""
-        return self._trainer.train(segment)
+        """Take the segment's optimiser steps; write each step's progress for the live view."""
+        done: list[StepReport] = []
+
+        def write_progress(report: StepReport) -> None:
+            done.append(report)
+            if self._trainer.dist.is_first:
+                write_note(self._layout.trainer_step, noted(segment.index, done))
+
+        return self._trainer.train(segment, on_step=write_progress)
 
     def publish(self, version: int) -> str:
         """Write the student (or its LoRA adapter) as snapshot `version`; returns its checksum."""
-        with self._trainer.to_write() as model:
+        with self._trainer.gathered_for_save() as model:
             if model is None:
                 return ""
             directory = self._layout.snapshot(version)
             return publish(directory, lambda into: self._write_snapshot(into, model))
 
     def _write_snapshot(self, directory: Path, model: Any) -> None:
-        """The student as its generator takes it."""
+        """Write the student in the form that its generator loads."""
         generate = self._config.generate
-        is_served = generate.engine != "transformers" and generate.source == "student"
-        # A tied LM head is forgotten by vLLM's reload (0.32): written out, it is not.
-        self._trainer.save_snapshot(directory, untie=is_served, whole=model)
+        is_served = generate.is_served and generate.source == "student"
+        # vLLM 0.32 does not reload a tied LM head, so it is written as a separate tensor.
+        self._trainer.save_snapshot(directory, untie=is_served, full=model)
 
     def checkpoint(self, step: int) -> None:
-        """Save everything needed to go on from `step`, unless that is done."""
+        """Save the state for resuming from `step`, unless it is already saved."""
         directory = self._layout.checkpoint(step)
-        if not self._trainer.world.decided(lambda: is_whole(directory)):
+        if not self._trainer.dist.from_rank0(lambda: is_whole(directory)):
             self._trainer.save_checkpoint(directory)
 
     def export(self) -> str:
-        """Write the final student as a Hugging Face model directory, in place of an older one."""
+        """Write the final student as a Hugging Face model directory; replaces an older one."""
         student = self._layout.student
-        with self._trainer.to_write() as model:
+        with self._trainer.gathered_for_save() as model:
             if model is not None:
                 new = student.with_name(f"{student.name}-new")
                 remove(new)
-                publish(new, lambda into: self._trainer.save_pretrained(into, whole=model))
+                publish(new, lambda into: self._trainer.save_pretrained(into, full=model))
                 remove(student)
                 with explain_write(student):
                     new.rename(student)
         return str(student)
 
     def evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...]) -> EvalReport | None:
-        """Held-out KL and agreement on `heldout.arrow`, exact match and samples by greedy text.
-
-        Of several ranks the first one does it, with the others' parts; they have nothing to say.
+        """Held-out KL and agreement on `heldout.arrow`, exact match and sample texts by greedy
+        decoding. With several ranks, rank 0 evaluates the gathered student; others return None.
         """
-        with self._trainer.whole() as model:
+        with self._trainer.full_model() as model:
             return None if model is None else self._evaluate(step, prompts, model)
 
     def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
@@ -155,7 +166,7 @@ class TrainerWorker:
     def _greedy(
         self, prompts: Sequence[EncodedPrompt], model: Any
     ) -> list[tuple[EncodedPrompt, str]]:
-        """The student's greedy responses to the prompts with answers, and to a few to show."""
+        """The student's greedy responses to prompts with answers, and to a few to display."""
         from npd.generate.sampling import Sampling
         from npd.generate.transformers import generate_with
 
@@ -173,17 +184,17 @@ class TrainerWorker:
             batch_size=evaluation.batch_size,
             vocab_size=self._chat.vocab_size,
         )
-        asks = [Ask(p.index, p.index, p) for p in chosen]
+        requests = [SampleRequest(p.index, p.index, p) for p in chosen]
         with self._autocast(self._config.train.dtype), decoding(model):
-            rollouts = generate_with(model, asks, sampling, with_logprobs=False)
+            rollouts = generate_with(model, requests, sampling, with_logprobs=False)
         return [
             (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)
         ]
 
     def ready(self) -> None:
-        """Nothing: the first call of a worker builds it, and that takes long enough to be seen."""
+        """No-op. The first call constructs the worker; loading gets its own span in traces."""
 
     def close(self) -> None:
         """Close the shard files and leave the other ranks."""
         self._reader.close()
-        self._meeting.leave()
+        self._rendezvous.leave()

@@ -1,245 +1,514 @@
-"""Line charts as inline SVG, and the axes that every chart shares (`bars.py`, `gantt.py`).
+"""Draws a report's charts with Altair as Vega-Lite, inside the page.
 
-Promises: colours come only from CSS classes (so that one drawing serves light and dark), text is
-escaped, every mark has its numbers in a <title>. Draws what it is given; missing data is the
-caller's to explain.
+Promises: a drawing holds its own data, takes its width from the page and its colours from the
+page's style (so one drawing serves light and dark, phone and desktop), and needs neither network
+nor `eval`. Text is cleaned, and `<`, `>` and `&` never appear in the JSON. Only this module imports
+Altair and vl-convert (the extra `report`); without them a chart is a table.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from npd.observe.report.html import Html, el, join
-from npd.observe.report.scales import (
-    Scale,
+from npd.errors import RunError
+from npd.observe.report.chart_data import (
+    Bars,
+    Block,
+    Chart,
+    Columns,
+    Histogram,
+    Lines,
+    Point,
+    Rule,
+    Series,
+    Timeline,
+    bin_name,
+    bold,
+    count,
+    is_long,
+    join_close,
+    merge,
     nice_bounds,
-    number,
-    percent,
-    tick_labels,
-    ticks,
+    numbers,
+    stations,
+    thin,
+    time_ticks,
     widen,
 )
+from npd.observe.report.page import Html, clean, duration, el, table
+from npd.store.files import write_atomic
 
-WIDTH, HEIGHT = 560, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 26, 40
-_MAX_POINTS = 400
-_MAX_HOVERS = 80
-_SMOOTH_FROM = 50
+_MAX_LABELS, _DOTS_BELOW, _MAX_BLOCKS, _FINEST = 8, 25, 2000, 2000
+_HEIGHT, _ROW, _HIGH_ROW, _LANE, _LONG_NAME = 230, 27, 42, 34, 16
+_HALO: Mapping[str, Any] = {"stroke": "var(--card)", "strokeWidth": 3, "fontSize": 11.5}
 
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """A line: `points` (x, y) in order of x; `color` is a CSS class c1..c6."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    color: str
+Rows: TypeAlias = list[dict[str, Any]]
+# `_Drawn`: layers, each with the name of its rows; the rows; further properties of the drawing.
+_Layers: TypeAlias = list[tuple[str, Any]]
+_Drawn: TypeAlias = tuple[_Layers, dict[str, Rows], dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A straight line across the plot at `value`, with its label."""
-
-    value: float
-    label: str
-    style: str = ""
+# -- on the page ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """What the axes say. `as_percent` writes y ticks as per cent; `whole_x` keeps x ticks whole."""
-
-    x: str
-    y: str
-    as_percent: bool = False
-    whole_x: bool = True
-    from_zero: bool = False
-
-
-def svg(*children: Html | None, width: int, height: int, label: str) -> Html:
-    """An SVG that scales with the page; `label` is read out by screen readers."""
-    body = join(*children)
-    return el(
-        "svg",
-        body,
-        viewBox=f"0 0 {width} {height}",
-        role="img",
-        aria_label=label,
-        xmlns="http://www.w3.org/2000/svg",
-    )
+def draw(chart: Chart, label: str) -> Html:
+    """The chart as markup; screen readers read `label`."""
+    if not can_draw():
+        return table(*numbers(chart))
+    try:
+        content = _compact(spec(chart) | {"description": clean(label)})
+    except Exception:  # noqa: BLE001 - a library error in a chart must not end a run
+        return table(*numbers(chart))
+    fallback = el("noscript", "This chart needs JavaScript.")
+    target = el("div", fallback, class_="chart", role="img", aria_label=label)
+    return Html(f"{target}{_DATA}{_inert(content)}</script>")
 
 
-def label_at(x: float, y: float, content: str, css: str = "tick", anchor: str = "middle") -> Html:
-    """Text at a pixel."""
-    return el("text", content, x=x, y=y, class_=css, text_anchor=anchor)
+def can_draw() -> bool:
+    """Whether the extra `report` is installed, with versions that fit each other."""
+    try:
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
+
+        _library()
+    except Exception:  # noqa: BLE001 - with any error of the libraries the report has tables
+        return False
+    return True
 
 
-def line_chart(
-    series: Sequence[Series],
-    axes: Axes,
-    *,
-    label: str,
-    rules: Sequence[Rule] = (),
-    markers: Sequence[Rule] = (),
-) -> Html:
-    """Lines over a whole-number x. `rules` are horizontal, `markers` vertical.
+def remedy(run: str = "RUN") -> str:
+    """The command that adds charts to the report of `run`."""
+    return f"pip install 'npd[report]', then npd show --report {run}"
 
-    Long noisy series are drawn twice: each point thin, the moving mean (which starts anew at each
-    marker) bold.
+
+def scripts(body: str) -> list[str]:
+    """The JavaScript that draws the charts of `body`; empty for a page without drawings."""
+    return [_library(), _START.replace("THEME", _compact(_THEME))] if _DATA in body else []
+
+
+@cache
+def _library() -> str:
+    """The bundle of Vega, Vega-Lite and vega-embed for the schema that Altair writes.
+
+    Bundling takes seconds, so the bundle of each version is kept in the user's cache directory.
     """
-    x_values = [x for s in series for x, _ in s.points]
-    y_values = [y for s in series for _, y in s.points] + [r.value for r in rules]
-    low = min(0.0, *y_values) if axes.from_zero else min(y_values)
-    x = Scale(*widen(min(x_values), max(x_values)), _LEFT, WIDTH - _RIGHT)
-    y = Scale(*nice_bounds(low, max(y_values)), HEIGHT - _BOTTOM, _TOP)
-    inside = sorted((m for m in markers if x.low <= m.value <= x.high), key=lambda m: m.value)
-    return svg(
-        _grid(x, y, axes),
-        *(_marker(x, y, m, i) for i, m in enumerate(inside)),
-        *(_rule(y, r) for r in rules),
-        *(_line(s, x, y, [m.value for m in inside]) for s in series),
-        _hovers(series, x, y, axes),
-        width=WIDTH,
-        height=HEIGHT,
-        label=label,
+    import altair
+    import vl_convert
+
+    version = altair.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
+    kept = _cached(f"vega-{version}-{metadata.version('vl-convert-python')}-{_FORMAT}.js")
+    if kept is not None and (found := _read_own(kept)) is not None:
+        return found
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version) + _END
+    if kept is not None:
+        with suppress(OSError, RunError):  # without a cache the next report is slower
+            write_atomic(kept, lambda file: file.write(bundle.encode()))
+    return bundle
+
+
+def _cached(name: str) -> Path | None:
+    """The path of a file in the user's cache directory; None if there is no such directory."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    root = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
+    return Path(root, "npd", name) if os.path.isabs(root) else None
+
+
+def _read_own(path: Path) -> str | None:
+    """The text of a complete bundle that only this user can have written, else None."""
+    with suppress(OSError, UnicodeDecodeError):
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            found = os.fstat(file.fileno())
+            is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+            text = file.read().decode() if is_own and not found.st_mode & 0o022 else ""
+        if text.endswith(_END):
+            return text
+    return None
+
+
+# The version of the bundle's format in cache file names, and the bundle's last line.
+_FORMAT, _END = 1, "\n// end of bundle\n"
+
+
+def _compact(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _inert(content: str) -> str:
+    """JSON without characters that an HTML parser takes for markup."""
+    for mark in "<>&":
+        content = content.replace(mark, f"\\u{ord(mark):04x}")
+    return content
+
+
+_DATA = '<script type="application/json">'
+# `ast`: expressions are interpreted, because the content security policy forbids compiling them.
+_START = """
+for (const block of document.querySelectorAll('script[type="application/json"]')) {
+  const target = block.previousElementSibling;
+  target.replaceChildren();
+  vegaEmbed(target, JSON.parse(block.textContent), {
+    mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
+    tooltip: {disableDefaultStyle: true}, config: THEME
+  }).catch(error => { target.textContent = "This chart cannot be drawn: " + error; });
+}
+"""
+
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Inter, Arial, sans-serif'
+_AXIS_TITLE = {"titleColor": "var(--soft)", "titleFontWeight": "normal", "titleFontSize": 12}
+_THEME: Mapping[str, Any] = {
+    "background": "transparent",
+    "font": _FONT,
+    "padding": {"left": 0, "top": 4, "right": 4, "bottom": 4},
+    "view": {"stroke": None},
+    "title": {
+        "anchor": "start",
+        "frame": "bounds",
+        "color": "var(--soft)",
+        "fontSize": 12,
+        "fontWeight": "normal",
+        "offset": 8,
+    },
+    "axis": {
+        "labelColor": "var(--soft)",
+        "labelFontSize": 12,
+        "labelOverlap": True,
+        "gridColor": "var(--grid)",
+        "domainColor": "var(--c6)",
+        "tickColor": "var(--c6)",
+        "tickSize": 4,
+        **_AXIS_TITLE,
+    },
+    "axisX": {"grid": False, "titleAnchor": "end", "titlePadding": 6},
+    "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
+    "text": {"color": "var(--ink)", "fontSize": 12},
+    "rule": {"color": "var(--ink)"},
+}
+
+
+# -- drawings ------------------------------------------------------------------------------------
+
+
+def spec(chart: Chart) -> dict[str, Any]:
+    """The chart as a Vega-Lite specification with its data, validated against the schema."""
+    import altair as alt
+
+    layers, data, rest = _DRAWN[type(chart)](alt, chart)
+    filled = [layer for name, layer in layers if data[name]]
+    drawn = alt.layer(*filled).properties(width="container", **{"height": _HEIGHT, **rest})
+    made: dict[str, Any] = drawn.to_dict()
+    made.pop("config", None)  # the page has one config for all charts
+    return made | {"datasets": {name: _plain(rows) for name, rows in data.items() if rows}}
+
+
+def _plain(rows: Rows) -> Rows:
+    """The rows with cleaned text, and numbers of six digits, which is enough for a drawing."""
+    return [{key: _value(value) for key, value in row.items()} for row in rows]
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _css(color: str) -> str:
+    return f"var(--{color})"
+
+
+def _over(alt: Any, name: str) -> Any:
+    """A chart of the rows called `name`."""
+    return alt.Chart(alt.NamedData(name=name))
+
+
+def _own_color(alt: Any) -> Any:
+    """The colour given in each row."""
+    return alt.Color("color:N", scale=None)
+
+
+def _scale(alt: Any, low: float, high: float) -> Any:
+    # Rounded, so that a binary rounding error does not remove a tick at either end.
+    ends = [float(f"{low:.12g}"), float(f"{high:.12g}")]
+    return alt.Scale(domain=ends, nice=False, zero=False)
+
+
+def _tooltip(alt: Any, title: str, names: Sequence[str]) -> list[Any]:
+    """The rows of a tooltip: the position, then the value of each name."""
+    # Two rows cannot have the same title, and `title` and `image` are special in a tooltip.
+    taken = {title, "title", "image"}
+    titles = [f"{clean(name)} (line)" if clean(name) in taken else clean(name) for name in names]
+    values = [alt.Tooltip(f"v{i}:N", title=shown) for i, shown in enumerate(titles)]
+    return [alt.Tooltip("at:N", title=title), *values]
+
+
+def _lines(alt: Any, chart: Lines) -> _Drawn:
+    xs = [x for line in chart.series for x, _ in line.points]
+    low, high = widen(min(xs), max(xs))
+    axis = alt.Axis(format=",d", tickMinStep=1, tickCount=7)
+    x = alt.X("x:Q", title=chart.axes.x, axis=axis, scale=_scale(alt, low, high))
+    axis = alt.Axis(format="~%" if chart.axes.as_percent else ",~r", tickCount=5)
+    y = alt.Y("y:Q", title=None, axis=axis, scale=_scale(alt, *_extent(chart)))
+    pointer = _pointer(alt, x, _tooltip(alt, chart.axes.x, [s.name for s in chart.series]))
+    layers = [*_markers(alt, x), *_rules(alt, y), *_curves(alt, x, y), *_names(alt, y), pointer]
+    return layers, _line_rows(chart, low, high), {"title": chart.axes.y}
+
+
+def _extent(chart: Lines) -> Point:
+    values = [y for s in chart.series for _, y in s.points] + [r.value for r in chart.rules]
+    return nice_bounds(min(0.0, *values) if chart.axes.from_zero else min(values), max(values))
+
+
+def _line_rows(chart: Lines, low: float, high: float) -> dict[str, Rows]:
+    markers = [rule for rule in chart.markers if low <= rule.value <= high]
+    breaks = sorted(rule.value for rule in markers)
+    return {
+        "faint": _points((s, thin(s.points)) for s in chart.series if is_long(s)),
+        "bold": _points((s, bold(s, breaks)) for s in chart.series),
+        "dots": _points((s, s.points) for s in chart.series if len(s.points) < _DOTS_BELOW),
+        "rules": [{"y": r.value, "label": r.label, "color": _css(r.color)} for r in chart.rules],
+        "markers": [_marker(rule) for rule in markers],
+        "labels": [_marker(rule) for rule in markers[:: 1 + len(markers) // _MAX_LABELS]],
+        "hover": _hovers(chart, low, high),
+    }
+
+
+def _points(lines: Iterable[tuple[Series, Sequence[Point]]]) -> Rows:
+    return [
+        {"name": series.name, "color": _css(series.color), "x": x, "y": y}
+        for series, points in lines
+        for x, y in points
+    ]
+
+
+def _marker(rule: Rule) -> dict[str, Any]:
+    return {"x": rule.value, "label": rule.label}
+
+
+def _hovers(chart: Lines, low: float, high: float) -> Rows:
+    """A strip around each x with the values of the lines there; `v0` is the first line's."""
+    shown = stations(chart)
+    halfway = [(a + b) / 2 for (a, _), (b, _) in pairwise(shown)]
+    strips = zip(shown, [low, *halfway], [*halfway, high], strict=True)
+    return [
+        {"x": left, "x2": right, "at": f"{x:,.0f}", **_named(values)}
+        for (x, values), left, right in strips
+    ]
+
+
+def _named(values: Sequence[str]) -> dict[str, str]:
+    return {f"v{i}": value for i, value in enumerate(values)}
+
+
+def _markers(alt: Any, x: Any) -> _Layers:
+    dotted = _over(alt, "markers").mark_rule(color=_css("c6"), strokeDash=[2, 3])
+    name = _over(alt, "labels").mark_text(
+        color=_css("soft"), align="left", baseline="top", dx=4, fontSize=11
     )
+    return [
+        ("markers", dotted.encode(x=x)),
+        ("labels", name.encode(x=x, y=alt.value(0), text=alt.Text("label:N"))),
+    ]
 
 
-def _grid(x: Scale, y: Scale, axes: Axes) -> Html:
-    y_ticks = ticks(y.low, y.high)
-    y_texts = tick_labels([100 * t for t in y_ticks] if axes.as_percent else y_ticks)
-    x_ticks = ticks(x.low, x.high, 7, whole=axes.whole_x)
+def _rules(alt: Any, y: Any) -> _Layers:
+    rule = _over(alt, "rules").mark_rule(strokeDash=[5, 4], strokeWidth=1.2)
+    return [("rules", rule.encode(y=y, color=_own_color(alt)))]
+
+
+def _names(alt: Any, y: Any) -> _Layers:
+    """The labels of the rules, drawn over all lines."""
+    title = _over(alt, "rules").mark_text(align="right", baseline="bottom", dy=-4, **_HALO)
+    fill = alt.Fill("color:N", scale=None)
+    return [("rules", title.encode(x=alt.value("width"), y=y, text="label:N", fill=fill))]
+
+
+def _curves(alt: Any, x: Any, y: Any) -> _Layers:
+    shared = {"x": x, "y": y, "color": _own_color(alt), "detail": alt.Detail("name:N")}
+    shape = {"strokeJoin": "round", "strokeCap": "round"}
+    faint = _over(alt, "faint").mark_line(strokeWidth=1, opacity=0.3, **shape)
+    bold = _over(alt, "bold").mark_line(strokeWidth=2, **shape)
+    dots = _over(alt, "dots").mark_point(filled=True, opacity=1, size=28)
+    return [
+        ("faint", faint.encode(**shared)),
+        ("bold", bold.encode(**shared)),
+        ("dots", dots.encode(**shared)),
+    ]
+
+
+def _pointer(alt: Any, x: Any, tooltip: Sequence[Any]) -> tuple[str, Any]:
+    """Strips over the whole height with a tooltip of their values."""
+    strip = _over(alt, "hover").mark_rect(opacity=0).properties(name="pointer")
+    whole = {"y": alt.value(0), "y2": alt.value("height")}
+    return "hover", strip.encode(x=x, x2="x2:Q", **whole, tooltip=tooltip)
+
+
+def _histogram(alt: Any, chart: Histogram) -> _Drawn:
+    scale = _scale(alt, chart.edges[0], chart.edges[-1])
+    axis = alt.Axis(tickCount=8, format="~r")
+    x = alt.X("x:Q", title=chart.axes.x, axis=axis, scale=scale)
+    y = alt.Y("y:Q", title=None, axis=_count_axis(alt))
+    bins = _over(alt, "bins").mark_rect(stroke=_css("card"), strokeWidth=0.5)
+    tooltip = _tooltip(
+        alt, chart.axes.x.partition(" = ")[0], [group.name for group in chart.groups]
+    )
+    layers = [
+        ("bins", bins.encode(x=x, x2="x2:Q", y=y, y2="y2:Q", color=_own_color(alt))),
+        _pointer(alt, x, tooltip),
+        *_bounds(alt, x),
+    ]
+    return layers, _bin_rows(chart), {"title": _above(chart.axes.y, 34 if chart.rules else 8)}
+
+
+def _bin_rows(chart: Histogram) -> dict[str, Rows]:
+    stacks = [count(group.values, chart.edges) for group in chart.groups]
+    bins: Rows = []
+    hover: Rows = []
+    for low, high, *counts in zip(chart.edges, chart.edges[1:], *stacks, strict=False):
+        if not any(counts):
+            continue
+        written = _named([f"{n:,}" for n in counts])
+        hover.append({"x": low, "x2": high, "at": bin_name(low, high), **written})
+        for group, n, end in zip(chart.groups, counts, accumulate(counts), strict=True):
+            row = {"name": group.name, "color": _css(group.color), "n": n, "y": end - n, "y2": end}
+            bins.extend([{"x": low, "x2": high, **row}] if n else [])
+    rules = [_bound(chart, rule, row) for row, rule in enumerate(chart.rules)]
+    return {"bins": bins, "hover": hover, "rules": rules}
+
+
+def _bound(chart: Histogram, rule: Rule, row: int) -> dict[str, Any]:
+    """A vertical rule with its label on the side with more room; each label has its own row."""
+    first, last = chart.edges[0], chart.edges[-1]
+    x = min(max(rule.value, first), last)
+    is_right = x > (first + last) / 2
+    side = {"align": "right", "dx": -5} if is_right else {"align": "left", "dx": 5}
+    dy = -14 if row else 0
+    return {"x": x, "label": rule.label, "color": _css(rule.color), **side, "dy": dy}
+
+
+def _bounds(alt: Any, x: Any) -> _Layers:
+    rule = _over(alt, "rules").mark_rule(strokeDash=[5, 4], strokeWidth=1.2)
+    title = _over(alt, "rules").mark_text(
+        **{name: alt.ExprRef(f"datum.{name}") for name in ("align", "dx", "dy")},
+        baseline="bottom",
+        **_HALO,
+    )
+    # The labels are above the plot, where there are no bars.
+    ends = {"y": alt.value(-27), "y2": alt.value("height")}
+    label = {"y": alt.value(-2), "text": alt.Text("label:N")}
+    return [
+        ("rules", rule.encode(x=x, **ends, color=_own_color(alt))),
+        ("rules", title.encode(x=x, **label)),
+    ]
+
+
+def _above(title: str, room: int) -> dict[str, Any]:
+    """A title with `room` pixels for labels between it and the plot."""
+    return {"text": title, "offset": room}
+
+
+def _count_axis(alt: Any) -> Any:
+    return alt.Axis(tickCount=4, tickMinStep=1, format=",d")
+
+
+def _columns(alt: Any, chart: Columns) -> _Drawn:
+    whole = max(1, sum(chart.counts.values()))
     rows = [
-        join(
-            el("line", x1=x.start, x2=x.end, y1=y.at(t), y2=y.at(t), class_="grid"),
-            label_at(x.start - 8, y.at(t) + 4, name, anchor="end"),
-        )
-        for t, name in zip(y_ticks, y_texts, strict=True)
+        {"x": name, "y": n, "label": f"{n:,}", "v0": f"{n:,} ({100 * n / whole:.1f} %)", "at": name}
+        for name, n in chart.counts.items()
     ]
-    return join(*rows, bottom_axis(x, y.start, x_ticks, tick_labels(x_ticks), axes.x), _unit(axes))
-
-
-def _unit(axes: Axes) -> Html:
-    return label_at(_LEFT - 44, 9, axes.y, "axis", "start")
-
-
-def bottom_axis(x: Scale, y: float, at: Sequence[float], names: Sequence[str], title: str) -> Html:
-    """The x axis at pixel `y`: line, ticks, labels and its title."""
-    marks = [
-        join(
-            el("line", x1=x.at(t), x2=x.at(t), y1=y, y2=y + 4, class_="base"),
-            label_at(x.at(t), y + 17, name),
-        )
-        for t, name in zip(at, names, strict=True)
+    x = alt.X("x:N", title=chart.axes.x, sort=None, axis=alt.Axis(labelAngle=0, ticks=False))
+    y = alt.Y("y:Q", title=None, axis=_count_axis(alt))
+    tooltip = _tooltip(alt, chart.axes.x, [chart.axes.y])
+    shape = {"width": {"band": min(0.7, 0.12 * len(rows))}, "cornerRadiusEnd": 2}
+    columns = _over(alt, "columns").mark_bar(color=_css(chart.color), **shape)
+    text = _over(alt, "columns").mark_text(baseline="bottom", dy=-4).encode(text="label:N")
+    layers = [
+        ("columns", columns.encode(x=x, y=y, tooltip=tooltip)),
+        ("columns", text.encode(x=x, y=y)),
     ]
-    base = el("line", x1=x.start, x2=x.end, y1=y, y2=y, class_="base")
-    return join(base, *marks, label_at(x.end, y + 33, title, "axis", "end"))
+    return layers, {"columns": rows}, {"title": _above(chart.axes.y, 20)}
 
 
-def _rule(y: Scale, rule: Rule) -> Html:
-    at = y.at(rule.value)
-    return join(
-        el("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=at, y2=at, class_=f"rule {rule.style}"),
-        label_at(WIDTH - _RIGHT, at - 5, rule.label, f"rulelabel {rule.style}", "end"),
+def _bars(alt: Any, chart: Bars) -> _Drawn:
+    rows = [
+        {"y": b.label, "x": b.value, "label": b.text, "color": _css(b.color)} for b in chart.bars
+    ]
+    end = 1.0 if chart.is_share else nice_bounds(0.0, max(1e-9, *(b.value for b in chart.bars)))[1]
+    axis = alt.Axis(tickCount=5, format="~%" if chart.is_share else ",~r", grid=True, domain=False)
+    x = alt.X("x:Q", title=chart.unit, axis=axis, scale=_scale(alt, 0.0, end))
+    # Long names are above their bars; on the left they would leave no room for bars on a phone.
+    is_above = max(len(bar.label) for bar in chart.bars) > _LONG_NAME
+    y_axis = None if is_above else alt.Axis(labelColor=_css("ink"))
+    y = alt.Y("y:N", title=None, sort=None, axis=y_axis)
+    tooltip = [alt.Tooltip("y:N", title=" "), alt.Tooltip("label:N", title=chart.unit)]
+    bars = _over(alt, "bars").mark_bar(height=17, yOffset=8 if is_above else 0, cornerRadiusEnd=2)
+    text = _over(alt, "bars").mark_text(align="left", dx=6, dy=8 if is_above else 0)
+    name = _over(alt, "bars").mark_text(align="left", dy=-10, limit=320)
+    layers = [
+        ("bars", bars.encode(x=x, y=y, color=_own_color(alt), tooltip=tooltip)),
+        ("bars", text.encode(x=x, y=y, text="label:N")),
+        *([("bars", name.encode(x=alt.value(0), y=y, text="y:N"))] if is_above else []),
+    ]
+    beyond = 14 + 7 * max(len(bar.text) for bar in chart.bars)  # room for texts beyond the plot
+    padding = {"left": 0, "top": 4, "bottom": 4, "right": beyond}
+    height = (_HIGH_ROW if is_above else _ROW) * len(rows)
+    return layers, {"bars": rows}, {"height": height, "padding": padding}
+
+
+def _timeline(alt: Any, chart: Timeline) -> _Drawn:
+    workers = sorted({span.worker for span in chart.spans})
+    length = max(max(span.end for span in chart.spans) - chart.origin, 1e-3)
+    at = time_ticks(length)
+    names = {f"{t:.0f}": duration(t) if t > 10 else f"{t:.0f} s" for t in at}
+    axis = alt.Axis(values=at, labelExpr=f"{json.dumps(names)}[datum.value]", grid=True)
+    x = alt.X("x:Q", title="time since the start", axis=axis, scale=_scale(alt, 0.0, length))
+    lanes = alt.Axis(labelLimit=120, labelColor=_css("ink"))
+    y = alt.Y("y:N", title=None, sort=None, axis=lanes, scale=alt.Scale(domain=workers))
+    shade = _over(alt, "shared").mark_rect(color=_css("shade"))
+    block = _over(alt, "blocks").mark_bar(height={"band": 0.66}, cornerRadius=1.5, strokeWidth=0.8)
+    stroke = alt.Stroke("color:N", scale=None)  # makes the shortest blocks visible
+    tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in ("work", "time")]
+    blocks = block.encode(
+        x=x, x2="x2:Q", y=y, color=_own_color(alt), stroke=stroke, tooltip=tooltip
     )
+    layers = [("shared", shade.encode(x=x, x2="x2:Q")), ("blocks", blocks)]
+    return layers, _lane_rows(chart, length), {"height": _LANE * len(workers)}
 
 
-def _marker(x: Scale, y: Scale, marker: Rule, index: int) -> Html:
-    at = x.at(marker.value)
-    return el(
-        "g",
-        el("line", x1=at, x2=at, y1=y.end, y2=y.start, class_="marker"),
-        label_at(at + 4, y.end + 9 + 12 * (index % 2), marker.label, "rulelabel", "start"),
-        el("title", f"{marker.label} at {number(marker.value, 6)}"),
-    )
+def _lane_rows(chart: Timeline, length: float) -> dict[str, Rows]:
+    shared = join_close(chart.shared, length / _FINEST)
+    return {
+        "shared": [{"x": a - chart.origin, "x2": b - chart.origin} for a, b in shared],
+        "blocks": [_block_row(chart, block) for block in merge(chart.spans, _MAX_BLOCKS)],
+    }
 
 
-def _line(series: Series, x: Scale, y: Scale, breaks: Sequence[float]) -> Html:
-    color, points = series.color, series.points
-    if len(points) == 1:
-        return el(
-            "circle", cx=x.at(points[0][0]), cy=y.at(points[0][1]), r=4, class_=f"dot {color}"
-        )
-    if len(points) < _SMOOTH_FROM:
-        dots = [
-            el("circle", cx=x.at(a), cy=y.at(b), r=2.5, class_=f"dot {color}") for a, b in points
-        ]
-        return join(_path(points, x, y, f"line {color}"), *(dots if len(points) < 25 else ()))
-    return join(
-        _path(thin(points), x, y, f"line faint {color}"),
-        _path(thin(_trend(points, breaks)), x, y, f"line {color}"),
-    )
+def _block_row(chart: Timeline, block: Block) -> dict[str, Any]:
+    start, end = block.start - chart.origin, block.end - chart.origin
+    note = f" ({block.note})" if block.note else ""
+    count = "" if block.count == 1 else f"{block.count} × "
+    return {
+        "y": block.worker,
+        "x": start,
+        "x2": end,
+        "color": _css(chart.colors.get(block.name, "c6")),
+        "work": f"{count}{block.name}, {duration(block.busy)}{note}",
+        "time": f"{duration(start)} to {duration(end)}",
+    }
 
 
-def _path(points: Sequence[tuple[float, float]], x: Scale, y: Scale, css: str) -> Html:
-    steps = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
-    return el("path", d=f"M{steps}", class_=css)
-
-
-def _trend(
-    points: Sequence[tuple[float, float]], breaks: Sequence[float]
-) -> list[tuple[float, float]]:
-    """The moving mean of each stretch between `breaks`, so that a real jump stays one."""
-    stretches: dict[int, list[tuple[float, float]]] = {}
-    for point in points:
-        stretches.setdefault(bisect.bisect_left(breaks, point[0]), []).append(point)
-    reach = len(points) // 25
-    return [point for stretch in stretches.values() for point in moving_mean(stretch, reach)]
-
-
-def moving_mean(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
-    """Each y as the mean of itself and up to `reach` neighbours on each side."""
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
-    bounds = [(max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points))]
-    means = [(sums[b] - sums[a]) / (b - a) for a, b in bounds]
-    return [(point[0], mean) for point, mean in zip(points, means, strict=True)]
-
-
-def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most 400 points that keep every peak: the lowest and highest of each stretch."""
-    if len(points) <= _MAX_POINTS:
-        return list(points)
-    size = math.ceil(len(points) / (_MAX_POINTS // 2))
-    kept = []
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        extremes = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept.extend(sorted(extremes))
-    return kept
-
-
-def _hovers(series: Sequence[Series], x: Scale, y: Scale, axes: Axes) -> Html:
-    """Invisible columns that show, on hover, every line's value there."""
-    lookup = [(s.name, dict(s.points)) for s in series]
-    known = sorted({at for _, points in lookup for at in points})
-    shown = known[:: math.ceil(len(known) / _MAX_HOVERS)]
-    half = (x.end - x.start) / len(shown) / 2
-    return join(*(_hover(at, lookup, x, y, axes, half) for at in shown))
-
-
-def _hover(
-    at: float,
-    lookup: Sequence[tuple[str, dict[float, float]]],
-    x: Scale,
-    y: Scale,
-    axes: Axes,
-    half: float,
-) -> Html:
-    lines = [f"{name}: {_written(points[at], axes)}" for name, points in lookup if at in points]
-    px, height = x.at(at), y.start - y.end
-    return el(
-        "g",
-        el("title", "\n".join([f"{axes.x} {number(at, 6)}", *lines])),
-        el("rect", x=px - half, y=y.end, width=2 * half, height=height, class_="hit"),
-        el("line", x1=px, x2=px, y1=y.end, y2=y.start, class_="guide"),
-        class_="hover",
-    )
-
-
-def _written(value: float, axes: Axes) -> str:
-    return percent(value) if axes.as_percent else number(value, 4)
+_DRAWN: Mapping[type[Chart], Callable[[Any, Any], _Drawn]] = {
+    Lines: _lines,
+    Histogram: _histogram,
+    Columns: _columns,
+    Bars: _bars,
+    Timeline: _timeline,
+}

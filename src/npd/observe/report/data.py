@@ -1,4 +1,4 @@
-"""What a report is made from: records of plain numbers and texts, nothing that needs a model.
+"""The data of a report: records of plain numbers and texts, independent of any model.
 
 Steps and evaluations are mappings with the names of `npd.observe.metrics.METRICS`, such as
 `dataclasses.asdict(step_report)` or a line of `metrics.jsonl`.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any
 
-from npd.observe.trace import Span
+from npd.observe.trace import Interval, Span, total
 from npd.types import Outcome, SampleStats
 
 Numbers = Mapping[str, Any]
@@ -19,7 +20,7 @@ Numbers = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReportSample:
-    """One sample: how it left (None while live), why, its age when trained on, and its Δ-IFD."""
+    """One sample: its outcome (None while live) and reason, its lag when trained on, its Δ-IFD."""
 
     stats: SampleStats
     outcome: Outcome | None = None
@@ -39,7 +40,7 @@ class FilterBounds:
 
 @dataclass(frozen=True, slots=True)
 class StageRate:
-    """What a stage (generate, score, train) got through in the seconds its workers were busy."""
+    """Tokens and samples of a stage (generate, score, train), and its workers' busy seconds."""
 
     tokens: int
     samples: int
@@ -78,14 +79,16 @@ class HeldoutText:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """A whole run as its report shows it.
+    """The data of a whole run.
 
-    `started`, `ended`: unix seconds. `steps`: StepReport fields each (a step trained twice, after a
-    crash, counts as its last). `evals`: EvalReport fields each, with `time` (unix seconds) where
-    known. `snapshots`: (version, step it was published at). `throughput`: stage -> rate.
-    `conservation`: asked, trained_out, rejected, stale, failed, live. `reasons`: samples that left,
-    by outcome and reason; `unused`: those without a single use. `samples` are one in `every`.
-    `origins`: dotted config key -> where its value came from.
+    `started`, `ended`: unix seconds. `going`: the sessions between them; empty means one session.
+    `steps`: StepReport fields of each step (the last report of a step trained twice, after a
+    crash). `evals`: EvalReport fields of each evaluation, with `time` (unix seconds) if known.
+    `snapshots`: (version, step of publication). `throughput`: stage -> rate. `conservation`: the
+    counts asked, trained_out, rejected, stale, failed, live. `reasons`: finalized samples by
+    outcome and reason; `unused`: the same for samples without a single use. `samples`: one in
+    `every`. `origins`: dotted config key -> origin of its value. `parameters`, `context`: the
+    student's, if its directory is on this machine. `is_done`: the run finished.
     """
 
     title: str
@@ -107,33 +110,81 @@ class ReportData:
     heldout_texts: Sequence[HeldoutText] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    going: Sequence[Interval] = ()
+    parameters: int | None = None
+    context: int | None = None
+    is_done: bool = True
 
     @property
     def wall_seconds(self) -> float:
-        """How long the run took."""
+        """The run's duration without the time between its sessions."""
+        if self.going:
+            return total(self.going)
         return max(0.0, self.ended - self.started)
 
     @property
     def deltas(self) -> list[float]:
-        """Δ-IFD of every sample that has a finite one."""
+        """Δ-IFD of every sample with a finite Δ-IFD."""
         found = (sample.delta for sample in self.samples if sample.delta is not None)
         return [delta for delta in found if math.isfinite(delta)]
 
 
 def by_step(records: Sequence[Numbers]) -> list[Numbers]:
-    """Records in order of step, the last written of each."""
+    """Records in order of step, only the last record of each step."""
     latest = {int(record["step"]): record for record in records}
     return [latest[step] for step in sorted(latest)]
 
 
 def points(records: Sequence[Numbers], name: str) -> list[tuple[float, float]]:
-    """(step, value) where `name` was measured and finite."""
+    """(step, value) of each record in which `name` is finite."""
     found = ((record["step"], record.get(name)) for record in by_step(records))
     known = ((float(step), float(value)) for step, value in found if value is not None)
     return [point for point in known if math.isfinite(point[1])]
 
 
 def teachers(data: ReportData) -> list[str]:
-    """Names of the teachers that the held-out KL is told of, where there are several."""
+    """Names of the teachers with their own held-out KL, if there are several teachers."""
     names = {name for record in data.evals for name in record if name.startswith("kl/")}
     return sorted(name.removeprefix("kl/") for name in names)
+
+
+# -- noise ---------------------------------------------------------------------------------------
+# Only the noise from the choice of held-out prompts; training with another seed adds its own.
+
+
+def is_noise(change: float, error: float | None) -> bool:
+    """Whether a change is within two standard errors; if the error is unknown, whether it is 0."""
+    return abs(change) <= 2 * (error or 0.0)
+
+
+def change_error(evals: Sequence[Numbers], name: str) -> float | None:
+    """Standard error of the change of a measure from its first evaluation to its last.
+
+    For `kl` it follows from the paired differences of the responses, which are the same each time.
+    For `exact_match` it is that of two independent shares, an upper bound. None if unknown.
+    """
+    known = [e for e in by_step(evals) if e.get(name) is not None]
+    if len(known) < 2:
+        return None
+    first, last = known[0], known[-1]
+    if name == "kl":
+        return _paired(first.get("kl_sums", ()), last.get("kl_sums", ()), last.get("num_tokens", 0))
+    if name == "exact_match":
+        errors = [share_error(evaluation[name], evals) for evaluation in (first, last)]
+        return math.hypot(*(error or 0.0 for error in errors)) if any(errors) else None
+    return None
+
+
+def _paired(before: Sequence[float], after: Sequence[float], num_tokens: int) -> float | None:
+    """Standard error of a paired change of a mean over tokens, with responses as the sample."""
+    if len(before) != len(after) or len(before) < 2 or not num_tokens:
+        return None
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return stdev(changes) * math.sqrt(len(changes)) / num_tokens
+
+
+def share_error(share: float, evals: Sequence[Numbers]) -> float | None:
+    """Standard error of the share of correct answers among held-out prompts with an answer."""
+    counts = (e.get("num_answers") or e.get("num_prompts") for e in evals)
+    prompts = next(filter(None, counts), None)
+    return math.sqrt(max(0.0, share * (1 - share)) / prompts) if prompts else None

@@ -1,6 +1,6 @@
-"""The headline: held-out quality before and after, what is more than noise, the run's figures.
+"""The result section of a report: held-out quality before and after, noise, the run's figures.
 
-Each function returns finished text or markup from a `ReportData`.
+Each function returns text or markup from a `ReportData`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from npd.observe.report.data import Numbers, ReportData, by_step, points, teachers
-from npd.observe.report.html import Html, el
-from npd.observe.report.noise import change_error, is_noise, share_error
-from npd.observe.report.page import note, section, table, tile
-from npd.observe.report.scales import duration, number, percent
+from npd.observe.report.data import (
+    Numbers,
+    ReportData,
+    by_step,
+    change_error,
+    is_noise,
+    points,
+    share_error,
+    teachers,
+)
+from npd.observe.report.page import Html, duration, el, note, number, percent, section, table, tile
 from npd.observe.trace import overlap_seconds
-from npd.wording import counted
+from npd.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Measure:
 MEASURES = (
     Measure("kl", "Held-out KL to the teacher", "nats/token, lower is better", False, False),
     Measure("agreement", "Top-token agreement", "share of held-out positions", True, True),
-    Measure("exact_match", "Exact match", "greedy answers that are right", True, True),
+    Measure("exact_match", "Exact match", "share of correct greedy answers", True, True),
 )
 
 
@@ -44,7 +50,7 @@ def lead(data: ReportData) -> str:
     steps = counted(len(by_step(data.steps)), "optimiser step")
     spent, kl = duration(data.wall_seconds), points(data.evals, "kl")
     if len(kl) < 2 or kl[0][1] <= 0:
-        return f"{steps} in {spent}; held-out quality was not measured twice."
+        return f"{steps} in {spent}; held-out quality was measured less than twice."
     before, after = kl[0][1], kl[-1][1]
     start = f"In {spent} and {steps}, the student's held-out divergence from its teacher"
     ends = f"from {number(before)} to {number(after)} nats per token"
@@ -57,12 +63,12 @@ def lead(data: ReportData) -> str:
 
 
 def _margin(error: float | None) -> str:
-    """Two standard errors, beyond which a change counts."""
-    return f" (the change is known to ± {number(2 * error)})" if error else ""
+    """Two standard errors; a larger change counts."""
+    return f" (± {number(2 * error)})" if error else ""
 
 
 def result(data: ReportData) -> Html:
-    """Before and after, and the run's own figures."""
+    """Quality before and after, and the run's figures."""
     first, *others = MEASURES
     own = [replace(first, name=f"kl/{t}", title=f"{first.title} {t}") for t in teachers(data)]
     rows = [_row(m, points(data.evals, m.name), data.evals) for m in (first, *own, *others)]
@@ -71,7 +77,7 @@ def result(data: ReportData) -> Html:
     shown = (
         el("div", table(head, known), class_="card")
         if known
-        else note("No held-out evaluation was run, so nothing here says whether quality changed.")
+        else note("No held-out evaluation was run, so the change in quality is unknown.")
     )
     return section("result", "Result", _evaluated(data), shown, _tiles(data))
 
@@ -79,14 +85,14 @@ def result(data: ReportData) -> Html:
 def _evaluated(data: ReportData) -> str:
     evals = by_step(data.evals)
     if not evals:
-        return "What the run changed."
+        return "Held-out quality before and after the run."
     prompts, first, last = evals[-1].get("num_prompts"), evals[0]["step"], evals[-1]["step"]
     size = counted(prompts, "held-out prompt") if prompts else "held-out prompts"
     return f"The student on {size}, at step {first} and at step {last}. {_time_to_best(data)}"
 
 
 def _time_to_best(data: ReportData) -> str:
-    """When the KL first came within a tenth of the gain to its best; empty if times are unknown."""
+    """The time to nine tenths of the best gain in KL; empty if times are unknown."""
     known = [e for e in by_step(data.evals) if e.get("kl") is not None and "time" in e]
     if len(known) < 3:
         return ""
@@ -96,7 +102,7 @@ def _time_to_best(data: ReportData) -> str:
     if first is known[0]:
         return ""
     spent = duration(max(0.0, first["time"] - data.started))
-    return f"Nine tenths of the best gain in KL were there after {spent} (step {first['step']})."
+    return f"Nine tenths of the best gain in KL were reached after {spent} (step {first['step']})."
 
 
 def _row(

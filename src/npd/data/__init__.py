@@ -1,0 +1,1 @@
+"""From data files to token ids: records, prompts, tokenizer and chat template."""

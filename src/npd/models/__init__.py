@@ -1,0 +1,1 @@
+"""Models: loading and checking, packed attention, LoRA, distribution over ranks, metadata."""

@@ -1,0 +1,206 @@
+"""Process groups: the ranks that share one model, their rendezvous and collectives.
+
+With one rank every method is a no-op. Gathered values are the same on every rank. All ranks must
+call the methods in the same order, or they deadlock. Ranks on one machine use a file as rendezvous,
+and the loopback interface. Ranks on several machines use a port of the first rank's machine and its
+network, which must be trusted, because torch.distributed has no authentication.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from npd.errors import ConfigError, InputError
+from npd.store.files import remove
+
+T = TypeVar("T")
+# This machine's address for other machines; set by a runtime that spans several.
+ADDRESS = "NPD_NODE_ADDRESS"
+_TCP = "tcp://"
+_LOOPBACK = "127.0.0.1"
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True, slots=True)
+class DistContext:
+    """A process group of `size` ranks; this process is number `rank`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and evaluates."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order; for small picklable values only."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        out: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+    def from_rank0(self, decide: Callable[[], T]) -> T:
+        """The result of `decide` on rank 0, which is the same decision for all ranks."""
+        return self.gather(decide() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def all_or_raise(self, work: Callable[[], T]) -> T:
+        """Run `work`, which has no collectives, on all ranks; returns this rank's result.
+
+        Raises:
+            InputError: `work` failed on a rank; all ranks raise the same error, which names it.
+        """
+        found, error = _outcome(work)
+        outcomes = self.gather((socket.gethostname(), error))
+        if error is not None and all(other is not None for _, other in outcomes):
+            raise error
+        for rank, (machine, other) in enumerate(outcomes):
+            if other is not None:
+                raise type(other)(f"rank {rank}, on {machine}: {other}")
+        return found  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    try:
+        return work(), None
+    except InputError as error:
+        return None, error
+
+
+class Rendezvous:
+    """Joins one of `size` ranks to its process group; `setting` names the setting of `size`."""
+
+    def __init__(self, size: int, *, device: str, call_timeout: float, setting: str) -> None:
+        self._size, self._device, self._setting = size, device, setting
+        # Longer than the controller's timeout, so that the controller reports a lost rank first.
+        self._timeout = 2 * call_timeout
+        self._hosted: Any = None
+        self._address: str | None = None
+        self._dist = DistContext()
+
+    def open(self) -> str:
+        """Open a store on this machine for ranks on other machines; returns its address."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        address = os.environ.get(ADDRESS, _LOOPBACK)
+        self._hosted = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return f"{_TCP}{address}:{self._hosted.port}"
+
+    def join(self, rank: int, address: str) -> DistContext:
+        """Join the group at `address`; see `connect`."""
+        self._address = address
+        self._dist = connect(
+            address,
+            rank=rank,
+            size=self._size,
+            device=self._device,
+            timeout=self._timeout,
+            store=self._hosted if rank == 0 else None,
+            setting=self._setting,
+        )
+        return self._dist
+
+    def leave(self) -> None:
+        """Leave the group, and remove the rendezvous file."""
+        self._dist.close()
+        if self._address is not None and not self._address.startswith(_TCP):
+            remove(Path(self._address))
+
+
+def connect(
+    address: str,
+    *,
+    rank: int,
+    size: int,
+    device: str,
+    timeout: float,
+    store: Any = None,
+    setting: str = "train.ranks",
+) -> DistContext:
+    """Join the other ranks at `address`: the path of a new file, or the first rank's TCP address.
+
+    An address can be used only once. `setting` names the setting of `size`, for messages.
+
+    Raises:
+        ConfigError: a rank has no GPU although it needs one.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    limit = timedelta(seconds=timeout)
+    store = store if store is not None else _store(address, size, limit)
+    store.set_timeout(limit)  # torch's default is five minutes; an autoscaler may take longer
+    _check_devices(store, kind, rank, size, setting)
+    is_remote = address.startswith(_TCP)
+    interface = _interface(os.environ.get(ADDRESS, _LOOPBACK)) if is_remote else _loopback()
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=limit
+    )
+    return DistContext(rank, size)
+
+
+def _store(address: str, size: int, timeout: timedelta) -> Any:
+    from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
+
+    if not address.startswith(_TCP):
+        return FileStore(address, size)
+    host, _, port = address.removeprefix(_TCP).rpartition(":")
+    return TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
+def _check_devices(store: Any, kind: str, rank: int, size: int, setting: str) -> None:
+    import torch
+
+    is_there = kind == "cpu" or torch.cuda.is_available()
+    store.set(f"device-{rank}", kind if is_there else "cpu")
+    kinds = [store.get(f"device-{other}").decode() for other in range(size)]
+    if len(set(kinds)) > 1 or not is_there:
+        without = ", ".join(str(other) for other, found in enumerate(kinds) if found == "cpu")
+        raise ConfigError(
+            f"{setting} {size} needs a GPU for each rank, but there is none for rank {without}: "
+            f"lower {setting}, or set runtime.device: cpu"
+        )
+
+
+def _loopback() -> str:
+    """The loopback interface: `lo`, or `lo0`."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def _interface(address: str) -> str | None:
+    """The network interface with `address`; None if the system does not report it."""
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                try:
+                    found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                except OSError:
+                    continue  # an interface without an address
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    except (ImportError, OSError):
+        pass
+    return None

@@ -1,0 +1,105 @@
+"""The record of a run: what it keeps of the config, and that a run goes on from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from npd.control.run_directory import load_run, missing_folder, open_directory, take_back
+from npd.data.inputs import RunInputs
+from npd.errors import ConfigError, InputError
+from npd.store.ledger import Ledger
+from tiny_run import tiny_config
+
+
+@pytest.fixture
+def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
+    """Configs of one run, whose teacher's server is started with an environment."""
+
+    def build(**environment):
+        launch = {"command": ["serve"], "env": environment}
+        return tiny_config(
+            tiny_model_dir,
+            tiny_teacher_dir,
+            tmp_path / "prompts.jsonl",
+            tmp_path / "run",
+            score={"engine": "vllm", "launch": launch},
+        )
+
+    return build
+
+
+def opened(config, *, resume):
+    prepared = RunInputs([], [], {})
+    return open_directory(config, prepared, resume=resume, origins={})
+
+
+def test_secrets_stay_out_of_the_record_and_the_run_goes_on(make):
+    config = make(HF_TOKEN="hush", MY_SECRET_KEY="hush", OMP_NUM_THREADS="1")
+    layout = opened(config, resume=False)
+    assert "hush" not in layout.config_json.read_text()
+    kept = load_run(layout).score.launch.env
+    assert kept == {"HF_TOKEN": "***", "MY_SECRET_KEY": "***", "OMP_NUM_THREADS": "1"}
+    assert config.score.launch.env["HF_TOKEN"] == "hush", "the server is given it"
+    for again in (config, make(HF_TOKEN="another"), make()):
+        assert opened(again, resume=True).root == layout.root
+    with pytest.raises(ConfigError, match=r"started with seed=0"):
+        opened(config.model_copy(update={"seed": 1}), resume=True)
+
+
+@pytest.fixture
+def begun(tmp_path, make):
+    """Makes a new run's directory, deep down, with a ledger of these events and a log."""
+
+    def begin(*kinds: str, folder="made/by/us"):
+        config = make().model_copy(update={"run_dir": tmp_path / folder})
+        outermost = missing_folder(config.directory)
+        layout = opened(config, resume=False)
+        with Ledger(layout.ledger_db) as ledger:
+            for kind in ("Started", *kinds):
+                ledger.append_event(kind, {})
+            ledger.add_snapshot(0, 0, layout.snapshot(0), "checksum")
+        (layout.snapshot(0) / "model").mkdir(parents=True)
+        (layout.logs / "scorer-0.log").write_text("Traceback\nwhat it was\n")
+        (layout.logs / ".x.1-ab.tmp").touch()
+        return layout, outermost
+
+    return begin
+
+
+def test_a_run_that_made_nothing_leaves_nothing(begun, tmp_path):
+    error = InputError("wrong")
+    layout, outermost = begun("SnapshotPublished", "Evaluated", "ShardFailed")
+    assert outermost == tmp_path / "made"
+    assert take_back(layout, outermost, error)
+    assert list(tmp_path.iterdir()) == []
+    assert error.__notes__ == ["--- the last lines of scorer-0.log\nTraceback\nwhat it was"]
+    assert str(error) == "wrong"
+
+
+@pytest.mark.parametrize("kind", ["ShardGenerated", "ShardScored", "SegmentTrained"])
+def test_a_run_that_made_something_stays(begun, kind):
+    layout, outermost = begun("SnapshotPublished", kind)
+    before = {*layout.root.rglob("*")}
+    assert not take_back(layout, outermost, InputError("wrong"))
+    assert before <= {*layout.root.rglob("*")}
+
+
+def test_what_npd_did_not_make_stays(begun, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    layout, outermost = begun(folder="theirs")
+    assert outermost is None
+    assert take_back(layout, outermost, InputError("wrong"))
+    assert list((tmp_path / "theirs").iterdir()) == []
+    layout, outermost = begun()
+    (layout.root / "notes.txt").touch()
+    (layout.root.parent / "other").mkdir()
+    assert take_back(layout, outermost, InputError("wrong"))
+    assert [path.name for path in layout.root.iterdir()] == ["notes.txt"]
+    assert (layout.root.parent / "other").is_dir()
+
+
+def test_a_damaged_ledger_is_not_taken_for_an_empty_one(begun):
+    layout, outermost = begun()
+    layout.ledger_db.write_bytes(b"not a database" * 100)
+    assert not take_back(layout, outermost, InputError("wrong"))
+    assert layout.config_json.exists()
