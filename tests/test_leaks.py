@@ -108,7 +108,7 @@ def test_the_shared_memory_of_a_killed_server_goes_and_nobody_elses(monkeypatch)
         assert Path("/dev/shm", semaphore).exists()
         user = hold(SharedMemory(used))
         [server] = Path(f"/proc/{guard.pid}/task/{guard.pid}/children").read_text().split()
-        time.sleep(supervisor._LOOK_SECONDS + 0.5)
+        time.sleep(supervisor._LOOK_SECONDS + 2.0)
         os.kill(int(server), signal.SIGKILL)
         assert guard.wait(20) == 128 + signal.SIGKILL
         guard.stdout.close()

@@ -218,7 +218,7 @@ def test_cancelled_caller_leaves_its_call_to_finish(kind, tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=1)
         await worker.call("add", 1)
-        running = asyncio.create_task(worker.call("slow_add", 0.3, 10))
+        running = asyncio.create_task(worker.call("slow_add", 1.0, 10))
         waiting = asyncio.create_task(worker.call("add", 1000))
         await asyncio.sleep(0.1)
         waiting.cancel()
@@ -286,7 +286,8 @@ def test_close_with_a_call_running_ends_everything(kind, tmp_path):
     async def story(runtime):
         worker = runtime.spawn("toy", ToyFactory(), threads=1)
         await worker.call("add", 1)
-        busy = asyncio.create_task(worker.call("slow_add", 0.5, 1))
+        seconds = 0.5 if kind == "inline" else 60.0
+        busy = asyncio.create_task(worker.call("slow_add", seconds, 1))
         await asyncio.sleep(0.1)
         await runtime.close()
         return worker.pid, await asyncio.gather(busy, return_exceptions=True)

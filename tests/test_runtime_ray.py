@@ -32,6 +32,18 @@ def drive(log_dir, story, **config):
     return asyncio.run(whole())
 
 
+async def replaced(worker, pid):
+    """Wait until Ray has put another process in the place of `pid`."""
+    from ray.exceptions import ActorUnavailableError
+
+    while True:
+        try:
+            if (await asyncio.wrap_future(worker._actor.incarnation.remote().future())).pid != pid:
+                return
+        except ActorUnavailableError:
+            await asyncio.sleep(0.05)
+
+
 def test_a_new_life_is_never_taken_for_the_old_one(tmp_path):
     """Ray puts a fresh object in the place of the lost one, which must not be trained on."""
 
@@ -50,8 +62,9 @@ def test_a_new_life_is_never_taken_for_the_old_one(tmp_path):
             await worker.restart()
             assert (await worker.call("add", 1)).value == 1
             assert worker.pid != old
-        os.kill(worker.pid, signal.SIGKILL)
-        await asyncio.sleep(1.0)  # by now Ray has put another one there
+        old = worker.pid
+        os.kill(old, signal.SIGKILL)
+        await replaced(worker, old)
         with pytest.raises(WorkerLostError, match="was ended while"):
             await worker.call("add", 1)
         await worker.restart()

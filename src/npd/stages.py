@@ -34,7 +34,7 @@ from npd.store.shards import (
     write_rollouts,
     write_scored,
 )
-from npd.text import counted, shown
+from npd.text import counted, shown_path
 from npd.types import (
     DEFAULT_TEACHER,
     Failed,
@@ -259,13 +259,13 @@ def _read(path: Path, kind: Kind, option: str, maker: str) -> Sequence[Rollout |
     """The samples of a file that the previous stage wrote; InputError for other files."""
     remedy = f"give the Arrow file of the previous stage ({maker})"
     if (why := why_unreadable(path)) is not None:
-        raise InputError(f"{option} {shown(path)} {why}: {remedy}")
+        raise InputError(f"{option} {shown_path(path)} {why}: {remedy}")
     try:
         found = read_rollouts(path) if kind == "rollouts" else read_scored(path)
     except StoreError as error:
-        raise InputError(f"{option} {shown(path)} {_why_not(path, kind)}: {remedy}") from error
+        raise InputError(f"{option} {shown_path(path)} {_why_not(path, kind)}: {remedy}") from error
     if not found:
-        raise InputError(f"{option} {shown(path)} has no samples: {remedy}")
+        raise InputError(f"{option} {shown_path(path)} has no samples: {remedy}")
     return found
 
 
@@ -277,8 +277,8 @@ def _check_ids(samples: Sequence[Scored | Rollout], path: Path, config: RunConfi
     highest = max(int(max(r.prompt_ids.max(), r.response_ids.max())) for r in rollouts)
     if highest >= size:
         raise DataError(
-            f"--data {shown(path)} holds token id {highest:,}, but the student has {size:,} ids: "
-            "give samples of models with the student's tokenizer"
+            f"--data {shown_path(path)} holds token id {highest:,}, but the student has "
+            f"{size:,} ids: give samples of models with the student's tokenizer"
         )
 
 
@@ -294,4 +294,4 @@ def _why_not(path: Path, kind: Kind) -> str:
 
 def _check_new(out: Path) -> None:
     if (why := why_unmakeable(out)) is not None:
-        raise InputError(f"--out {shown(out)} {why}: choose another --out")
+        raise InputError(f"--out {shown_path(out)} {why}: choose another --out")

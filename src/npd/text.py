@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from npd.redaction import mask
 
+# Real paths are shorter; what is longer is not a path, and would bury the message.
+_LONGEST_PATH = 500
+
 
 def counted(count: int, noun: str) -> str:
     """A count with its noun in the right number.
@@ -37,3 +40,8 @@ def shown(text: object, most: int = 80) -> str:
         return plain
     half = most // 2
     return f"{plain[:half]}…{tail[-half:]}"
+
+
+def shown_path(path: object) -> str:
+    """A path for a message: as `shown`, but whole, so that it can be opened."""
+    return shown(path, most=_LONGEST_PATH)

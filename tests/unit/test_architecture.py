@@ -89,9 +89,7 @@ LARGE_FOLDERS: dict[str, tuple[int, str]] = {
     "": (15, "the entry points, and what every room uses"),
 }
 # A file shorter than MIN_FILE that is no protocol and no record -> why it is one.
-SHORT_FILES: dict[str, str] = {
-    "text.py": "the wording that every unit may import; there is little of it",
-}
+SHORT_FILES: dict[str, str] = {}
 LONG_FILES: dict[str, tuple[int, str]] = {}
 LONG_FUNCTIONS: dict[str, tuple[int, str]] = {}
 # Words that the field has a better one for, by the unit they stood in ("" is every unit): no

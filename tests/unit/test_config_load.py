@@ -61,6 +61,19 @@ def test_layers_and_their_origins(config_file):
     assert {path: found.origins[path] for path in expected} == expected
 
 
+def test_a_long_path_is_named_whole(tmp_path):
+    """Also in origins and messages, so that it can be opened."""
+    folder = tmp_path / ("users-" * 20) / ("experiments-" * 10)
+    folder.mkdir(parents=True)
+    path = folder / "run.yaml"
+    path.write_text("student: s\nteacher: t\ntop_kk: 3\n")
+    assert complaint(path).startswith(f"{path}:3: unknown key top_kk")
+    path.write_text("student: s\nteacher: t\n")
+    assert load_config(path).origins["student"] == str(path)
+    missing = folder / "runn.yaml"
+    assert str(missing) in complaint(missing)
+
+
 def test_every_value_has_an_origin():
     found = load_config("npd", MODELS)
 

@@ -18,7 +18,7 @@ from npd.config.server_checks import (
     ray_problems,
     servers_problems,
 )
-from npd.text import shown
+from npd.text import shown, shown_path
 
 _LONGEST_NAME = 200  # bytes; file systems take 255, and suffixes are added
 
@@ -220,8 +220,8 @@ def _heldout_problems(c: RunValues) -> Iterator[str]:
         return
     if is_data_file(data.train) or data.split == data.heldout_split:
         yield (
-            f"data.heldout is the same as data.train ({shown(data.train)}): leave data.heldout out "
-            "to draw data.heldout_size prompts from data.train"
+            f"data.heldout is the same as data.train ({shown_path(data.train)}): leave "
+            "data.heldout out to draw data.heldout_size prompts from data.train"
         )
 
 

@@ -36,7 +36,7 @@ from npd.config.sources import (
 )
 from npd.errors import ConfigError
 from npd.redaction import learn
-from npd.text import counted, shown
+from npd.text import counted, shown, shown_path
 
 # Values that exclude each other: a layer that sets one unsets the others in lower layers.
 _ALTERNATIVES = (
@@ -144,7 +144,7 @@ def load_config(
         _check_known(layer, schema)
     found, setters = _merged(layers, schema)
     locations = {path: layer.location(path) for path, layer in setters.items()}
-    name = "the mapping" if isinstance(source, Mapping) else shown(source)
+    name = "the mapping" if isinstance(source, Mapping) else shown_path(source)
     config = RunConfig.model_validate(
         nested(found), context={"locations": locations, "source": name}
     )

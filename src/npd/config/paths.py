@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from npd.text import shown
+from npd.text import shown, shown_path
 
 # The most bytes that file systems allow in a name, and in a path.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
@@ -82,7 +82,7 @@ def why_unmakeable(path: Path) -> str | None:
         return "already exists"
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
-        return f"cannot be created, as {shown(above)} is not a folder"
+        return f"cannot be created, as {shown_path(above)} is not a folder"
     if not os.access(above, os.W_OK | os.X_OK):
-        return f"cannot be created, as {shown(above)} is not writable"
+        return f"cannot be created, as {shown_path(above)} is not writable"
     return None

@@ -23,7 +23,7 @@ from npd.config.paths import why_no_path, why_unreadable
 from npd.config.strict_yaml import parse
 from npd.errors import ConfigError
 from npd.redaction import HIDDEN, masked
-from npd.text import shown
+from npd.text import shown, shown_path
 
 _LARGEST = 2**20  # bytes of a config file: about 10,000 times a usual one
 
@@ -74,7 +74,7 @@ def source_layers(source: str | Path | Mapping[str, Any]) -> list[ConfigSource]:
     if source in preset_names():
         return [_preset_layer(str(source))]
     text = _read(source)
-    return _on_preset(_parse(text, shown(source)))
+    return _on_preset(_parse(text, shown_path(source)))
 
 
 def mapping_layer(values: Mapping[str, Any]) -> ConfigSource:
@@ -134,7 +134,7 @@ def _read(source: str | Path) -> str:
     path = Path(os.path.expanduser(source))
     if (why := why_no_path(str(source)) or why_unreadable(path)) is not None:
         raise ConfigError(
-            f"config {shown(str(source) or '``')} {why}, and is not a preset"
+            f"config {shown_path(str(source) or '``')} {why}, and is not a preset"
             f"{_did_you_mean(str(source), preset_names())}: give a YAML file, or one of "
             f"{', '.join(preset_names())}"
         )
@@ -143,18 +143,18 @@ def _read(source: str | Path) -> str:
             raw = file.read(_LARGEST + 1)
     except OSError as error:
         raise ConfigError(
-            f"config {shown(source)} cannot be read ({error.strerror}): check the disk"
+            f"config {shown_path(source)} cannot be read ({error.strerror}): check the disk"
         ) from error
     if len(raw) > _LARGEST:
         raise ConfigError(
-            f"{shown(source)} is too large for a config (over {_LARGEST:,} bytes): give a YAML "
-            "file of `key: value` lines"
+            f"{shown_path(source)} is too large for a config (over {_LARGEST:,} bytes): give a "
+            "YAML file of `key: value` lines"
         )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{shown(source)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+            f"{shown_path(source)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
         ) from error
 
 

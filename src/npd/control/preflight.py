@@ -55,7 +55,7 @@ from npd.models.tensors import about
 from npd.observe.trackers import check_trackers
 from npd.remote.shared_folder import check_shared
 from npd.score.tensor_parallel import check_divisible
-from npd.text import counted, shown
+from npd.text import counted, shown_path
 from npd.train.compile import check_compilers
 from npd.types import Check, EncodedPrompt, role_of
 
@@ -420,10 +420,11 @@ def check_model(role: str, model: str, config: RunConfig) -> None:
         ModelError: it cannot be used. A path is never taken for a hub's name.
     """
     if (why := why_no_path(model)) is not None:
-        raise ModelError(f"{role} {shown(model)} {why}: give a model directory or name")
+        raise ModelError(f"{role} {shown_path(model)} {why}: give a model directory or name")
     if "://" in model:
         raise ModelError(
-            f"{role} {shown(model)} is a URL: give a model directory, or a name like owner/name"
+            f"{role} {shown_path(model)} is a URL: give a model directory, or a name like "
+            "owner/name"
         )
     if _is_path(model) and not Path(model).is_dir():
         raise ModelError(
@@ -480,8 +481,8 @@ def check_pair(config: RunConfig) -> str:
     )
     if same:
         raise ModelError(
-            f"student and teacher are one model ({shown(student)}), which has nothing to learn "
-            "from itself: set `teacher` to a better model of the same family"
+            f"student and teacher are one model ({shown_path(student)}), which has nothing to "
+            "learn from itself: set `teacher` to a better model of the same family"
         )
     return "student and teacher are two models"
 

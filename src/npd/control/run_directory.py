@@ -35,7 +35,7 @@ from npd.store.files import is_temporary, read_json, remove, write_json
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger, marked_events, recorded_events
 from npd.store.snapshots import MANIFEST, is_whole, verify
-from npd.text import shown
+from npd.text import shown_path
 from npd.types import role_of
 from npd.workers import Recorded
 
@@ -84,13 +84,13 @@ def check_directory(config: RunConfig) -> None:
     elif not os.path.isdir(root):
         why = "is not a folder"
     if why is not None:
-        raise ConfigError(f"the run directory {shown(root)} {why}: set {key} to another place")
+        raise ConfigError(f"the run directory {shown_path(root)} {why}: set {key} to another place")
     for role, model in {"student": config.student, **_teachers(config)}.items():
         is_model = os.path.isfile(Path(model) / "config.json")
         if is_model and root.resolve().is_relative_to(Path(model).resolve()):
             raise ConfigError(
-                f"the run directory {shown(root)} is inside the {role} {shown(model)}: set {key} "
-                "to a place of its own"
+                f"the run directory {shown_path(root)} is inside the {role} {shown_path(model)}: "
+                f"set {key} to a place of its own"
             )
 
 
@@ -414,7 +414,7 @@ def read_record(layout: RunLayout) -> Mapping[str, Any]:
     """Everything in a run's config.json. Errors as `load_run`."""
     if not os.path.exists(layout.config_json):  # False for names that are too long too
         raise ConfigError(
-            f"{shown(layout.root)} is not a run directory (it has no config.json): give the "
+            f"{shown_path(layout.root)} is not a run directory (it has no config.json): give the "
             "directory that npd run wrote, e.g. runs/npd"
         )
     record = read_json(layout.config_json)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from npd.config.paths import why_no_path, why_unreadable
 from npd.errors import DataError
-from npd.text import shown
+from npd.text import shown, shown_path
 
 _JSONL = (".jsonl", ".ndjson", ".json")
 # Extensions that mean a file, so that a mistyped file name does not start a download.
@@ -42,9 +42,9 @@ def read_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
     Hugging Face data sets only. Raises DataError if the source cannot be opened.
     """
     if (why := why_no_path(source)) is not None:
-        raise DataError(f"data file {shown(source)} {why}: correct the path")
+        raise DataError(f"data file {shown_path(source)} {why}: correct the path")
     if "://" in source:
-        raise DataError(f"data file {shown(source)} is a URL: download it, and give its path")
+        raise DataError(f"data file {shown_path(source)} is a URL: download it, and give its path")
     path = Path(os.path.expanduser(source))
     ending = path.suffix.lower()
     is_path = ending in _FILES or source.startswith(("/", ".", "~")) or source.count("/") > 1
@@ -52,8 +52,8 @@ def read_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
         return _dataset_records(source, split)
     if (why := why_unreadable(path)) is not None:
         raise DataError(
-            f"data file {shown(source)} {why} (looked from {shown(Path.cwd())}): check the path, "
-            "or name a Hugging Face dataset"
+            f"data file {shown_path(source)} {why} (looked from {shown_path(Path.cwd())}): check "
+            "the path, or name a Hugging Face dataset"
         )
     if ending == ".parquet":
         return _parquet_records(path)

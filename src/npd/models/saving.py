@@ -21,7 +21,7 @@ from npd.errors import InputError
 from npd.models.files import CONFIG, GENERATION_CONFIG, copy_beside_weights
 from npd.models.loading import quiet
 from npd.store.files import give_usual_modes
-from npd.text import shown
+from npd.text import shown_path
 
 # Generation settings that are also fields of a model's config.
 _OF_MODELS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
@@ -90,7 +90,7 @@ def check_new(path: Path) -> None:
     if os.path.isdir(path) and not any(path.iterdir()):
         return
     if (why := why_unmakeable(path)) is not None:
-        raise InputError(f"{shown(repr(str(path)))} {why}: give a new directory")
+        raise InputError(f"{shown_path(repr(str(path)))} {why}: give a new directory")
 
 
 def _cast(state: dict[str, Any], dtype: str | None) -> dict[str, Any]:
