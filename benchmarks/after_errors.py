@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from common import commit, machine, versions
 from ladder_bench import Bench, one_thread
 from ladder_setting import SETTINGS, with_values
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.types import Message, Prompt
 from own_text import sample
 from tables import head, points, row
@@ -139,7 +139,7 @@ def tallies(
     import torch
     from transformers import AutoModelForCausalLM
 
-    chat = Chat.load(str(writer))
+    chat = ChatTokenizer.load(str(writer))
     asked = [Prompt(i, (Message("user", row["prompt"]),)) for i, row in enumerate(problems)]
     prompts = [prompt.prompt_ids.tolist() for prompt in chat.encode_all(asked)]
     torch.manual_seed(0)

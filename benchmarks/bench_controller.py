@@ -30,12 +30,12 @@ from npd.control.controller import Controller
 from npd.control.dispatcher import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.placement import WorkerSet, start_generators, start_scorers, start_trainer
-from npd.control.plan import Plan
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import RunInputs
 from npd.observe.live import PlainView
 from npd.runtime import CallResult, Factory, Worker
 from npd.runtime.base import NOTHING, Resources
+from npd.schedule.plan import Plan
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.snapshots import publish as publish_directory

@@ -38,8 +38,8 @@ from common import (
     take_turns,
 )
 from npd.generate.decoding import without_cudnn_attention
+from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import generate_with
 from npd.types import EncodedPrompt, SampleRequest
 
 # Of the logarithm of response lengths: chat data sets lie between 0.7 and 1.

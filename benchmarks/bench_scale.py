@@ -39,11 +39,11 @@ from npd.control.controller import Controller
 from npd.control.dispatcher import Dispatcher
 from npd.control.monitor import Monitor
 from npd.control.placement import WorkerSet, start_generators, start_scorers, start_trainer
-from npd.control.plan import Plan
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import RunInputs
 from npd.observe.live import PlainView
 from npd.runtime import CallResult
+from npd.schedule.plan import Plan
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import ShardReader, read_rollouts, read_scored, write_rollouts, write_scored

@@ -28,11 +28,11 @@ import torch
 from bench_generate import log_normal_lengths
 from common import ROOT, Bar, Figure, Spread, make_parser, parse, publish
 from npd.config import GenerateConfig, LaunchConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.engines import EngineServer
 from npd.generate.base import Generator, build_generator
+from npd.generate.in_process import TransformersGenerator, generate_with
 from npd.generate.served import InFlightRequests, ServedGenerator, ServingContext
-from npd.generate.transformers import TransformersGenerator, generate_with
 from npd.models.loading import load_model
 from npd.models.saving import save_pretrained
 from npd.store.shards import write_rollouts
@@ -51,7 +51,7 @@ def make_model(folder: Path) -> Path:
     return out
 
 
-def make_requests(chat: Chat, count: int) -> list[SampleRequest]:
+def make_requests(chat: ChatTokenizer, count: int) -> list[SampleRequest]:
     """Requests about topics, each with a seed."""
     lines = (ROOT / "benchmarks" / "topics.jsonl").read_text().splitlines()
     texts = [str(json.loads(line)["prompt"]) for line in lines]
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         model = make_model(folder)
-        chat = Chat.load(model)
+        chat = ChatTokenizer.load(model)
         requests = make_requests(chat, args.requests)
 
         def build(batch: int, **options: object) -> Generator:

@@ -21,7 +21,7 @@ from noise import PROSE, Response, Texts, plant
 from npd import stages
 from npd.config import RunConfig
 from npd.config.load import load_config, nested
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import DataError, ModelError
 from npd.filters import prefilter
 from npd.store.shards import read_rollouts, read_scored
@@ -55,7 +55,7 @@ def written(
         rollouts = folder / f"texts-{temperature:g}.arrow"
         rollouts.unlink(missing_ok=True)
         stages.generate(config, rollouts)
-        chat = Chat.load(config.student)
+        chat = ChatTokenizer.load(config.student)
         found = {r.prompt_index: chat.decode(r.response_ids) for r in read_rollouts(rollouts)}
         path.write_text(json.dumps(found))
         rollouts.unlink()

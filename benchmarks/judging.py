@@ -15,11 +15,11 @@ import torch
 
 import pair
 from npd.config import ScoreConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.engines.capabilities import HELDOUT_TOP_K
 from npd.evaluate import Match, heldout_kl
+from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import generate_with
 from npd.models.loading import decoding, load_model
 from npd.score import build_scorer
 from npd.store.shards import read_scored
@@ -108,7 +108,7 @@ def _write(
     made: pair.Pair, model: Any, scored: Sequence[Scored], *, temperature: float
 ) -> list[Rollout]:
     """The student's responses to the held-out prompts, each with a seed of its own."""
-    chat: Chat = made.chat
+    chat: ChatTokenizer = made.chat
     sampling = Sampling(
         max_new_tokens=made.setting.max_response,
         stop_ids=chat.stop_ids,

@@ -10,7 +10,7 @@ from typing import Any
 
 import npd
 from ladder_page import Cell
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.filters import delta_ifd
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts
@@ -60,7 +60,7 @@ def right_shares(result: npd.RunResult, config: npd.RunConfig) -> dict[str, floa
 
     What a filter should keep need not be right; but one that leaves out what is shows itself here.
     """
-    chat, layout = Chat.load(config.student), RunLayout(result.directory)
+    chat, layout = ChatTokenizer.load(config.student), RunLayout(result.directory)
     answers = [row["answer"].removeprefix(MARK) for row in read_problems(Path(config.data.train))]
     why = {
         sample.stats.sample_id: sample.reason if sample.outcome is Outcome.REJECTED else "kept"

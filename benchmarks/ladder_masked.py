@@ -33,7 +33,7 @@ from after_errors import made_with, places
 from ladder_bench import Bench, one_thread
 from ladder_page import Cell
 from ladder_setting import SETTINGS, with_values
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.train import batch
 from npd.train.batch import Sample, TrainRow, rollout_of
 from tables import head, number, points, row
@@ -42,7 +42,7 @@ Keep = Callable[[Sample], Any]
 MASKS = ("inside", "random")
 
 
-def keeper(mask: str, task: str, chat: Chat) -> Keep:
+def keeper(mask: str, task: str, chat: ChatTokenizer) -> Keep:
     """What says of a sample's response tokens which are trained on: booleans `[L]`."""
 
     def inside(sample: Sample) -> list[int]:
@@ -91,7 +91,9 @@ def run_masked(bench: Bench, mask: str, seeds: Sequence[int], rungs: list[str]) 
         for name in ("init", "start"):
             there = masked.folder / f"seed-{seed}" / name
             shutil.copytree(bench.folder / f"seed-{seed}" / name, there, dirs_exist_ok=True)
-    keep = keeper(mask, bench.setting.task, Chat.load(bench.common / "teacher" / "student"))
+    keep = keeper(
+        mask, bench.setting.task, ChatTokenizer.load(bench.common / "teacher" / "student")
+    )
     with masking(keep) as tokens:
         for seed in seeds:
             masked.seed(seed, rungs)

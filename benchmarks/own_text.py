@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.types import Message, Prompt
 from tasks import MARK, is_right
 
@@ -29,7 +29,7 @@ def own_text(
     import torch
     from transformers import AutoModelForCausalLM
 
-    chat = Chat.load(str(student))
+    chat = ChatTokenizer.load(str(student))
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(path).eval() for path in (student, teacher)
     )

@@ -34,8 +34,8 @@ from common import ROOT, commit
 from ladder_setting import ALONE, digest
 from npd.config import DataConfig
 from npd.config.load import load_config, nested
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.prompts import encode_prompts, load_prompts
-from npd.data.tokenizer import Chat
 from npd.errors import DataError
 from npd.store.layout import RunLayout
 
@@ -102,7 +102,7 @@ class Pair:
     def __init__(self, setting: Setting, root: Path, teacher: Path) -> None:
         self.setting, self.root, self.teacher = setting, root, teacher
         self.root.mkdir(parents=True, exist_ok=True)
-        self.chat = Chat.load(teacher, system=self.system)
+        self.chat = ChatTokenizer.load(teacher, system=self.system)
 
     @property
     def start(self) -> Path:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
+from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import generate_with
 from npd.models.loading import decoding, load_model
 from npd.types import Message, Prompt, SampleRequest
 from tasks import MARK
@@ -75,7 +75,7 @@ def _in_order(found: re.Match[str]) -> str:
 
 def answers(student: Path, problems: Sequence[dict[str, str]], max_new: int) -> list[str]:
     """Greedy responses, in order."""
-    chat, model = Chat.load(str(student)), load_model(student)
+    chat, model = ChatTokenizer.load(str(student)), load_model(student)
     prompts = [Prompt(i, (Message("user", p["prompt"]),)) for i, p in enumerate(problems)]
     requests = [SampleRequest(i, i, prompt) for i, prompt in enumerate(chat.encode_all(prompts))]
     sampling = Sampling(

@@ -23,7 +23,7 @@ from npd.config import LossConfig, TrainConfig
 from npd.models.lm_head import head_of
 from npd.models.loading import hidden_states
 from npd.pack import pack
-from npd.score.prefill import top_k
+from npd.score.in_process import top_k
 from npd.store.shards import ShardReader, write_scored
 from npd.train.batch import TrainRow, build_row
 from npd.train.loss import near_policy_loss

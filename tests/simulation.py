@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from npd.config import RunConfig
-from npd.control import events as ev
-from npd.control.plan import Plan
+from npd.schedule import events as ev
+from npd.schedule.plan import Plan
 from npd.types import EvalReport, FinishReason, Outcome, SampleStats, SegmentReport, StepReport
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from npd.errors import ModelError
+from npd.generate.in_process import check_decoding, generate_with, too_far
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import check_decoding, generate_with, too_far
 from npd.models.lm_head import head_of
 from npd.models.loading import check_weights, hidden_states, load_model, pack_documents
 from npd.models.replica import check_packing, check_writing, make, shrunk

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd.control import events as ev
-from npd.control.batching import hash64
 from npd.control.controller import Controller
 from npd.control.monitor import Monitor
-from npd.control.plan import Plan
 from npd.control.resume import replay
-from npd.control.samples import ReplayBuffer
 from npd.errors import RunError
 from npd.observe.live import PlainView
+from npd.schedule import events as ev
+from npd.schedule.plan import Plan
+from npd.schedule.replay_buffer import ReplayBuffer
+from npd.schedule.requests import hash64
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import write_rollouts, write_scored

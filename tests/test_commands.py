@@ -75,7 +75,7 @@ def test_show_and_export_of_what_is_no_run(shell, tmp_path):
 
 
 def test_a_record_with_what_npd_no_longer_has_says_so(tmp_path, tiny_model_dir, tiny_teacher_dir):
-    from npd.control.run_directory import load_run
+    from npd.control.run_record import load_run
     from npd.errors import ConfigError
     from npd.store.layout import RunLayout
     from tiny_run import tiny_settings

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from npd.config import DataConfig
 from npd.config.load import load_config
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.prompts import encode_prompts, load_prompts
-from npd.data.tokenizer import Chat
 from npd.errors import ConfigError, DataError
 from npd.types import Message, Prompt
 from tiny_model import make_tokenizer
@@ -565,7 +565,7 @@ def test_split_loses_and_mixes_nothing(tmp_path_factory, words, size, limit):
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(make_tokenizer())
+    return ChatTokenizer(make_tokenizer())
 
 
 def test_encode_prompts_keeps_order(chat):

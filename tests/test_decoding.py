@@ -17,8 +17,8 @@ from npd.generate.decoding import (
     decode_attention,
     without_cudnn_attention,
 )
+from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import generate_with
 from npd.types import EncodedPrompt, FinishReason, SampleRequest
 from test_generate import full_logprobs
 from tiny_model import make_model

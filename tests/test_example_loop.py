@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import npd
 from npd.config import FilterConfig
-from npd.control.batching import hash64
 from npd.filters import DeltaIfd, delta_ifd
+from npd.schedule.requests import hash64
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts, read_scored

@@ -18,9 +18,9 @@ from npd.config import GenerateConfig
 from npd.errors import DataError, ModelError, RunError, StoreError
 from npd.generate import build_generator
 from npd.generate.base import DatasetGenerator
+from npd.generate.in_process import TransformersGenerator, generate_with
 from npd.generate.sampling import Sampling, choose, inverse_cdf, nucleus
 from npd.generate.served import ServedGenerator, ServingContext
-from npd.generate.transformers import TransformersGenerator, generate_with
 from npd.models.loading import hidden_states, load_model, pack_documents
 from npd.types import EncodedPrompt, FinishReason, SampleRequest
 from tiny_model import make_model, save_model

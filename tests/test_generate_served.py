@@ -11,7 +11,7 @@ import pytest
 import fakes
 from fake_servers import CONTEXT, FAKES, VOCAB, FakeVllm, make_snapshot, read_lm
 from npd.config import GenerateConfig
-from npd.engines.verify_weights import StaleWeights
+from npd.engines.verify_weights import WrongWeights
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.generate.served import ServedGenerator, ServingContext
 from npd.types import Failed, Rollout
@@ -212,7 +212,7 @@ def test_a_reload_that_did_not_take_names_the_server(bench, engine, fault, said)
     setattr(bad.faults, fault, True)
     # Near enough that only the direction of the difference tells.
     near = bench.publish(1, step=0.96)
-    with pytest.raises(StaleWeights, match=rf"{bad.url} does not serve snapshot v1.*{said}"):
+    with pytest.raises(WrongWeights, match=rf"{bad.url} does not serve snapshot v1.*{said}"):
         generator.load(near, 1)
     assert generator.version is None
     assert not any(server.engine.is_paused for server in (good, bad))
@@ -226,7 +226,7 @@ def test_a_reload_that_did_not_take_names_the_server(bench, engine, fault, said)
 def test_a_server_with_other_weights_is_found_at_once(bench):
     server = bench.server(forgets_reload=True)
     far = bench.publish(2)
-    with pytest.raises(StaleWeights, match=r"differ from the expected ones by \d.*probe_tolerance"):
+    with pytest.raises(WrongWeights, match=r"differ from the expected ones by \d.*probe_tolerance"):
         bench.generator(server).load(far, 1)
 
 
@@ -411,7 +411,7 @@ def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
 def test_in_flight_a_verification_that_fails_ends_the_call(bench):
     servers = [bench.server()]
     servers[0].faults.forgets_reload = True
-    with pytest.raises(StaleWeights, match=servers[0].url):
+    with pytest.raises(WrongWeights, match=servers[0].url):
         flipping(bench, servers, "mix", "vllm")
 
 
@@ -484,7 +484,7 @@ def test_a_restarted_worker_still_sees_old_weights(bench, engine, tmp_path):
     bench.generator(server, engine=engine, around=around).load(bench.snapshots[0], 0)
     server.faults.forgets_reload = True
     near = bench.publish(1, step=0.96)
-    with pytest.raises(StaleWeights, match=f"{server.url} does not serve snapshot v1"):
+    with pytest.raises(WrongWeights, match=f"{server.url} does not serve snapshot v1"):
         bench.generator(server, engine=engine, around=around).load(near, 1)
 
 

@@ -19,7 +19,7 @@ from npd.config import GenerateConfig, LoraConfig, TrainConfig
 from npd.config.load import load_config
 from npd.errors import ConfigError, ModelError, StoreError
 from npd.export import export_model
-from npd.generate.transformers import TransformersGenerator
+from npd.generate.in_process import TransformersGenerator
 from npd.models.loading import decoding, load_model
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from npd.config.sections import LossConfig, TrainConfig
 from npd.control.preflight import prepare
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import ModelError, RunError
 from npd.export import export_model
 from npd.models.files import copy_beside_weights, rows_of
@@ -391,7 +391,7 @@ def test_a_generation_config_is_kept_to_the_byte(pair, prepared, tmp_path, value
     assert prepared().prompts
     trainer_of(pair[0]).save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-    assert Chat.load(tmp_path / "out").stop_ids == Chat.load(pair[0]).stop_ids
+    assert ChatTokenizer.load(tmp_path / "out").stop_ids == ChatTokenizer.load(pair[0]).stop_ids
     export_model(tmp_path / "out", tmp_path / "exported")
 
 
@@ -400,11 +400,11 @@ def test_settings_for_generating_in_an_old_config_are_kept(pair, prepared, tmp_p
     (pair[0] / "generation_config.json").unlink()
     change(pair[0] / "config.json", eos_token_id=[2, 5], **values)
     assert prepared().prompts
-    assert Chat.load(pair[0]).stop_ids == {2, 5}
+    assert ChatTokenizer.load(pair[0]).stop_ids == {2, 5}
     trainer_of(pair[0]).save_pretrained(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert {**values, "eos_token_id": [2, 5]}.items() <= written.items()
-    assert Chat.load(tmp_path / "out").stop_ids == {2, 5}
+    assert ChatTokenizer.load(tmp_path / "out").stop_ids == {2, 5}
 
 
 def test_pruning_and_merging_take_such_a_config_too(pair, tmp_path):
@@ -495,7 +495,7 @@ def test_a_student_with_tokenizer_code_exports_and_loads(pair, tmp_path):
     (pair[0] / "additional_chat_templates" / "rag.jinja").write_text("{{ messages[0]['content'] }}")
     trainer_of(pair[0]).save_pretrained(tmp_path / "trained")
     export_model(tmp_path / "trained", tmp_path / "out", trust_remote_code=True)
-    chat = Chat.load(tmp_path / "out", trust_remote_code=True)
+    chat = ChatTokenizer.load(tmp_path / "out", trust_remote_code=True)
     turns = [{"role": "user", "content": "hello"}]
     render = chat.tokenizer.apply_chat_template
     assert render(turns, tokenize=False, chat_template="rag") == "hello"
@@ -524,7 +524,7 @@ def test_tokens_without_a_row_that_nothing_uses_are_harmless(pair, prepared):
     for directory in pair:
         add_tokens(directory, "<pad>", pad_token="<pad>")
     assert prepared().prompts
-    chat = Chat.load(pair[0])
+    chat = ChatTokenizer.load(pair[0])
     assert chat.vocab_size == 304
     assert chat.pad_id == chat.end_id
 

@@ -15,7 +15,7 @@ from prepare import import_gguf, main, parse_layers, prune_depth, smollm2_gguf
 from npd.__main__ import run as npd_main
 from npd.errors import InputError, ModelError
 from npd.export import export_model
-from npd.generate.transformers import generate_with
+from npd.generate.in_process import generate_with
 from npd.models.loading import load_model
 from npd.models.saving import new_directory
 from npd.types import SampleRequest
@@ -300,13 +300,13 @@ def test_real_model_imports_prunes_and_generates(tmp_path):
     """An import that is right finds English likely; which words it says depends on the machine."""
     import torch
 
-    from npd.data.tokenizer import Chat
+    from npd.data.chat_tokenizer import ChatTokenizer
     from npd.generate.sampling import Sampling
     from npd.types import Message, Prompt
 
     teacher = import_gguf(smollm2_gguf(), tmp_path / "teacher")
     student = prune_depth(teacher, tmp_path / "student", 13)
-    chat = Chat.load(teacher)
+    chat = ChatTokenizer.load(teacher)
     prompt = chat.encode(Prompt(0, (Message("user", "What is the capital of France?"),)))
     sampling = Sampling(8, chat.stop_ids, chat.pad_id, temperature=0.0, vocab_size=chat.vocab_size)
     answer = chat.tokenizer("The capital of France is Paris.")["input_ids"]

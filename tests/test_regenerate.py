@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from npd.control import events
-from npd.control import events as ev
 from npd.control.resume import find_missing, regenerate
 from npd.errors import RunError, StoreError
+from npd.schedule import events
+from npd.schedule import events as ev
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import write_rollouts, write_scored

@@ -18,7 +18,6 @@ import npd
 from fake_servers import FakeVllm, make_snapshot
 from npd.config.load import load_config
 from npd.control.controller import Controller
-from npd.control.events import decode
 from npd.control.preflight import prepare
 from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.models import fingerprint
@@ -26,6 +25,7 @@ from npd.models.metadata import model_settings
 from npd.observe.live import LiveState
 from npd.observe.metrics import read_metrics
 from npd.observe.trace import overlap_seconds, read_trace
+from npd.schedule.events import decode
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts

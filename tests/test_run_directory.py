@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from npd.control.run_directory import load_run, missing_folder, open_directory, take_back
+from npd.control.run_directory import missing_folder, open_directory, remove_unless_started
+from npd.control.run_record import load_run
 from npd.data.inputs import RunInputs
 from npd.errors import ConfigError, InputError
 from npd.store.ledger import Ledger
@@ -70,7 +71,7 @@ def test_a_run_that_made_nothing_leaves_nothing(begun, tmp_path):
     error = InputError("wrong")
     layout, outermost = begun("SnapshotPublished", "Evaluated", "ShardFailed")
     assert outermost == tmp_path / "made"
-    assert take_back(layout, outermost, error)
+    assert remove_unless_started(layout, outermost, error)
     assert list(tmp_path.iterdir()) == []
     assert error.__notes__ == ["--- the last lines of scorer-0.log\nTraceback\nwhat it was"]
     assert str(error) == "wrong"
@@ -80,7 +81,7 @@ def test_a_run_that_made_nothing_leaves_nothing(begun, tmp_path):
 def test_a_run_that_made_something_stays(begun, kind):
     layout, outermost = begun("SnapshotPublished", kind)
     before = {*layout.root.rglob("*")}
-    assert not take_back(layout, outermost, InputError("wrong"))
+    assert not remove_unless_started(layout, outermost, InputError("wrong"))
     assert before <= {*layout.root.rglob("*")}
 
 
@@ -88,12 +89,12 @@ def test_what_npd_did_not_make_stays(begun, tmp_path):
     (tmp_path / "theirs").mkdir()
     layout, outermost = begun(folder="theirs")
     assert outermost is None
-    assert take_back(layout, outermost, InputError("wrong"))
+    assert remove_unless_started(layout, outermost, InputError("wrong"))
     assert list((tmp_path / "theirs").iterdir()) == []
     layout, outermost = begun()
     (layout.root / "notes.txt").touch()
     (layout.root.parent / "other").mkdir()
-    assert take_back(layout, outermost, InputError("wrong"))
+    assert remove_unless_started(layout, outermost, InputError("wrong"))
     assert [path.name for path in layout.root.iterdir()] == ["notes.txt"]
     assert (layout.root.parent / "other").is_dir()
 
@@ -101,5 +102,5 @@ def test_what_npd_did_not_make_stays(begun, tmp_path):
 def test_a_damaged_ledger_is_not_taken_for_an_empty_one(begun):
     layout, outermost = begun()
     layout.ledger_db.write_bytes(b"not a database" * 100)
-    assert not take_back(layout, outermost, InputError("wrong"))
+    assert not remove_unless_started(layout, outermost, InputError("wrong"))
     assert layout.config_json.exists()

@@ -7,7 +7,8 @@ import pytest
 
 import npd
 from npd.control.preflight import Preflight, prepare
-from npd.control.run_directory import clock_of, open_directory
+from npd.control.run_directory import open_directory
+from npd.control.run_record import clock_of
 from npd.data.inputs import for_workers
 from npd.errors import ConfigError, DataError, ModelError
 from npd.export import export_model

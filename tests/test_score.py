@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fakes import END, FakeLM, FakeScorer, make_rollouts
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError, WorkerLostError
-from npd.models.lm_head import Head, head_of, top_k, topk_of_hidden
+from npd.models.lm_head import Head, head_of, read_hidden, top_k
 from npd.models.loading import load_model
 from npd.models.response_states import response_hidden
 from npd.score import build_scorer
 from npd.score.base import LogprobRequest
-from npd.score.prefill import PrefillModel, _draw
+from npd.score.in_process import PrefillModel, _draw
 from npd.train.loss import near_policy_loss
 from npd.types import FinishReason, Rollout
 from tiny_model import make_model, make_tokenizer
@@ -432,7 +432,9 @@ def test_the_loss_can_be_fed_from_hidden_states(make_scorer, tiny_teacher_dir):
     stored = make_scorer(needs_ifd=False).score(rollouts)
     shipping = HiddenScorer(tiny_teacher_dir)
     hidden = torch.cat(shipping.score(rollouts))
-    ids, logprobs = topk_of_hidden(hidden, shipping.head, 6, vocab_size=VOCAB, chunk=7)
+    ids, logprobs = read_hidden(
+        hidden, shipping.head, lambda _, logits: top_k(logits[:, :VOCAB], 6), 7
+    )
     assert ids.tolist() == np.concatenate([s.topk_ids for s in stored]).tolist()
 
     student = torch.randn(len(hidden), 8, requires_grad=True)

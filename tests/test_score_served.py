@@ -186,7 +186,7 @@ def test_padding_ids_are_looked_past(opened):
 def test_what_no_server_tells_has_no_mass_in_the_loss_or_the_store(opened, tmp_path):
     import torch
 
-    from npd.train.divergence import make_support
+    from npd.train.loss_targets import make_support
 
     lm = FakeLM(VOCAB)
     lm.previous[:, 28:] += 30.0

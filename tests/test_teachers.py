@@ -17,14 +17,14 @@ import npd
 from npd.config import RunConfig, ScoreConfig
 from npd.config.load import dump_config, load_config
 from npd.control.preflight import prepare
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import ConfigError, DataError, ModelError, RunError
 from npd.generate import TeachersGenerator
 from npd.models.loading import load_model
 from npd.observe.metrics import read_metrics
 from npd.printing import config_lines, result_lines
 from npd.score import build_scorer
-from npd.score.prefill import load_prefill_model
+from npd.score.in_process import load_prefill_model
 from npd.score.teachers import Teachers
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
@@ -213,7 +213,7 @@ def test_every_sample_of_a_run_is_scored_by_its_own_teacher(make, models, kind):
 
 def test_held_out_text_is_written_and_judged_by_each_prompts_own(make, models):
     config = make()
-    chat = Chat.load(config.student)
+    chat = ChatTokenizer.load(config.student)
     result = npd.run(config, view=QuietView())
     layout = RunLayout(result.directory)
     heldout = {p.index: p for p in prepare(config).heldout}

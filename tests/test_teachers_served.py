@@ -22,9 +22,10 @@ from npd.config import RunConfig
 from npd.config.load import load_config
 from npd.control.placement import share_of_servers
 from npd.control.preflight import models_read_here, prepare
-from npd.control.run_directory import load_run, open_directory
+from npd.control.run_directory import open_directory
+from npd.control.run_record import load_run
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs
-from npd.data.tokenizer import Chat
 from npd.doctor.hardware import other_bytes
 from npd.errors import ConfigError
 from npd.models import fingerprint
@@ -353,7 +354,7 @@ def test_stages_alone_know_each_samples_teacher(shell, code_dir):
     write(shell, teachers, "math", "code")
     assert shell.npd("generate", "run.yaml", "--out", "r.arrow").code == 0
     written = read_rollouts(Path("r.arrow"))
-    texts = [Chat.load(shell.student).decode(r.prompt_ids) for r in written]
+    texts = [ChatTokenizer.load(shell.student).decode(r.prompt_ids) for r in written]
     numbers = [int(re.search(r"number (\d+)", text)[1]) for text in texts]
     assert [r.teacher for r in written] == [("math", "code")[i % 2] for i in numbers]
     assert shell.npd("score", "run.yaml", "--rollouts", "r.arrow", "--out", "s.arrow").code == 0

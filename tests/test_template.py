@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import DataError, ModelError
 from npd.types import Message, Prompt
 from tiny_model import make_tokenizer
@@ -104,7 +104,7 @@ def chat_of():
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(ends, special_tokens=True)
         tokenizer.chat_template = template
-        return Chat(tokenizer, **kwargs)
+        return ChatTokenizer(tokenizer, **kwargs)
 
     return make
 
@@ -500,9 +500,9 @@ def test_what_the_tokenizer_puts_in_front_without_a_template(front, ids):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{front} $A <|im_end|>".strip(), special_tokens=list(names.items())
     )
-    encoded = Chat(tokenizer).encode(Prompt(0, text="two", completion="it"))
+    encoded = ChatTokenizer(tokenizer).encode(Prompt(0, text="two", completion="it"))
     body = tokenizer("two", add_special_tokens=False)["input_ids"]
     assert encoded.prompt_ids.tolist() == [*ids, *body]
     assert encoded.header_ids.tolist() == (ids or [2])
-    led = Chat(tokenizer).encode(Prompt(0, text=f"{front.replace(' ', '')}two"))
+    led = ChatTokenizer(tokenizer).encode(Prompt(0, text=f"{front.replace(' ', '')}two"))
     assert led.prompt_ids.tolist() == [*ids, *body], "once, where the text has it already"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npd.config import RunConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.doctor.trial import NUM_TOKENS, _read, _tried, _write, trial_checks
 from npd.environment import TESTED, installed, too_old, untested
 from npd.errors import ModelError
@@ -64,7 +64,7 @@ def test_where_the_data_are_trained_on_the_student_is_read(make_config):
 
 def test_other_logprobs_than_it_wrote_with_are_an_error(make_config):
     config = make_config()
-    chat = Chat.load(config.student)
+    chat = ChatTokenizer.load(config.student)
     written: list = []
     _write(config, chat, chat.encode(Prompt(0, text="what is it?")), written)
     _read(config, chat, "student", config.student, written[0])

@@ -27,7 +27,7 @@ for is_wide in (False, True):
     }
     logits = "*fp32" if is_wide else "*bf16"
     rows = {
-        fused._stats_outside: {"top_out": "*fp32", "total_out": "*fp32", "moment_out": "*fp32"},
+        fused._tail_stats: {"top_out": "*fp32", "total_out": "*fp32", "moment_out": "*fp32"},
         fused._write_grads: {"log_sums": "*fp32", "outside": "*fp32", "labels": "*i64",
                         "label_slopes": "*fp32"},
     }

@@ -16,7 +16,7 @@ import pytest
 
 import npd
 from cli_fixture import Shell
-from npd.control.run_directory import load_run
+from npd.control.run_record import load_run
 from npd.errors import InputError, ModelError, StoreError
 from npd.export import export_model
 from npd.store.layout import RunLayout

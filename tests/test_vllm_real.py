@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from npd.config import GenerateConfig, LoraConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.engines.server_process import ServerProcess
-from npd.engines.verify_weights import StaleWeights
+from npd.engines.verify_weights import WrongWeights
 from npd.errors import WorkerLostError
 from npd.generate import build_generator
 from npd.generate.served import ServedGenerator, ServingContext
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CLOSE = 0.05
 
 
-def make_requests(chat: Chat, count: int = 8) -> list[SampleRequest]:
+def make_requests(chat: ChatTokenizer, count: int = 8) -> list[SampleRequest]:
     texts = ["Tell me about the moon.", "What is 2 + 2?", "Name three birds.", "Who was Homer?"]
     prompts = [Prompt(i, text=f"{texts[i % 4]} ({i})") for i in range(count)]
     return [
@@ -65,7 +65,7 @@ def shifted(model_dir: Path, out: Path, seed: int, size: float = 0.05) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(smol_dir):
-    return Chat.load(smol_dir)
+    return ChatTokenizer.load(smol_dir)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def server(vllm_venv, smol_dir, tmp_path_factory):
 
 @contextmanager
 def reaching(
-    server: ServerProcess | Proxy, chat: Chat, around: dict | None = None, **kwargs
+    server: ServerProcess | Proxy, chat: ChatTokenizer, around: dict | None = None, **kwargs
 ) -> Iterator[ServedGenerator]:
     """A generator by the server that runs."""
     settings = {"max_new_tokens": 24, "temperature": 0.0, "batch_size": 16, **kwargs}
@@ -123,7 +123,7 @@ def test_a_head_that_a_reload_forgot_is_found(server, models, chat, tmp_path):
         reaching(proxy, chat) as generator,
     ):
         generator.load(models[1], 1)
-        with pytest.raises(StaleWeights, match=f"{proxy.url} does not serve snapshot v2"):
+        with pytest.raises(WrongWeights, match=f"{proxy.url} does not serve snapshot v2"):
             generator.load(models[2], 2)
 
 
@@ -134,7 +134,7 @@ def test_a_tied_checkpoint_is_held_whole_or_found(server, models, chat, smol_dir
         generator.load(models[1], 1)
         try:
             generator.load(smol_dir, 2)
-        except StaleWeights:
+        except WrongWeights:
             return
         _assert_is_written_by(generator.generate(requests), smol_dir, requests, chat)
 
@@ -153,7 +153,7 @@ def test_a_small_step_of_training_is_no_false_alarm_and_a_load_that_did_nothing_
     with Proxy(server, passes=1) as proxy:
         with reaching(proxy, chat, kept) as forgetful:
             forgetful.load(models[0], 0)
-            with pytest.raises(StaleWeights, match="an earlier snapshot"):
+            with pytest.raises(WrongWeights, match="an earlier snapshot"):
                 forgetful.load(near, 1)
         with reaching(proxy, chat, kept) as again:
             again.load(models[0], 0)  # whatever it held, it is given this one now
@@ -239,7 +239,7 @@ def _untied(path: Path, out: Path) -> Path:
     return out
 
 
-def _assert_is_written_by(rollouts, path: Path, requests, chat: Chat) -> None:
+def _assert_is_written_by(rollouts, path: Path, requests, chat: ChatTokenizer) -> None:
     """Greedy text and log-probs are those of the model at `path` in process, to rounding.
 
     Token by token: two tokens of nearly one probability may change places in another engine, and

@@ -13,7 +13,7 @@ import pytest
 
 import npd
 from npd.config import GenerateConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import RunError, WorkerLostError
 from npd.generate.served import ServedGenerator, ServingContext
 from npd.models import fingerprint
@@ -144,7 +144,7 @@ def command_lines() -> bytes:
 
 def generator_of(models, folder: Path, around: dict | None = None, **kwargs) -> ServedGenerator:
     config = GenerateConfig(engine="vllm", dtype="float32", max_new_tokens=350, **kwargs)
-    chat = Chat.load(models[0])
+    chat = ChatTokenizer.load(models[0])
     context = ServingContext(folder / "server.log", CONTEXT, **(around or {}))
     # It ends no response of its own, so that each takes its time.
     return ServedGenerator(config, context, stop_ids=(), vocab_size=chat.vocab_size)
@@ -161,7 +161,7 @@ def test_our_server_is_started_anew_where_a_reload_forgets_and_is_lost_when_it_i
 ):
     """And a snapshot that is not there is named, whatever becomes of the server."""
     notes: list[str] = []
-    requests = make_requests(Chat.load(models[0]), 16)
+    requests = make_requests(ChatTokenizer.load(models[0]), 16)
     is_doomed = False
 
     def newest() -> None:

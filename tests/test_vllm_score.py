@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from npd.config import FilterConfig, RunConfig, ScoreConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.engines.client import Refused
 from npd.errors import WorkerLostError
 from npd.score import build_scorer, open_teacher
@@ -52,7 +52,7 @@ PAIRS = (
 )
 
 
-def rollouts_of(chat: Chat) -> list[Rollout]:
+def rollouts_of(chat: ChatTokenizer) -> list[Rollout]:
     """Responses of all kinds: right, wrong, terse, long, nonsense."""
     prompts = [Prompt(i, text=text, completion=said) for i, (text, said) in enumerate(PAIRS)]
     return [
@@ -88,7 +88,7 @@ def config(smol_dir, vllm_venv, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat(config):
-    return Chat.load(config.student)
+    return ChatTokenizer.load(config.student)
 
 
 @pytest.fixture(scope="module")

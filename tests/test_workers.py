@@ -15,7 +15,7 @@ from fake_servers import FakeVllm, make_snapshot
 from fakes import FakeGenerator, make_rollouts
 from npd.config import FilterConfig, ScoreConfig
 from npd.control.preflight import prepare
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import RunError, StoreError
 from npd.models import fingerprint
 from npd.models.metadata import model_settings
@@ -161,7 +161,7 @@ def test_the_teacher_ends_its_text_with_its_own_end_tokens_too(config, tmp_path,
     teacher = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     config = config.model_copy(update={"teacher": str(teacher)})
-    chat = Chat.load(config.student)
+    chat = ChatTokenizer.load(config.student)
     assert 7 not in stop_ids(config, chat, None)
     assert stop_ids(config, chat, "default") == chat.stop_ids | {2, 7}
 
@@ -182,7 +182,11 @@ def test_what_writes_heldout_text_is_closed_also_when_it_fails(config, monkeypat
     monkeypatch.setattr("npd.generate.build_generator", lambda *_, **__: generator)
     with pytest.raises(RunError, match="fails on call 1"):
         heldout_rollouts(
-            config, Chat.load(config.student), prepare(config).heldout, "cpu", lambda _: None
+            config,
+            ChatTokenizer.load(config.student),
+            prepare(config).heldout,
+            "cpu",
+            lambda _: None,
         )
     assert generator.is_closed
 

@@ -13,7 +13,7 @@ import ladder_masked
 import tasks
 from ladder_bench import Bench
 from ladder_setting import SETTINGS, with_values
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.train import batch
 from npd.train.batch import build_row
 from npd.types import FinishReason, Message, Prompt, Rollout, Scored
@@ -24,7 +24,7 @@ PROMPT, TEXT = "31245:sr", "s=12354,r>45321####45321"
 @pytest.fixture
 def chat(tmp_path):
     tasks.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return Chat.load(tmp_path / "tokenizer")
+    return ChatTokenizer.load(tmp_path / "tokenizer")
 
 
 def sample(chat, sample_id=0):

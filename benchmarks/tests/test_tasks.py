@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 import tasks
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.evaluate import is_match
 from npd.types import Prompt
 
@@ -175,7 +175,7 @@ def test_the_checker_takes_only_the_answer_after_the_last_mark(response, is_righ
 @pytest.mark.parametrize("task", TASKS)
 def test_every_text_is_tokens_and_back(task, tmp_path):
     tasks.make_tokenizer().save_pretrained(tmp_path)
-    chat = Chat.load(tmp_path)
+    chat = ChatTokenizer.load(tmp_path)
     assert chat.decode([chat.end_id]) == ""
     for index, problem in enumerate(some(task, 50)):
         prompt = Prompt(index, text=problem.prompt, completion=problem.response)

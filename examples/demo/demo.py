@@ -26,7 +26,7 @@ from prepare import import_gguf, prune_depth, smollm2_gguf
 import npd
 from npd.__main__ import outcome
 from npd.config.load import load_config
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.evaluate import exact_match, is_match
 from npd.store.layout import RunLayout
 from npd.store.shards import read_scored
@@ -100,7 +100,7 @@ def heldout() -> list[dict[str, str]]:
 
 def exact_match_of_teacher(result: npd.RunResult, teacher: Path) -> float:
     """Share of the held-out questions that the teacher itself answers right."""
-    chat = Chat.load(teacher)
+    chat = ChatTokenizer.load(teacher)
     written = read_scored(RunLayout(result.directory).heldout)
     texts = [chat.decode(scored.rollout.response_ids) for scored in written]
     answers = [row["answer"] for row in heldout()]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from npd.api import run
     from npd.config import RunConfig
     from npd.config.load import Settings, load_config, presets
-    from npd.control.run_summary import RunResult
+    from npd.control.report_data import RunResult
     from npd.errors import ConfigError, NpdError
     from npd.observe.trackers import Callback
     from npd.train.loss import NearPolicyLoss, near_policy_loss
@@ -53,7 +53,7 @@ _HOMES = {
     "NearPolicyLoss": "npd.train.loss",
     "NpdError": "npd.errors",
     "RunConfig": "npd.config",
-    "RunResult": "npd.control.run_summary",
+    "RunResult": "npd.control.report_data",
     "Settings": "npd.config.load",
     "StepReport": "npd.types",
     "load_config": "npd.config.load",

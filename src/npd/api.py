@@ -14,8 +14,8 @@ from npd.config.load import Settings, dump_config, load_config
 from npd.config.run import RunKeywords
 from npd.config.smoke import smoke_settings
 from npd.control.preflight import prepare
+from npd.control.report_data import RunResult
 from npd.control.run import run as run_config
-from npd.control.run_summary import RunResult
 from npd.errors import ConfigError
 from npd.observe.live import SilentView, View
 from npd.observe.trackers import Callback

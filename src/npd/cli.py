@@ -118,17 +118,17 @@ def show(
     report: Annotated[bool, typer.Option("--report", help="Rewrite report.html.")] = False,
 ) -> None:
     """Show a run: its quality, speed and sample outcomes."""
-    from npd.control import run_summary
-    from npd.control.run_directory import load_run
+    from npd.control import report_data
+    from npd.control.run_record import load_run
     from npd.printing import result_lines
     from npd.store.layout import RunLayout
 
     layout = RunLayout(run)
     config = load_run(layout)
-    tokenizer = run_summary.tokenizer_here(layout, config) if report else None
-    data = run_summary.summarize(layout, config, tokenizer=tokenizer)
+    tokenizer = report_data.tokenizer_here(layout, config) if report else None
+    data = report_data.summarize(layout, config, tokenizer=tokenizer)
     if report:
-        run_summary.write_report(config, layout, data)
+        report_data.write_report(config, layout, data)
     for line in result_lines(data, layout):
         say(line)
 

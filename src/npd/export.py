@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import InputError, ModelError
 from npd.models.files import explained, is_code_refused
 from npd.models.saving import new_directory, save_pretrained
@@ -114,7 +114,7 @@ def _check(folder: Path, source: Path, trust_remote_code: bool) -> None:
     what = f"the model in {str(source)!r} does not load again"
     with explained(what, remedy, with_ours=True):
         model = load_model(folder, packed=False, trust_remote_code=trust_remote_code)
-        chat = Chat.load(folder, trust_remote_code=trust_remote_code)
+        chat = ChatTokenizer.load(folder, trust_remote_code=trust_remote_code)
         if chat.has_template:
             chat.encode(Prompt(index=0, text="What is two plus two?"))
         ids = torch.arange(8) % model.config.get_text_config().vocab_size

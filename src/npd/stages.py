@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from npd.config import RunConfig
 from npd.config.paths import why_unmakeable, why_unreadable
-from npd.control.batching import hash64, make_requests, make_step
 from npd.control.preflight import check_model, prepare
-from npd.control.samples import ReplayBuffer
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs, check_names, for_workers
-from npd.data.tokenizer import Chat
 from npd.data.vocabulary import compare_ends
 from npd.errors import ConfigError, DataError, InputError, RunError, StoreError
 from npd.filters import build_filter, prefilter
 from npd.models.loading import read_config, resolve_device
+from npd.schedule.replay_buffer import ReplayBuffer
+from npd.schedule.requests import hash64, make_requests
+from npd.schedule.step import make_step
 from npd.store.shards import (
     Kind,
     read_rollouts,
@@ -88,7 +89,7 @@ def generate(
     for note in (*prepared.notes, *prepared.remarks):
         notify(note)
     config = for_workers(config, prepared)
-    chat = Chat.of_student(config)
+    chat = ChatTokenizer.of_student(config)
     is_teacher = config.generate.source == "teacher"
     model = snapshot or (None if is_teacher else config.student)
     engine = generator_for(
@@ -126,7 +127,7 @@ def score(
     named = [(f"{rollouts}: sample {r.sample_id}", r.teacher) for r in found]
     for name in sorted(check_names(named, config)):
         check_model(role_of(name), config.teacher_models[name], config)
-    chat = Chat.of_student(config)
+    chat = ChatTokenizer.of_student(config)
     if config.needs_ifd:
         chat.check_alone(f"filter.name {config.filter.name}")
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
@@ -174,7 +175,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
             "filter.*, or set filter.name: none"
         )
     yield f"kept {len(refs)} of {counted(len(samples), 'sample')}"
-    stop_ids, _ = compare_ends(config, Chat.of_student(config))
+    stop_ids, _ = compare_ends(config, ChatTokenizer.of_student(config))
     trainer = Trainer(
         config.train,
         config.loss,

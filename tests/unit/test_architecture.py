@@ -44,10 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers": GROUND | ROOMS,
     # A wing: machines that share no disk.
     "remote": GROUND | {"runtime", "workers"},
-    "control": GROUND | ROOMS | {"runtime", "workers", "remote", "environment"},
+    "schedule": NOUNS | {"config", "filters", "pack"},
+    "control": GROUND | ROOMS | {"schedule", "runtime", "workers", "remote", "environment"},
     # On top, beside the command line: stages run alone, and model directories in and out.
     "api": GROUND | {"control"},
-    "stages": GROUND | ROOMS | {"control", "workers"},
+    "stages": GROUND | ROOMS | {"control", "schedule", "workers"},
     "export": GROUND,
     "printing": GROUND,
     "environment": set(),
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "npd": GROUND | {"api", "control", "train"},
 }
 # The heart of the controller: a function of events, so no clock, no I/O, no asyncio, no tensor.
-PURE = {f"npd.control.{name}" for name in ("plan", "samples", "batching", "events")}
+PURE = {f"npd.{path.parent.name}.{path.stem}" for path in PACKAGE.glob("schedule/*.py")}
 PURE |= {"npd.types", "npd.errors", "npd.redaction", "npd.pack", "npd.filters"}
 IMPURE = {"asyncio", "time", "datetime", "os", "io", "shutil", "socket", "sqlite3", "subprocess"}
 IMPURE |= {"tempfile", "threading", "torch", "transformers", "pyarrow", "logging", "secrets"}
@@ -183,7 +184,7 @@ def _targets(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def unit(module: str) -> str:
-    """`npd.control.plan` -> `control`; npd itself is `npd`."""
+    """`npd.schedule.plan` -> `control`; npd itself is `npd`."""
     return [*module.split("."), "npd"][1]
 
 
@@ -255,7 +256,7 @@ def test_torch_is_imported_late_but_where_tensors_are():
         ("npd.cli", {"torch", "pydantic", "numpy", "transformers"}),
         ("npd.config", {"torch", "numpy", "transformers"}),
         ("npd.config.load", {"torch", "numpy", "transformers"}),
-        ("npd.control.plan", {"torch", "transformers", "asyncio", "sqlite3"}),
+        ("npd.schedule.plan", {"torch", "transformers", "asyncio", "sqlite3"}),
         ("npd.observe.report", {"torch", "transformers", "matplotlib", "altair", "rich"}),
         ("npd.runtime.worker_main", {"torch", "numpy", "transformers"}),
     ],

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from npd.control import events as ev
 from npd.control.monitor import Monitor
+from npd.schedule import events as ev
 from npd.store.layout import RunLayout
 from simulation import Simulation, make_config
 

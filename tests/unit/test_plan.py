@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npd.config import RunConfig
-from npd.control import events
-from npd.control import events as ev
-from npd.control.batching import hash64, hash64_each, learning_rate, prompt_of
-from npd.control.plan import Plan
+from npd.schedule import events
+from npd.schedule import events as ev
+from npd.schedule.plan import Plan
+from npd.schedule.requests import hash64, hash64_each, prompt_of
+from npd.schedule.step import learning_rate
 from npd.types import EvalReport, Outcome, Row, SampleRef, Segment, Step
 from simulation import Simulation, make_config
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from npd.engines.verify_weights import StaleWeights, Verification, verify
+from npd.engines.verify_weights import Verification, WrongWeights, verify
 from npd.models.fingerprint import Fingerprint
 
 LENGTHS = (24, 50, 31, 80, 65)  # some 250 tokens, as in a snapshot
@@ -57,7 +57,7 @@ def test_old_weights_are_seen_where_the_evidence_can_tell(seed, noise, change, s
     found, new, old = make_case(seed, change=change, noise=noise, share=share)
     error = noise / (change * np.sqrt(sum(LENGTHS)))
     assume(error * 8 < share)
-    with pytest.raises(StaleWeights, match="http://server does not serve snapshot v3"):
+    with pytest.raises(WrongWeights, match="http://server does not serve snapshot v3"):
         check(found, new, old)
 
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_told_is_not_called_verified(seed, noise, change):
     found, new, old = make_case(seed, change=change, noise=noise, share=1.0)
     try:
         verification = check(found, new, old)
-    except StaleWeights:
+    except WrongWeights:
         return
     assert not verification.can_tell
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_told_is_not_called_verified(seed, noise, change):
 @pytest.mark.parametrize(("share", "said"), [(1.0, "an earlier snapshot"), (0.5, "only a part")])
 def test_the_message_says_how_much_is_old(share, said):
     case = make_case(0, change=0.1, noise=1e-4, share=share)
-    with pytest.raises(StaleWeights, match=rf"{said}.*{share:.0%} \(± \d%\).*update the server"):
+    with pytest.raises(WrongWeights, match=rf"{said}.*{share:.0%} \(± \d%\).*update the server"):
         check(*case)
 
 
@@ -84,33 +84,33 @@ def test_the_message_says_how_much_is_old(share, said):
 def test_a_number_that_is_none_is_not_the_snapshot(bad):
     found, new, old = make_case(0, change=0.1, noise=0.0)
     found.logprobs[2][4] = bad
-    with pytest.raises(StaleWeights, match="differ from the expected"):
+    with pytest.raises(WrongWeights, match="differ from the expected"):
         check(found, new, old)
 
 
 def test_other_weights_are_seen_without_an_old_snapshot():
     found, new, _ = make_case(0, change=1.0, noise=0.5)
-    with pytest.raises(StaleWeights, match=r"by 0\.\d+ nats per token \(at most 0\.15\)"):
+    with pytest.raises(WrongWeights, match=r"by 0\.\d+ nats per token \(at most 0\.15\)"):
         check(found, new, None)
-    assert check(found, new, None, tolerance=1.0).staleness is None
+    assert check(found, new, None, tolerance=1.0).old_share is None
 
 
 def test_nothing_is_told_from_an_equal_snapshot_or_from_other_texts():
     found, new, old = make_case(0, change=0.0, noise=0.01)
-    assert check(found, new, old).staleness is None
+    assert check(found, new, old).old_share is None
     shorter = Fingerprint(old.sequences[:3], old.logprobs[:3])
-    assert check(found, new, shorter).staleness is None
+    assert check(found, new, shorter).old_share is None
     found, new, old = make_case(0, change=0.5, noise=0.01)
     others = Fingerprint(tuple(ids[::-1] for ids in old.sequences), old.logprobs)
-    assert check(found, new, others).staleness is None
-    assert check(found, new, old).staleness is not None
+    assert check(found, new, others).old_share is None
+    assert check(found, new, old).old_share is not None
 
 
 def test_a_verification_reads_well():
     verification = Verification(0.0123, 0.01, 0.02)
     assert verification.can_tell
     assert str(verification) == (
-        "log-probs within 0.0123 nats/token of the snapshot's, staleness 0.01 ± 0.02"
+        "log-probs within 0.0123 nats/token of the snapshot's, share of old weights 0.01 ± 0.02"
     )
     assert not Verification(0.01).can_tell
     assert not Verification(0.01, 0.0, 0.3).can_tell
@@ -119,7 +119,7 @@ def test_a_verification_reads_well():
 def test_answers_that_are_the_old_ones_to_the_last_digit_are_stale_however_small_the_change():
     found, new, old = make_case(7, change=2e-3, noise=0.05)
     assert not check(found, new, old).can_tell
-    with pytest.raises(StaleWeights, match="identical"):
+    with pytest.raises(WrongWeights, match="identical"):
         verify("http://server", "snapshot v3", found, new, old, 0.15, before=found)
     verify("http://server", "snapshot v3", found, new, new, 0.15, before=found)  # nothing changed
 

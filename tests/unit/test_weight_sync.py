@@ -11,7 +11,7 @@ from fake_servers import FakeVllm, make_snapshot
 from npd.config import GenerateConfig
 from npd.engines import build_server
 from npd.engines.client import Client
-from npd.engines.verify_weights import StaleWeights
+from npd.engines.verify_weights import WrongWeights
 from npd.engines.weight_sync import WeightSync
 from npd.errors import WorkerLostError
 
@@ -76,7 +76,7 @@ def test_an_update_returns_and_says_the_verification_of_each_server(bench):
         assert list(found) == [fake.url for fake in bench.fakes]
         lines = [f"{name} serves snapshot v{version}: {each}" for name, each in found.items()]
         assert bench.said[-2:] == lines
-    assert all(each.staleness is not None and each.can_tell for each in found.values())
+    assert all(each.old_share is not None and each.can_tell for each in found.values())
     assert bench.sync.served.version == 1
 
 
@@ -101,7 +101,7 @@ def test_an_update_that_fails_leaves_nothing_to_generate_with(bench):
     good, bad = bench.fakes
     bad.faults.forgets_reload = True
     for _ in range(2):
-        with pytest.raises(StaleWeights, match=rf"{bad.url} does not serve snapshot v1"):
+        with pytest.raises(WrongWeights, match=rf"{bad.url} does not serve snapshot v1"):
             bench.update(1)
         assert bench.sync.served is None
         assert len(bench.said) == 2, "nothing is said of a part of an update"

@@ -19,8 +19,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from npd.config import RunConfig
-from npd.config.effects import doubts, idle_values
 from npd.config.length import RULES, following
+from npd.config.no_effect import doubts, idle_values
 from npd.config.other_names import other_hint, other_names, value_hint
 from npd.config.sources import (
     FOLLOWS,

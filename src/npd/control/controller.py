@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from npd.control import events as ev
 from npd.control.dispatcher import Dispatcher
-from npd.control.plan import Plan
 from npd.control.resume import replay, restore_files
 from npd.control.run_directory import OpenRun
 from npd.errors import RunError
+from npd.schedule import events as ev
+from npd.schedule.plan import Plan
 from npd.types import Segment
 
 

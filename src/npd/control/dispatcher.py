@@ -2,8 +2,9 @@
 
 Consumes: actions. Produces: one event and one span per action.
 Waits for: an idle generator or scorer, or the trainer's turn. Unblocked by: the worker's reply, or
-its loss. A lost worker is restarted. The attempt at its shard has failed; a trainer returns to its
-last checkpoint and repeats the segments recorded since.
+its loss. A lost worker is restarted here. A generator's or scorer's shard is reported as
+`ShardFailed`, and `SampleTracker.retry` decides whether it is requested again. A trainer returns to
+its last checkpoint, repeats the segments recorded since, and then the call.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from npd.control import events as ev
 from npd.control.placement import WorkerSet
 from npd.control.run_directory import OpenRun
 from npd.errors import RunError, StoreError, WorkerLostError
 from npd.observe.trace import Span, steady_time
 from npd.runtime import Worker
+from npd.schedule import events as ev
 from npd.types import SampleRequest
 from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult
@@ -61,7 +62,9 @@ class Dispatcher:
             await asyncio.gather(*loads)
 
     async def _load(self, worker: Worker) -> None:
-        await self._persist(lambda: self._call(worker, "ready", doing="load"), worker.restart)
+        await self._retry_after_loss(
+            lambda: self._call(worker, "ready", doing="load"), worker.restart
+        )
 
     async def run(self, action: ev.Action) -> ev.Event:
         """Run `action`; returns its event."""
@@ -87,7 +90,7 @@ class Dispatcher:
             self._pass_on(worker, made.notes)
             return int(made.num_tokens)
 
-        return await self._persist(attempt, worker.restart)
+        return await self._retry_after_loss(attempt, worker.restart)
 
     async def restore(self) -> None:
         """Bring the trainer to the end of the ledger: the last checkpoint, then later segments."""
@@ -113,7 +116,7 @@ class Dispatcher:
             return str(await self._call(trainer, "publish", version, doing="publish"))
 
         async with self._trainer_turn:
-            checksum = await self._persist(attempt, trainer.restart)
+            checksum = await self._retry_after_loss(attempt, trainer.restart)
             await trainer.restart()
         self._is_trainer_behind = True
         return checksum
@@ -188,9 +191,9 @@ class Dispatcher:
             await self._workers.trainer.restart()
 
         async with self._trainer_turn:
-            return await self._persist(caught_up, recover)
+            return await self._retry_after_loss(caught_up, recover)
 
-    async def _persist(
+    async def _retry_after_loss(
         self, attempt: Callable[[], Awaitable[T]], recover: Callable[[], Awaitable[None]]
     ) -> T:
         """Run `attempt`, and repeat it after each loss of its worker, up to `max_tries` times."""

@@ -1,7 +1,7 @@
-"""How a run is stopped: by signals, by interrupting a notebook's cell, and at once by a second one.
+"""What Ctrl-C, SIGTERM and the interrupt of a notebook's cell do.
 
-Promises: the first interrupt lets the controller finish what is in flight and save, the second
-cancels its task. A notebook has an event loop already, so a run there has a thread of its own.
+Promises: the first lets the controller finish running work and save, the second cancels its task
+and saves nothing. A notebook has an event loop already, so a run there has a thread of its own.
 """
 
 from __future__ import annotations

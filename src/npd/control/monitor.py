@@ -17,20 +17,20 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from npd.config import RunConfig
-from npd.control import events as ev
 from npd.filters import Ratio, delta_ifd
 from npd.observe.live import LiveState, View, WorkerState
 from npd.observe.metrics import MetricsWriter
 from npd.observe.pace import Pace, StepNote, read_note
 from npd.observe.trace import CONTROLLER, Span, TraceWriter, steady_time
 from npd.observe.trackers import Callback, Tracker
+from npd.schedule import events as ev
 from npd.store.files import remove, replace_text
 from npd.store.layout import RunLayout
 from npd.text import counted
 from npd.types import EvalReport, Outcome, SampleStats, StepReport
 
 if TYPE_CHECKING:
-    from npd.control.plan import Plan
+    from npd.schedule.plan import Plan
 
 # The share of the teacher's probability that its top k should hold. At its minimum, the loss `topk`
 # or `renorm` puts all of the student's probability on them: 1 / 0.9 times too much, 0.1 nats/token.

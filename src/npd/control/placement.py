@@ -41,8 +41,8 @@ def num_scorers(config: RunConfig) -> int:
 def threads_per_worker(config: RunConfig) -> int:
     """CPU threads per worker: all cores if stages take turns, else half of them.
 
-    Generators and scorers share one half of the cores and the trainer has the other half: on a CPU
-    training takes longest, and a worker on busy cores waits at every barrier.
+    Half for the trainer, and half for generators and scorers, each of which may use all of it: on a
+    CPU training takes longest, and a worker on busy cores waits at every barrier.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if config.runtime.threads is not None:

@@ -22,22 +22,17 @@ from npd.config import LaunchConfig, RunConfig
 from npd.config.load import dump_config
 from npd.config.paths import why_no_path
 from npd.config.sources import flat
-from npd.control.run_directory import (
-    check_directory,
-    check_recorded,
-    check_start,
-    check_writable,
-    is_free,
-)
+from npd.control.resume_checks import check_resumable
+from npd.control.run_directory import check_directory, check_start, check_writable, is_free
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.completions import longest_completion
 from npd.data.inputs import RunInputs, data_section, read_data
 from npd.data.prompts import load_prompts
-from npd.data.tokenizer import Chat
 from npd.data.vocabulary import check_same_vocabulary, check_support, compare_ends
 from npd.engines.client import key_of
 from npd.engines.server_process import check_program
 from npd.errors import ConfigError, ModelError, NpdError
-from npd.generate.transformers import check_decoding
+from npd.generate.in_process import check_decoding
 from npd.models import lora
 from npd.models.files import check_files, check_generation_settings
 from npd.models.loading import (
@@ -118,7 +113,7 @@ class Preflight:
     ) -> None:
         self._config, self._clock, self._start = config, clock, start
         self._teachers = {role_of(name): model for name, model in config.teacher_models.items()}
-        self._chat: Chat | None = None
+        self._chat: ChatTokenizer | None = None
         self._data: RunInputs | None = None
         self._stop_ids: frozenset[int] = frozenset()
         self._notes: list[str] = []
@@ -265,7 +260,7 @@ class Preflight:
         return "every tensor of the architecture is there"
 
     def _recorded(self) -> str:
-        check_recorded(self._config)
+        check_resumable(self._config)
         return "the run was started with the same settings, and its ledger is there"
 
     def _program(self, where: str, engine: str, launch: LaunchConfig) -> str:
@@ -283,7 +278,7 @@ class Preflight:
         return [Check.warn("lora", says)]
 
     def _tokenizer(self) -> str:
-        self._chat = Chat.of_student(self._config, clock=self._clock)
+        self._chat = ChatTokenizer.of_student(self._config, clock=self._clock)
         template = "with a" if self._chat.has_template else "without a"
         return f"{self._chat.vocab_size:,} token ids, {template} chat template"
 

@@ -1,4 +1,6 @@
-"""Resumes a run: replays its events, finds missing files, and regenerates them.
+"""Resumes a run: replays its events, finds missing and damaged files, and regenerates them.
+
+A changed setting, data or model was refused before (`npd.control.resume_checks`).
 
 1. `replay`: a new plan handles every recorded event and must make the recorded decisions. Then the
    plan has the state in which the run stopped, and `Replayed` holds the unfinished actions.
@@ -22,10 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from npd import __version__
 from npd.config import RunConfig
-from npd.control import events as ev
-from npd.control.plan import Plan
 from npd.errors import RunError, StoreError
 from npd.remote.artifact_store import ArtifactStore
+from npd.schedule import events as ev
+from npd.schedule.plan import Plan
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger, recorded_events
 from npd.store.shards import Kind

@@ -24,21 +24,20 @@ from npd.control.placement import (
     start_scorers,
     start_trainer,
 )
-from npd.control.plan import Plan
 from npd.control.preflight import Start, check_cluster, prepare
+from npd.control.report_data import RunResult, summarize, write_report
 from npd.control.resume import finished_at
+from npd.control.resume_checks import recorded_models
 from npd.control.run_directory import (
     OpenRun,
     clear_smoke,
-    clock_of,
     has_report,
     has_student,
     missing_folder,
     open_directory,
-    recorded_models,
-    take_back,
+    remove_unless_started,
 )
-from npd.control.run_summary import RunResult, summarize, write_report
+from npd.control.run_record import clock_of
 from npd.data.inputs import RunInputs
 from npd.errors import InputError, RunError
 from npd.observe.live import View, make_view
@@ -51,6 +50,7 @@ from npd.remote.shared_folder import (
     with_handshake,
 )
 from npd.runtime import Runtime, build_runtime
+from npd.schedule.plan import Plan
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 
@@ -105,7 +105,7 @@ def run(
     try:
         ending = outside_loops(session, interrupt)
     except InputError as error:
-        if not resume and take_back(layout, missing, error):
+        if not resume and remove_unless_started(layout, missing, error):
             release_shared(config, layout, mark)
         raise
     result = _conclude(config, layout, ending, go_on)

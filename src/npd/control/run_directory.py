@@ -1,39 +1,41 @@
 """The run directory: opened anew with its record (config.json), or to resume the run in it.
 
-Promises: no run is overwritten, and none is resumed with another config, other data or models.
-Reading a record runs no code, wherever the directory came from: `trust_remote_code` in a record is
-never followed, only what the user says now.
+Promises: no run is overwritten, and none is resumed with another config, other data or models
+(`npd.control.resume_checks`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npd import __version__
 from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.config.paths import why_unmakeable
-from npd.config.sources import SMOKE, flat, resume_command
-from npd.control import events as ev
+from npd.config.sources import SMOKE, resume_command
+from npd.control.resume_checks import (
+    check_fingerprints,
+    check_resumable,
+    decisive_settings,
+    fingerprints,
+)
+from npd.control.run_record import read_record, recorded_config
 from npd.environment import versions
-from npd.errors import ConfigError, DataError, InputError, ModelError, RunError, StoreError
-from npd.models.files import model_fingerprint
-from npd.redaction import comparable, masked
+from npd.errors import ConfigError, InputError, RunError, StoreError
+from npd.redaction import masked
 from npd.remote.artifact_store import ArtifactStore, LocalStore
 from npd.remote.objects import ObjectStore
 from npd.remote.shared_folder import is_marked
+from npd.schedule import events as ev
 from npd.store.database import lock
 from npd.store.files import is_temporary, read_json, remove, write_json
 from npd.store.layout import RunLayout
-from npd.store.ledger import Ledger, marked_events, recorded_events
+from npd.store.ledger import Ledger
 from npd.store.snapshots import MANIFEST, is_whole, verify
 from npd.text import shown_path
 from npd.types import role_of
@@ -45,13 +47,6 @@ if TYPE_CHECKING:  # who only reads a run loads no torch
 
 # Of each log, for an error that ends a run before it made anything: a traceback and what led to it.
 _LAST_LINES = 40
-# What may differ when a run is resumed: where it runs and what it leaves, not what it is.
-_REACHING = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
-_FREE = (
-    *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
-    *(f"{section}.{key}" for section in ("generate", "score") for key in _REACHING),
-    *("generate.refresh_timeout", "generate.probe_tolerance"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +132,6 @@ def check_start(config: RunConfig, *, resume: bool, origins: Mapping[str, str]) 
         raise ConfigError(f"{layout.root} is not empty and not a run: choose another run_dir")
 
 
-def check_recorded(config: RunConfig) -> None:
-    """Check that the run to resume was started with this config, and that its ledger is there.
-
-    Raises:
-        ConfigError: it was not, or the ledger is missing or older than the files of the directory.
-    """
-    layout = RunLayout(config.directory)
-    _check_config(config, layout)
-    _check_ledger(layout)
-
-
 def open_directory(
     config: RunConfig, prepared: RunInputs, *, resume: bool, origins: Mapping[str, str]
 ) -> RunLayout:
@@ -160,8 +144,8 @@ def open_directory(
     layout = RunLayout(config.directory)
     check_start(config, resume=resume, origins=origins)
     if resume:
-        check_recorded(config)
-        _check_fingerprints(config, prepared, layout)
+        check_resumable(config)
+        check_fingerprints(config, prepared, layout)
         layout.create()
         return layout
     record = {
@@ -174,7 +158,7 @@ def open_directory(
         "stop_ids": sorted(prepared.stop_ids),
         "clock": None if prepared.clock is None else prepared.clock.isoformat(),
         "dropped": prepared.dropped,
-        "fingerprints": _fingerprints(config, prepared),
+        "fingerprints": fingerprints(config, prepared),
     }
     if config.shared_url is not None:
         record["shared"] = secrets.token_hex(8)
@@ -191,7 +175,7 @@ def _command_that_resumes(layout: RunLayout, config: RunConfig, origins: Mapping
         record = read_record(layout)
         started = record["config"]
         is_here = all(started.get(key) == given[key] for key in ("name", "run_dir"))
-        if is_here and _decisive(recorded_config(layout)) != _decisive(config):
+        if is_here and decisive_settings(recorded_config(layout)) != decisive_settings(config):
             return resume_command(started, record["origins"])
     return resume_command(given, origins)
 
@@ -202,7 +186,7 @@ def missing_folder(directory: Path) -> Path | None:
     return missing[-1] if missing else None
 
 
-def take_back(layout: RunLayout, outermost: Path | None, error: InputError) -> bool:
+def remove_unless_started(layout: RunLayout, outermost: Path | None, error: InputError) -> bool:
     """Remove the directory of a run that ended before it produced anything; whether it was removed.
 
     Only what npd created, folders up to `outermost` included, so that the same command works once
@@ -237,18 +221,6 @@ def _has_results(layout: RunLayout) -> bool:
         return True
 
 
-def clock_of(config: RunConfig) -> datetime | None:
-    """The time that the chat template wrote into the prompts of the run in `config.directory`.
-
-    None if it wrote none, or no record can be read: opening the run reports that.
-    """
-    try:
-        written = read_record(RunLayout(config.directory)).get("clock")
-        return None if written is None else datetime.fromisoformat(written)
-    except (ConfigError, StoreError, TypeError, ValueError):
-        return None
-
-
 def has_student(layout: RunLayout) -> bool:
     """Whether every byte of the student is as it was written."""
     return is_whole(layout.student)
@@ -261,81 +233,6 @@ def has_report(layout: RunLayout) -> bool:
         return written >= (layout.student / MANIFEST).stat().st_mtime_ns
     except OSError:
         return False
-
-
-def _check_config(config: RunConfig, layout: RunLayout) -> None:
-    old, new = _decisive(recorded_config(layout)), _decisive(config)
-    changed = [key for key in new if new[key] != old.get(key)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{layout.root} was started with {key}={old.get(key)!r}, now it is {new[key]!r}: "
-            f"resume with the same config (--set {key}={json.dumps(old.get(key))}), or start a new "
-            "run (--set name=...)"
-        )
-
-
-def _check_fingerprints(config: RunConfig, prepared: RunInputs, layout: RunLayout) -> None:
-    stored = read_record(layout)["fingerprints"]
-    for what, now in _fingerprints(config, prepared).items():
-        if stored[what] != now:
-            kind, what = (DataError, "prompts") if what == "data" else (ModelError, what)
-            raise kind(
-                f"the {what} changed since {layout.root} was started: bring back what it was, or "
-                "start a new run (--set name=...)"
-            )
-
-
-def _check_ledger(layout: RunLayout) -> None:
-    """Check that the ledger is there and not older than the files of the directory.
-
-    A run that was killed before its first event has no ledger, and no such files.
-    """
-    there, known = recorded_events(layout.ledger_db), marked_events(layout.ledger_db)
-    made = layout.first_made() if there == 0 else None
-    if there >= known and made is None:
-        return
-    name = layout.ledger_db.name
-    what = f"ends at event {there} of {known} or more" if there else "is missing or empty"
-    beside = f", beside {made}" if made is not None else ""
-    raise ConfigError(
-        f"{layout.ledger_db} {what}{beside}: without it the finished work is unknown; bring {name} "
-        f"back together with its {name}-wal and {name}-shm, or start a new run (--set name=...)"
-    )
-
-
-def recorded_models(config: RunConfig, layout: RunLayout) -> tuple[Recorded, ...]:
-    """The run's models with the fingerprints of its start, for workers that load one later."""
-    stored = read_record(layout)["fingerprints"]
-    return tuple(
-        Recorded(what, model, stored[what])
-        for what, model in _models(config).items()
-        if model is not None and stored.get(what) is not None
-    )
-
-
-def _fingerprints(config: RunConfig, prepared: RunInputs) -> dict[str, str | None]:
-    found = {what: model and model_fingerprint(model) for what, model in _models(config).items()}
-    return {"data": prepared.data_fingerprint, **found}
-
-
-def _models(config: RunConfig) -> dict[str, str | None]:
-    models = {"student": config.student, "teacher": config.teacher}
-    return models | {role_of(name): teacher.model for name, teacher in config.teachers.items()}
-
-
-def _decisive(config: RunConfig) -> dict[str, Any]:
-    """The values that decide what a run does, by dotted path."""
-    # LoRA and teachers as a whole: their keys are there or not. Where a teacher is served is free.
-    passed_over = (*_FREE, "train.lora.", "teachers")
-    # Likely secrets are masked in the record; a change shows in the prompts' fingerprint.
-    every = flat(comparable(dump_config(config)))
-    values = {k: v for k, v in every if not k.startswith(passed_over)}
-    values["train.lora"] = config.train.lora and config.train.lora.model_dump(mode="json")
-    values["teachers"] = {name: teacher.model for name, teacher in config.teachers.items()}
-    # `auto` depends on runtime.kind, which may change; what it comes to may not.
-    values["schedule.overlap"] = config.is_overlapped
-    return values
 
 
 def clear_smoke(config: RunConfig) -> None:
@@ -377,61 +274,6 @@ def _clear_shared(config: RunConfig, record: Mapping[str, Any]) -> None:
         ObjectStore(parent).remove(name)
 
 
-# ---- The record of a run, its config.json
-
-
-def load_run(layout: RunLayout) -> RunConfig:
-    """The config a run directory was made with, `trust_remote_code` off whatever it was.
-
-    A directory may come from anybody. Who trusts the Python code that its models bring says so:
-    `load_run(layout).model_copy(update={"trust_remote_code": True})`. Servers that it would launch
-    are commands of whoever wrote it, too: read them before running the config.
-
-    Raises:
-        ConfigError: it is no run directory, or one of another version of npd.
-        StoreError: its config.json cannot be read.
-    """
-    return recorded_config(layout).model_copy(update={"trust_remote_code": False})
-
-
-def recorded_config(layout: RunLayout) -> RunConfig:
-    """The config as it was, for comparison with another one only. Errors as `load_run`."""
-    record = read_record(layout)
-    try:
-        config = RunConfig.model_validate(record["config"])
-    except TypeError as error:
-        raise _no_record(layout) from error
-    except ConfigError as error:
-        raise ConfigError(
-            f"{layout.config_json} is not what npd run writes in this version ({__version__}): "
-            f"{'; '.join(str(error).splitlines())}. Look at it with the version that wrote it, or "
-            "start a new run"
-        ) from error
-    return config.model_copy(update={"run_dir": layout.root})
-
-
-def read_record(layout: RunLayout) -> Mapping[str, Any]:
-    """Everything in a run's config.json. Errors as `load_run`."""
-    if not os.path.exists(layout.config_json):  # False for names that are too long too
-        raise ConfigError(
-            f"{shown_path(layout.root)} is not a run directory (it has no config.json): give the "
-            "directory that npd run wrote, e.g. runs/npd"
-        )
-    record = read_json(layout.config_json)
-    if not is_record(record):
-        raise _no_record(layout)
-    found: Mapping[str, Any] = record
-    return found
-
-
-def is_record(found: object) -> bool:
-    """Whether this is what config.json of a run holds; that of a model is something else."""
-    if not isinstance(found, dict):
-        return False
-    parts = ("config", "origins", "versions", "fingerprints")
-    return all(isinstance(found.get(part), dict) for part in parts)
-
-
 def export_source(run: Path) -> Path:
     """What `npd export` copies: a run's student, or an adapter by itself.
 
@@ -455,10 +297,3 @@ def export_source(run: Path) -> Path:
             f"the last checkpoint ({go_on})"
         ) from error
     return layout.student
-
-
-def _no_record(layout: RunLayout) -> ConfigError:
-    return ConfigError(
-        f"{layout.config_json} is not what npd run writes: give a run directory, made by this "
-        f"version of npd ({__version__})"
-    )

@@ -13,6 +13,7 @@ from datetime import datetime
 from difflib import get_close_matches
 
 from npd.config import DataConfig, RunConfig
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.completions import (
     check_completions,
     cut_heldout,
@@ -22,7 +23,6 @@ from npd.data.completions import (
     without_prose,
 )
 from npd.data.prompts import PromptSet, encode_prompts, load_prompts
-from npd.data.tokenizer import Chat
 from npd.data.vocabulary import check_rows
 from npd.errors import DataError
 from npd.text import counted
@@ -69,7 +69,7 @@ def for_workers(config: RunConfig, prepared: RunInputs) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def read_data(config: RunConfig, chat: Chat) -> RunInputs:
+def read_data(config: RunConfig, chat: ChatTokenizer) -> RunInputs:
     """The prompts as the student's `chat` has them, checked for what the run needs of them.
 
     Raises:
@@ -120,7 +120,7 @@ def data_section(config: RunConfig) -> DataConfig:
 
 
 def _train_prompts(
-    found: PromptSet, chat: Chat, config: RunConfig
+    found: PromptSet, chat: ChatTokenizer, config: RunConfig
 ) -> tuple[list[EncodedPrompt], dict[str, int]]:
     is_trained_on = config.generate.source == "dataset"
     prompts, dropped = encode_prompts(
@@ -138,7 +138,7 @@ def _train_prompts(
 
 
 def _heldout_prompts(
-    found: PromptSet, chat: Chat, config: RunConfig
+    found: PromptSet, chat: ChatTokenizer, config: RunConfig
 ) -> tuple[list[EncodedPrompt], dict[str, int]]:
     is_measured_on = config.eval.source == "completion"
     heldout, dropped = encode_prompts(
@@ -154,7 +154,7 @@ def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPromp
     return [replace(prompt, index=i) for i, prompt in enumerate(prompts, first)]
 
 
-def _remarks(found: PromptSet, chat: Chat) -> Iterator[str]:
+def _remarks(found: PromptSet, chat: ChatTokenizer) -> Iterator[str]:
     if found.joined:
         yield f"`input` is put below the prompt, after an empty line, in {found.joined:,} records"
     if found.unread:

@@ -2,7 +2,7 @@
 
 Promises: a bad record is an error with its location, or is dropped and counted; no held-out prompt
 is trained on. Does not open files (`npd.data.sources`), read records (`npd.data.records`), tokenise
-(`npd.data.tokenizer`) or shuffle (the controller decides all order).
+(`npd.data.chat_tokenizer`) or shuffle (the controller decides all order).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from hashlib import sha256
 from typing import Any
 
 from npd.config import DataConfig
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.records import COLUMNS, BadRecordError, joins_input, read_prompt, unread_columns
 from npd.data.sources import Unreadable, read_records
-from npd.data.tokenizer import Chat
 from npd.errors import ConfigError, DataError
 from npd.text import counted
 from npd.types import EncodedPrompt, Prompt
@@ -86,7 +86,7 @@ def load_prompts(config: DataConfig, seed: int = 0) -> PromptSet:
 
 def encode_prompts(
     prompts: Sequence[Prompt],
-    chat: Chat,
+    chat: ChatTokenizer,
     config: DataConfig,
     *,
     needs_alone: bool = True,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import RunConfig
-from npd.data.tokenizer import Chat, load_tokenizer
+from npd.data.chat_tokenizer import ChatTokenizer, load_tokenizer
 from npd.errors import ConfigError, ModelError
 from npd.models.files import end_ids, rows_of
 from npd.types import EncodedPrompt, role_of
@@ -86,7 +86,7 @@ def _probe_difference(teacher: Any, student: Any) -> str:
     return ""
 
 
-def check_support(config: RunConfig, chat: Chat) -> None:
+def check_support(config: RunConfig, chat: ChatTokenizer) -> None:
     """Check that the teacher has as many ids as are to be kept of each position.
 
     Raises:
@@ -99,7 +99,7 @@ def check_support(config: RunConfig, chat: Chat) -> None:
         )
 
 
-def compare_ends(config: RunConfig, chat: Chat) -> tuple[frozenset[int], tuple[str, ...]]:
+def compare_ends(config: RunConfig, chat: ChatTokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
     """Every token that ends a response of this run, and where teachers differ from the student.
 
     Raises:
@@ -115,7 +115,7 @@ def compare_ends(config: RunConfig, chat: Chat) -> tuple[frozenset[int], tuple[s
     for name, model in config.teacher_models.items() if config.needs_teacher else ():
         try:
             trust = config.trust_remote_code
-            teacher = Chat.load(model, trust_remote_code=trust, role=role_of(name))
+            teacher = ChatTokenizer.load(model, trust_remote_code=trust, role=role_of(name))
         except ModelError:
             continue  # without an end token of its own it adds none
         stops = {i for i in teacher.stop_ids if i < chat.vocab_size}
@@ -127,7 +127,7 @@ def compare_ends(config: RunConfig, chat: Chat) -> tuple[frozenset[int], tuple[s
     return frozenset(found) | set(config.generate.stop_ids), tuple(notes)
 
 
-def _other_ends(role: str, teacher: Chat, student: Chat) -> str:
+def _other_ends(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -> str:
     return (
         f"the {role} ends a response with {_tokens(teacher)}, the student with {_tokens(student)}: "
         "each of them ends a response in this run, and the generation config of the saved student "
@@ -135,12 +135,12 @@ def _other_ends(role: str, teacher: Chat, student: Chat) -> str:
     )
 
 
-def _tokens(chat: Chat) -> str:
+def _tokens(chat: ChatTokenizer) -> str:
     tokens = [chat.tokenizer.convert_ids_to_tokens(i) for i in sorted(chat.stop_ids)]
     return " or ".join(map(str, tokens))
 
 
-def _other_template(role: str, teacher: Chat, student: Chat) -> str:
+def _other_template(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -> str:
     if not student.has_template:
         return (
             f"the {role} has a chat template and the student has none, so the {role} reads bare "
@@ -154,7 +154,7 @@ def _other_template(role: str, teacher: Chat, student: Chat) -> str:
     )
 
 
-def check_rows(config: RunConfig, chat: Chat, prompts: Iterable[EncodedPrompt]) -> None:
+def check_rows(config: RunConfig, chat: ChatTokenizer, prompts: Iterable[EncodedPrompt]) -> None:
     """Check that every model has a row for every token id that may reach it.
 
     Raises:
@@ -177,7 +177,7 @@ def check_rows(config: RunConfig, chat: Chat, prompts: Iterable[EncodedPrompt]) 
             raise _without_row(role, model, rows, what, chat.vocab_size - 1, chat)
 
 
-def _highest(chat: Chat, prompts: Iterable[EncodedPrompt]) -> Iterator[tuple[str, int]]:
+def _highest(chat: ChatTokenizer, prompts: Iterable[EncodedPrompt]) -> Iterator[tuple[str, int]]:
     """The largest id of each kind of text, with words for where it comes from."""
     yield "an end token of the tokenizer", max(chat.stop_ids)
     for prompt in prompts:
@@ -187,7 +187,9 @@ def _highest(chat: Chat, prompts: Iterable[EncodedPrompt]) -> Iterator[tuple[str
             yield f"prompt {prompt.index}", max(found)
 
 
-def _without_row(role: str, model: str, rows: int, what: str, token: int, chat: Chat) -> ModelError:
+def _without_row(
+    role: str, model: str, rows: int, what: str, token: int, chat: ChatTokenizer
+) -> ModelError:
     return ModelError(
         f"the {role} {model} has embeddings for {rows:,} token ids, and {what} has id {token}"
         f"{_name_of(token, chat)}: resize its embeddings and LM head, or use the tokenizer it was "
@@ -195,7 +197,7 @@ def _without_row(role: str, model: str, rows: int, what: str, token: int, chat: 
     )
 
 
-def _name_of(token: int, chat: Chat) -> str:
+def _name_of(token: int, chat: ChatTokenizer) -> str:
     """A token as text, in brackets; nothing where the student's tokenizer has none."""
     try:
         name = chat.tokenizer.convert_ids_to_tokens(token)

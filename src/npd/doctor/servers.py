@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from npd.config import GenerateConfig, LaunchConfig, RunConfig, ScoreConfig, ServedConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.doctor.hardware import gpu_checks
 from npd.engines import EngineServer, Refused, ServerFacts, Unavailable, build_server
 from npd.engines.capabilities import HELDOUT_TOP_K, check_context, check_vocabulary, widest_support
@@ -31,7 +31,7 @@ from npd.engines.server_process import (
     server_command,
     teacher_spec,
 )
-from npd.engines.verify_weights import StaleWeights, read_fingerprint, verify
+from npd.engines.verify_weights import WrongWeights, read_fingerprint, verify
 from npd.errors import NpdError
 from npd.models import fingerprint
 from npd.redaction import looks_secret, split_secret_flags
@@ -79,7 +79,7 @@ def _needs(config: RunConfig, failed: Set[str]) -> Iterator[_Need]:
     trust = config.trust_remote_code
     size = 0
     if "tokenizer" not in failed:
-        size = Chat.load(config.student, trust_remote_code=trust).vocab_size
+        size = ChatTokenizer.load(config.student, trust_remote_code=trust).vocab_size
     sound = _sound_models(config, failed)
     for where, section, model in served_sections(config):
         expected = Expected(
@@ -294,7 +294,7 @@ async def model_check(
     found = await read_fingerprint(server, own)
     try:
         evidence = verify(server.name, expected.model, found, own, None, expected.tolerance)
-    except StaleWeights as error:
+    except WrongWeights as error:
         if will_be_given:
             return Check.ok(
                 "", f"{server.name} holds other weights now, and is given the student's"
@@ -305,7 +305,7 @@ async def model_check(
 
 async def _plausible(server: EngineServer, expected: Expected, longest: int) -> Check:
     """Without the model's own log-probs: whether the server's model knows this tokenizer at all."""
-    chat = Chat.load(expected.model, trust_remote_code=expected.trust_remote_code)
+    chat = ChatTokenizer.load(expected.model, trust_remote_code=expected.trust_remote_code)
     texts = fingerprint.fingerprint_texts(chat.tokenizer, longest)
     empty = fingerprint.Fingerprint(tuple(texts), ())
     cost = -float((await read_fingerprint(server, empty)).flat.mean())

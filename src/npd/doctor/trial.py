@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from npd.config import RunConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.doctor.hardware import device_bytes
 from npd.environment import untested
 from npd.errors import NpdError
@@ -38,7 +38,9 @@ def trial_checks(config: RunConfig) -> Iterator[Check]:
     """A few tokens written by whoever writes in process, and read by each model read in process."""
     trust = config.trust_remote_code
     try:
-        chat = Chat.load(config.student, system=config.data.system, trust_remote_code=trust)
+        chat = ChatTokenizer.load(
+            config.student, system=config.data.system, trust_remote_code=trust
+        )
         prompt = chat.encode(Prompt(0, text=_ASKED))
     except NpdError as error:
         yield Check.fail("trial", str(error))
@@ -72,7 +74,9 @@ def _tried(what: str, look: Callable[[], str]) -> Check:
         return Check.fail(what, f"does not work here ({cause}): {remedy}")
 
 
-def _write(config: RunConfig, chat: Chat, prompt: EncodedPrompt, written: list[Rollout]) -> str:
+def _write(
+    config: RunConfig, chat: ChatTokenizer, prompt: EncodedPrompt, written: list[Rollout]
+) -> str:
     from npd.workers.generator import generator_for
 
     section = config.generate.model_copy(update={"max_new_tokens": NUM_TOKENS})
@@ -88,9 +92,9 @@ def _write(config: RunConfig, chat: Chat, prompt: EncodedPrompt, written: list[R
     return f"{config.generate.source} wrote {counted(num_tokens, 'token')}"
 
 
-def _read(config: RunConfig, chat: Chat, role: str, model: str, rollout: Rollout) -> str:
+def _read(config: RunConfig, chat: ChatTokenizer, role: str, model: str, rollout: Rollout) -> str:
     from npd.score.base import LogprobRequest, Logprobs
-    from npd.score.prefill import load_prefill_model
+    from npd.score.in_process import load_prefill_model
 
     trust, device = config.trust_remote_code, resolve_device(config.runtime.device)
     reader = load_prefill_model(

@@ -8,11 +8,11 @@ detected. Changes no server.
 
 Let n, o and s be the log-probs of the snapshot, of an earlier snapshot and of the server, on the
 same tokens. Then s = n + noise after a complete load, and s = o + noise after a load without
-effect; a partial load lies between the two. Hence staleness = <s - n, o - n> / |o - n|^2 is 0, 1,
-or between them. Its standard error follows from the residual of s - n. A mean over some 250 tokens
-detects a change a third the size of the noise on one token. n and o are computed in float32,
-because their noise would look like staleness. For smaller changes, a load without effect is
-detected by log-probs that are identical before and after it.
+effect; a partial load lies between the two. Hence the share of old weights,
+<s - n, o - n> / |o - n|^2, is 0, 1, or between them. Its standard error follows from the residual
+of s - n. A mean over some 250 tokens detects a change a third the size of the noise on one token.
+n and o are computed in float32, because their noise would look like old weights. For smaller
+changes, a load without effect is detected by log-probs that are identical before and after it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from npd.models import fingerprint
 from npd.models.fingerprint import Fingerprint
 
 DoubleArray: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-# The least staleness that is an error, and its significance in standard errors, which allows one
+# The least share that is an error, and its significance in standard errors, which allows one
 # false alarm in 30,000 refreshes.
-_STALE, _SIGMAS = 0.2, 4.0
+_MAX_OLD_SHARE, _SIGMAS = 0.2, 4.0
 # A change of weights that moves log-probs by less than this (nats) may be lost in bfloat16.
 _LEAST_CHANGE = 1e-3
 # Prompt tokens and generated tokens of the request of `check_untempered`.
@@ -44,7 +44,7 @@ _PROMPT, _GENERATED = 16, 16
 _RELOAD_REMEDY = "update the server's engine, or restart it with the snapshot as its model"
 
 
-class StaleWeights(RunError):
+class WrongWeights(RunError):
     """A server does not serve the weights that were loaded into it."""
 
 
@@ -67,28 +67,31 @@ class ServedSnapshot:
 class Verification:
     """The result of comparing a server with its snapshot.
 
-    `difference` is the mean |s - n| in nats per token. `staleness` and its standard error `error`
-    are None if there is no earlier snapshot. `reading` is the server's own log-probs, for
-    comparison after the next load.
+    `difference` is the mean |s - n| in nats per token. `old_share`, the share of old weights, and
+    its standard error `error` are None if there is no earlier snapshot. `reading` is the server's
+    own log-probs, for comparison after the next load.
     """
 
     difference: float
-    staleness: float | None = None
+    old_share: float | None = None
     error: float | None = None
     reading: Fingerprint | None = field(default=None, repr=False, compare=False)
 
     @property
     def can_tell(self) -> bool:
-        """Whether old weights would have been detected."""
-        return self.error is not None and self.error * _SIGMAS < 1.0
+        """Whether old weights would have been detected, as surely as good ones raise no alarm.
+
+        Their share is 1, and is measured below the threshold only if it is off by `_SIGMAS` too.
+        """
+        return self.error is not None and 2 * _SIGMAS * self.error < 1.0
 
     def __str__(self) -> str:
         within = f"log-probs within {self.difference:.4f} nats/token of the snapshot's"
-        if self.staleness is None:
+        if self.old_share is None:
             return within
         if not self.can_tell:
             return f"{within}, too close to the previous snapshot to detect a partial update"
-        return f"{within}, staleness {self.staleness:.2f} ± {self.error:.2f}"
+        return f"{within}, share of old weights {self.old_share:.2f} ± {self.error:.2f}"
 
 
 async def read_fingerprint(
@@ -116,12 +119,12 @@ def verify(
     in nats per token.
 
     Raises:
-        StaleWeights: the server does not serve `what`.
+        WrongWeights: the server does not serve `what`.
     """
     noise = found.flat.astype(np.float64) - new.flat
     difference = float(np.abs(noise).mean())
     if not difference <= tolerance:  # NaN too
-        raise StaleWeights(
+        raise WrongWeights(
             f"{name} does not serve {what}: its log-probs on fixed texts differ from the expected "
             f"ones by {difference:.3f} nats per token (at most {tolerance:g}). Load the right "
             "weights, or raise generate.probe_tolerance if only its precision differs"
@@ -133,35 +136,35 @@ def verify(
         return Verification(difference, reading=found)
     if before is not None:
         _check_answers_changed(name, what, found, before, change)
-    staleness, error = _staleness(noise, change)
-    if staleness > max(_STALE, _SIGMAS * error):
-        share = "an earlier snapshot" if staleness > 0.8 else "only a part of it"
-        raise StaleWeights(
+    old_share, error = _old_share(noise, change)
+    if old_share > max(_MAX_OLD_SHARE, _SIGMAS * error):
+        share = "an earlier snapshot" if old_share > 0.8 else "only a part of it"
+        raise WrongWeights(
             f"{name} does not serve {what} but {share}: on fixed texts its log-probs are "
-            f"{staleness:.0%} (± {error:.0%}) of the way back to the earlier ones. Its reload "
+            f"{old_share:.0%} (± {error:.0%}) of the way back to the earlier ones. Its reload "
             f"failed: {_RELOAD_REMEDY}"
         )
-    return Verification(difference, staleness, error, found)
+    return Verification(difference, old_share, error, found)
 
 
 def _check_answers_changed(
     name: str, what: str, found: Fingerprint, before: Fingerprint, change: DoubleArray
 ) -> None:
-    """Raise StaleWeights if `found` equals `before` although `change` is visible."""
+    """Raise WrongWeights if `found` equals `before` although `change` is visible."""
     is_visible = math.sqrt(float(change @ change) / len(change)) > _LEAST_CHANGE
     if is_visible and np.array_equal(found.flat, before.flat):
-        raise StaleWeights(
+        raise WrongWeights(
             f"{name} does not serve {what} but an earlier snapshot: on fixed texts its log-probs "
             f"are identical to those before the reload. Its reload failed: {_RELOAD_REMEDY}"
         )
 
 
-def _staleness(noise: DoubleArray, change: DoubleArray) -> tuple[float, float]:
+def _old_share(noise: DoubleArray, change: DoubleArray) -> tuple[float, float]:
     """The share of `change` [N] in `noise` [N] (0: none, 1: all), and its standard error."""
     size = float(change @ change)
-    staleness = float(noise @ change) / size
-    residual = noise - staleness * change
-    return staleness, math.sqrt(float(residual @ residual) / max(1, len(residual) - 1) / size)
+    old_share = float(noise @ change) / size
+    residual = noise - old_share * change
+    return old_share, math.sqrt(float(residual @ residual) / max(1, len(residual) - 1) / size)
 
 
 def _sequences_differ(one: Fingerprint, other: Fingerprint) -> bool:
@@ -202,7 +205,7 @@ class WeightVerifier:
         refers to the newest earlier snapshot.
 
         Raises:
-            StaleWeights: the server does not serve `snapshot`.
+            WrongWeights: the server does not serve `snapshot`.
         """
         new = snapshot.fingerprint
         assert new is not None, "a teacher is served without verification"

@@ -22,9 +22,9 @@ from npd.config import GenerateConfig
 from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.verify_weights import (
     ServedSnapshot,
-    StaleWeights,
     Verification,
     WeightVerifier,
+    WrongWeights,
     read_fingerprint,
 )
 from npd.errors import ConfigError, RunError, WorkerLostError
@@ -83,7 +83,7 @@ class WeightSync:
         verified.
 
         Raises:
-            StaleWeights: a server does not serve the snapshot.
+            WrongWeights: a server does not serve the snapshot.
             Unavailable: a server does not respond.
             ConfigError, RunError: a server cannot be reached, or does not support weight updates.
         """
@@ -172,7 +172,7 @@ class WeightSync:
                 await self._verifier.verify(server, served)
         except Unavailable as error:
             return error
-        except (Refused, StaleWeights) as error:
+        except (Refused, WrongWeights) as error:
             raise WorkerLostError(
                 f"{error}; it was restarted, or another run uses it: its responses since then are "
                 "discarded and requested again"

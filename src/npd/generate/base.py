@@ -67,7 +67,7 @@ def build_generator(
             vocab_size=vocab_size,
             trust_remote_code=trust_remote_code,
         )
-    from npd.generate.transformers import TransformersGenerator
+    from npd.generate.in_process import TransformersGenerator
 
     return TransformersGenerator(
         config,

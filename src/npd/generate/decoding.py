@@ -54,8 +54,8 @@ class Draft:
         """The random number in [0, 1) for the next token."""
         return self._stream.random()
 
-    def add(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
-        """Append a token. Raises RunError if its log-prob is not finite."""
+    def add(self, token: int, logprob: float, *, is_end: bool) -> None:
+        """Append a token, which may end the response. RunError if its log-prob is not finite."""
         if not math.isfinite(logprob):
             raise RunError(
                 f"the model gives non-finite logits at response token {len(self.ids)} of sample "
@@ -65,7 +65,7 @@ class Draft:
             )
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if token in stop_ids:
+        if is_end:
             self.finish = FinishReason.STOP
 
     def rollout(self, version: int, with_logprobs: bool) -> Rollout:
@@ -217,7 +217,7 @@ class _Rows:
         ids, logprobs = choose(logits, uniforms.to(logits.device), self._sampling)
         for draft, token, logprob in zip(drafts, ids.tolist(), logprobs.tolist(), strict=True):
             if not draft.is_done:
-                draft.add(token, logprob, self._sampling.stop_ids)
+                draft.add(token, logprob, is_end=self._sampling.is_end(token))
         self._inputs[torch.tensor(rows), 0] = ids
 
     def _drop(self, live: list[int]) -> None:

@@ -1,4 +1,6 @@
-"""Sampling from logits: greedy, temperature and top-p, by inverse CDF of one uniform per token.
+"""Sampling from logits (greedy, temperature, top-p), and the tokens that end a response.
+
+By inverse CDF of one uniform per token.
 
 Pure functions of their arguments, without random state. Independent of models and prompts.
 
@@ -32,6 +34,10 @@ class Sampling:
     top_p: float = 1.0
     batch_size: int = 32
     vocab_size: int | None = None
+
+    def is_end(self, token: int) -> bool:
+        """Whether a response ends with this token."""
+        return token in self.stop_ids
 
 
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.base import Completion, SamplingSettings
 from npd.engines.pool import ServerPool
 from npd.engines.server_process import ServerSpec, generator_spec
-from npd.engines.verify_weights import ServedSnapshot, StaleWeights, check_untempered
+from npd.engines.verify_weights import ServedSnapshot, WrongWeights, check_untempered
 from npd.engines.weight_sync import WeightSync
 from npd.errors import WorkerLostError
 from npd.models.metadata import model_settings
@@ -97,7 +97,7 @@ class ServedGenerator:
         """Load `snapshot` into every server, and verify it.
 
         Raises:
-            StaleWeights: a server does not serve the snapshot.
+            WrongWeights: a server does not serve the snapshot.
             ConfigError, RunError: a server cannot be started, reached or updated.
             WorkerLostError: our server exited or hangs.
         """
@@ -140,7 +140,7 @@ class ServedGenerator:
             )
         try:
             await self._weights.update(pool.admins, new, is_loaded=is_first and pool.is_ours)
-        except (StaleWeights, Unavailable) as error:
+        except (WrongWeights, Unavailable) as error:
             if isinstance(error, Unavailable):
                 pool.check(error)
             if is_first or not pool.is_ours:

@@ -100,12 +100,12 @@ def of_directory(directory: Path, trust_remote_code: bool = False) -> Fingerprin
     kept = read(directory)
     if kept is not None:
         return kept
-    from npd.data.tokenizer import Chat
+    from npd.data.chat_tokenizer import ChatTokenizer
     from npd.models.loading import load_model
     from npd.models.lora import base_of
 
     source = base_of(directory) or directory  # an adapter has no tokenizer of its own
-    tokenizer = Chat.load(source, trust_remote_code=trust_remote_code).tokenizer
+    tokenizer = ChatTokenizer.load(source, trust_remote_code=trust_remote_code).tokenizer
     # On the CPU, because servers may occupy the GPUs.
     model = load_model(
         directory, role="snapshot", dtype="float32", trust_remote_code=trust_remote_code

@@ -128,16 +128,6 @@ def read_hidden(
     return torch.cat([ids for ids, _ in found]), torch.cat([logprobs for _, logprobs in found])
 
 
-def topk_of_hidden(
-    hidden_Nd: Tensor, head: Head, k: int, *, vocab_size: int | None = None, chunk: int = 512
-) -> tuple[Tensor, Tensor]:
-    """The top `k` ids [N, k] of hidden states and their log-probabilities, highest first.
-
-    Ids from `vocab_size` on are padding: never chosen, but part of the softmax.
-    """
-    return read_hidden(hidden_Nd, head, lambda _, logits: top_k(logits[:, :vocab_size], k), chunk)
-
-
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Ids [C, k] of the k highest of `logits` [C, V], highest first, in two stages of torch.topk.
 

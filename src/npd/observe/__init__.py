@@ -1,1 +1,1 @@
-"""Metrics, traces, the live view and the report of a run. Imports no other room."""
+"""Metrics, traces, the live view and the report of a run. Loads no model and no torch."""

@@ -36,7 +36,7 @@ def build_scorer(
     Raises:
         ModelError: the teacher cannot be loaded.
     """
-    from npd.score.prefill import load_prefill_model
+    from npd.score.in_process import load_prefill_model
     from npd.score.scorer import TeacherStudentScorer
 
     def load(model: Path | str, role: str = "student") -> LogprobModel:
@@ -105,7 +105,7 @@ def open_teachers(
     verification of a running one. With `get_teacher`, which returns a teacher by name, teachers in
     process are not loaded. `widest` and errors as in `open_teacher`.
     """
-    from npd.score.prefill import load_prefill_model
+    from npd.score.in_process import load_prefill_model
     from npd.score.teachers import Teachers
 
     def load(name: str) -> LogprobModel:

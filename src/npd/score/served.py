@@ -28,7 +28,7 @@ from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.capabilities import check_context, check_vocabulary, widest_support
 from npd.engines.pool import ServerPool
 from npd.engines.server_process import ServerSpec, teacher_spec
-from npd.engines.verify_weights import StaleWeights, read_fingerprint, verify
+from npd.engines.verify_weights import WrongWeights, read_fingerprint, verify
 from npd.errors import ConfigError, RunError
 from npd.models import fingerprint
 from npd.models.fingerprint import Fingerprint
@@ -181,7 +181,7 @@ class ServedTeacher:
         found = await read_fingerprint(server, own)
         try:
             verification = verify(server.name, self._teacher, found, own, None, self._tolerance)
-        except StaleWeights as error:
+        except WrongWeights as error:
             raise ConfigError(f"{error}; serve {self._teacher} there") from error
         return f"{server.name} serves {self._teacher}: {verification}"
 

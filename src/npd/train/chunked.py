@@ -3,7 +3,7 @@
 The forward pass also computes the gradients (three head matmuls, without recomputation), so a
 chunk's logits are freed before the next chunk's exist. They are in one buffer of the compute dtype,
 which two passes process. The first pass reduces each row to the teacher's k ids plus one
-log-sum-exp of the rest; loss and gradient are functions of those k + 1 numbers. The second pass
+log-sum-exp of the tail; loss and gradient are functions of those k + 1 numbers. The second pass
 overwrites the logits with their gradient. The passes are a parameter (`LogitsPasses`): plain torch
 in small blocks of rows (`npd.train.logits_passes`), or fused kernels (`npd.train.triton_passes`).
 Both share targets, divergences, metrics and matmuls. Sums over tokens and the head's gradient are
@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
-from npd.train.divergence import NOTHING, LossSpec, Support, kd_of_buckets
-from npd.train.logits_passes import LogitGrads, LogitsPasses, OutsideStats, finish
-from npd.train.loss_targets import Targets, TokenValues, agreement, metric_sums, overlap
+from npd.train.divergence import LossSpec, kd_of_buckets
+from npd.train.logits_passes import LogitGrads, LogitsPasses, TailStats, finish
+from npd.train.loss_targets import NOTHING, Support, Targets
+from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 
 # Rows of the head per matmul of its gradient in the compute dtype. Large enough for an efficient
 # matmul, small enough for the allocator (on CPU: the cache) to reuse.
@@ -98,17 +99,17 @@ def _chunk(
     inside_CK = label_C.new_empty((len(label_C), 0))
     if support is not None:
         inside_CK = finish(logits_CV, support.ids_NK, head, dtype)
-    rest = passes.stats_outside(logits_CV, head, support, inside_CK)
+    tail = passes.tail_stats(logits_CV, head, support, inside_CK)
     valid_CK = inside_CK if support is None else torch.where(support.valid_NK, inside_CK, NOTHING)
-    buckets_CB = torch.cat([valid_CK, rest.log_sum_C[:, None]], dim=-1)
+    buckets_CB = torch.cat([valid_CK, tail.log_sum_C[:, None]], dim=-1)
     value, bucket_grads_CB, found = _token_losses(
-        buckets_CB, label_C, rest, targets, spec, scale, with_grads=grads.is_required
+        buckets_CB, label_C, tail, targets, spec, scale, with_grads=grads.is_required
     )
     if bucket_grads_CB is not None:
         logit_grads = _logit_grads(
-            bucket_grads_CB, inside_CK, label_C, rest, targets, spec, scale, head
+            bucket_grads_CB, inside_CK, label_C, tail, targets, spec, scale, head
         )
-        passes.write_grads(logits_CV, head, support, inside_CK, rest, logit_grads, grads.bias_V)
+        passes.write_grads(logits_CV, head, support, inside_CK, tail, logit_grads, grads.bias_V)
         _accumulate(grads, logits_CV, hidden_Cd, head, part)
     return value, metric_sums(targets, found)
 
@@ -116,7 +117,7 @@ def _chunk(
 def _token_losses(
     buckets_CB: Tensor,
     label_C: Tensor,
-    rest: OutsideStats,
+    tail: TailStats,
     targets: Targets,
     spec: LossSpec,
     scale: Tensor,
@@ -135,7 +136,7 @@ def _token_losses(
         value = scale * (targets.weights_N * token).sum()
         if with_grads:
             (logit_grads,) = torch.autograd.grad(value, buckets)
-    found = _values(buckets_CB, ce.detach(), kd, rest, support)
+    found = _values(buckets_CB, ce.detach(), kd, tail, support)
     return value.detach(), logit_grads, found
 
 
@@ -143,19 +144,19 @@ def _values(
     buckets_CB: Tensor,
     ce_C: Tensor,
     kd_C: Tensor | None,
-    rest: OutsideStats,
+    tail: TailStats,
     support: Support | None,
 ) -> TokenValues:
     logprobs = F.log_softmax(buckets_CB, dim=-1)
     probs = logprobs.exp()
-    entropy = probs[:, -1] * rest.entropy_C - (probs * logprobs).sum(dim=-1)
+    entropy = probs[:, -1] * tail.entropy_C - (probs * logprobs).sum(dim=-1)
     if support is None or kd_C is None:
         return TokenValues(ce_C, entropy)
     inside = buckets_CB[:, :-1]
     mass = probs[:, :-1].sum(dim=-1)
-    agrees = agreement(torch.maximum(rest.top_C, inside.amax(dim=-1)), inside, support)
+    agrees = agreement(torch.maximum(tail.top_C, inside.amax(dim=-1)), inside, support)
     return TokenValues(
-        ce_C, entropy, kd_C.detach(), mass, agrees, overlap(rest.top_C, inside, support)
+        ce_C, entropy, kd_C.detach(), mass, agrees, overlap(tail.top_C, inside, support)
     )
 
 
@@ -163,7 +164,7 @@ def _logit_grads(
     bucket_grads_CB: Tensor,
     inside_CK: Tensor,
     label_C: Tensor,
-    rest: OutsideStats,
+    tail: TailStats,
     targets: Targets,
     spec: LossSpec,
     scale: Tensor,
@@ -174,8 +175,8 @@ def _logit_grads(
     inside = bucket_grads_CB[:, :-1]
     if targets.support is not None:
         inside = torch.where(targets.support.valid_NK, inside, 0.0) * _finish_grad(inside_CK, head)
-    outside = torch.where(rest.is_some_C, bucket_grads_CB[:, -1], 0.0)
-    return LogitGrads(inside, outside, targets.labels_N, label)
+    in_tail = torch.where(tail.is_some_C, bucket_grads_CB[:, -1], 0.0)
+    return LogitGrads(inside, in_tail, targets.labels_N, label)
 
 
 def _finish_grad(logits: Tensor, head: Head) -> Tensor:

@@ -1,12 +1,13 @@
 """The divergence of student and teacher at a token, on the teacher's support.
 
-A position has k + 1 buckets: the k ids of the teacher's support, and the tail outside it. Every
-target and divergence is a function of both models' bucket log-probabilities, defined here once for
-all implementations of the loss. Promises finite values and gradients for missing entries (teacher
+A position has k + 1 buckets: the k ids of the teacher's support, and the tail outside it. Target
+`tail` has a term for the tail, `topk` leaves it out, `renorm` divides it away. Every target and
+divergence is a function of both models' bucket log-probabilities, defined here once for all
+implementations of the loss. Promises finite values and gradients for missing entries (teacher
 log-prob -inf) and for a support of the whole vocabulary. Independent of hidden states, heads, token
 weights and chunks.
 
-Dimensions: N tokens, V vocabulary, K support size, B = K + 1 buckets (the last one is the outside).
+Dimensions: N tokens, V vocabulary, K support size, B = K + 1 buckets (the last one is the tail).
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from torch.nn import functional as F
 
 from npd.config.checks import target_problems
 from npd.errors import ConfigError
+from npd.train.loss_targets import NOTHING, Support, Target
 
-Target: TypeAlias = Literal["topk", "renorm", "tail", "sampled"]
 Divergence: TypeAlias = Literal["forward", "reverse", "jsd"]
 
-# Replaces -inf: exp(NOTHING) is 0, and 0 * NOTHING and NOTHING - NOTHING are 0 instead of NaN.
-NOTHING = -1e30
 # Below this, 1 - M_T is float32 noise, and reverse KL needs a finite log of it.
 _TAIL_FLOOR = 1e-8
 
@@ -59,68 +58,6 @@ class LossSpec:
             raise ConfigError(*found)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Support:
-    """The teacher's top-k or sampled ids and log-probs, safe to gather with.
-
-    `ids_NK` int64 are all in [0, V); missing entries repeat an id of their row. `valid_NK` bool
-    marks the others. `logprobs_NK` is log p_T in nats, NOTHING for missing entries. `share_NK`, for
-    sampled targets only, is the id's share of the row's samples (repeated samples are merged into
-    one entry).
-    """
-
-    ids_NK: Tensor
-    valid_NK: Tensor
-    logprobs_NK: Tensor
-    share_NK: Tensor | None = None
-
-    def rows(self, part: slice) -> Support:
-        """The support of a subset of the tokens."""
-        share = None if self.share_NK is None else self.share_NK[part]
-        return Support(self.ids_NK[part], self.valid_NK[part], self.logprobs_NK[part], share)
-
-    @property
-    def some_N1(self) -> Tensor:
-        """Whether the position has a teacher."""
-        return self.valid_NK.any(dim=-1, keepdim=True)
-
-    @property
-    def mass_N(self) -> Tensor:
-        """The teacher's probability inside the support, M_T."""
-        return self.logprobs_NK.exp().sum(dim=-1)
-
-
-def demand(is_met: Tensor, message: str) -> None:
-    """Assert that all of `is_met` holds; on a GPU asynchronously, without waiting."""
-    if is_met.device.type == "cpu":
-        assert bool(is_met.all()), message
-    else:
-        torch._assert_async(is_met.all(), message)
-
-
-def make_support(
-    ids_NK: Tensor, logprobs_NK: Tensor, target: Target, vocab_size: int, dtype: torch.dtype
-) -> Support:
-    """A checked Support from the teacher's ids [N, K] and log-probabilities [N, K].
-
-    Log-probability -inf (or NaN) marks a missing entry, whose id is ignored.
-    """
-    assert ids_NK.shape == logprobs_NK.shape, (ids_NK.shape, logprobs_NK.shape)
-    assert ids_NK.shape[-1] > 0, "a teacher support needs at least one id"
-    ids, logprobs = ids_NK.long(), logprobs_NK.to(dtype)
-    valid = logprobs > -math.inf
-    share = None
-    if target == "sampled":
-        ids, logprobs, valid, share = _merge_draws(ids, logprobs, valid)
-    else:
-        demand(_is_first(ids, valid), "an id occurs twice in a teacher's support")
-    logprobs = torch.where(valid, logprobs, NOTHING)
-    best = ids.gather(-1, logprobs.argmax(dim=-1, keepdim=True))
-    ids = torch.where(valid, ids, torch.where(valid.any(dim=-1, keepdim=True), best, 0))
-    demand((ids >= 0) & (ids < vocab_size), "a teacher id is outside the vocabulary")
-    return Support(ids, valid, logprobs, share)
-
-
 def kd_of_buckets(student_NB: Tensor, support: Support, spec: LossSpec) -> Tensor:
     """KD [N] in nats from the student's bucket log-probabilities [N, K + 1].
 
@@ -134,10 +71,10 @@ def kd_of_buckets(student_NB: Tensor, support: Support, spec: LossSpec) -> Tenso
     teacher = _temper(support.logprobs_NK, spec.temperature)
     student = _temper(inside, spec.temperature)
     if spec.target == "tail":
-        outside = student_NB[:, -1:]
-        student = torch.cat([student, outside], dim=-1)
-        teacher = torch.cat([teacher, _log_outside(support.logprobs_NK)], dim=-1)
-        valid = torch.cat([valid, outside > NOTHING / 2], dim=-1)
+        tail = student_NB[:, -1:]
+        student = torch.cat([student, tail], dim=-1)
+        teacher = torch.cat([teacher, _log_tail(support.logprobs_NK)], dim=-1)
+        valid = torch.cat([valid, tail > NOTHING / 2], dim=-1)
     elif spec.target == "renorm":
         teacher = F.log_softmax(teacher, dim=-1)
         # Forward KL can compare the renormalised teacher with the student's full softmax. But that
@@ -164,31 +101,6 @@ def _temper(logprobs_NK: Tensor, temperature: float) -> Tensor:
     return mass + F.log_softmax(logprobs_NK / temperature, dim=-1)
 
 
-def _log_outside(logprobs_NK: Tensor) -> Tensor:
+def _log_tail(logprobs_NK: Tensor) -> Tensor:
     mass = logprobs_NK.logsumexp(dim=-1, keepdim=True)
     return (-torch.expm1(mass)).clamp(min=_TAIL_FLOOR).log()
-
-
-def _merge_draws(
-    ids_NK: Tensor, logprobs_NK: Tensor, valid_NK: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ids, order = torch.where(valid_NK, ids_NK, -1).sort(dim=-1)
-    is_first = _starts(ids)
-    group = is_first.cumsum(dim=-1) - 1
-    drawn = (ids >= 0).to(logprobs_NK.dtype)
-    count = torch.zeros_like(drawn).scatter_add_(-1, group, drawn).gather(-1, group)
-    valid = is_first & (ids >= 0)
-    share = torch.where(valid, count / drawn.sum(dim=-1, keepdim=True).clamp(min=1.0), 0.0)
-    return ids, logprobs_NK.gather(-1, order), valid, share
-
-
-def _is_first(ids_NK: Tensor, valid_NK: Tensor) -> Tensor:
-    """Whether each id is the first of its value, in sorted order."""
-    unlike = -1 - torch.arange(ids_NK.shape[-1], device=ids_NK.device)
-    return _starts(torch.where(valid_NK, ids_NK, unlike).sort(dim=-1).values)
-
-
-def _starts(sorted_NK: Tensor) -> Tensor:
-    starts = torch.ones_like(sorted_NK, dtype=torch.bool)
-    starts[:, 1:] = sorted_NK[:, 1:] != sorted_NK[:, :-1]
-    return starts

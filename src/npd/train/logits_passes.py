@@ -1,9 +1,9 @@
 """The chunked loss's two passes over a chunk's logits, in plain torch.
 
-`stats_outside` reduces each row's logits outside the teacher's support to four numbers.
+`tail_stats` reduces each row's logits outside the teacher's support to four numbers.
 `write_grads` overwrites the logits with their gradient. Both process a few rows at a time in the
 accumulation dtype, so that their buffers fit a CPU's cache and are small beside the chunk. Both
-mask the support, so it does not affect maximum, sum or gradient of the rest. Every logit is
+mask the support, so it does not affect maximum, sum or gradient of the tail. Every logit is
 overwritten. Independent of the loss.
 
 Dimensions: C tokens of a chunk, V vocabulary, K support size, R rows of a block.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from npd.models.lm_head import Head
-from npd.train.divergence import NOTHING, Support
+from npd.train.loss_targets import NOTHING, Support
 
 # Logits of a block, of which two float32 copies exist. On CPU 2 x 4 MiB: smaller blocks are no
 # faster (1 to 64 rows of 49,152 take the same time). On GPUs large enough to hide kernel launches.
@@ -28,7 +28,7 @@ _BLOCK_ELSEWHERE = 2**24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OutsideStats:
+class TailStats:
     """Statistics of each row's logits outside the support [C].
 
     `top_C` is the largest logit, `log_sum_C` the log-sum-exp and `entropy_C` the entropy (nats) of
@@ -45,11 +45,11 @@ class OutsideStats:
 class LogitGrads:
     """Gradients with respect to the matmul's result, for the support and for the label.
 
-    For all other logits, `outside_C` is d loss / d log_sum_C, which `write_grads` distributes.
+    For all other logits, `tail_C` is d loss / d log_sum_C, which `write_grads` distributes.
     """
 
     inside_CK: Tensor
-    outside_C: Tensor
+    tail_C: Tensor
     labels_C: Tensor
     label_C: Tensor
 
@@ -57,9 +57,9 @@ class LogitGrads:
 class LogitsPasses(Protocol):
     """The two passes. `logits_CV` is the matmul's result, before bias, scale and softcap."""
 
-    def stats_outside(
+    def tail_stats(
         self, logits_CV: Tensor, head: Head, support: Support | None, inside_CK: Tensor
-    ) -> OutsideStats:
+    ) -> TailStats:
         """Reduce the logits outside the support; `inside_CK` are the finished logits inside it."""
 
     def write_grads(
@@ -68,7 +68,7 @@ class LogitsPasses(Protocol):
         head: Head,
         support: Support | None,
         inside_CK: Tensor,
-        rest: OutsideStats,
+        tail: TailStats,
         slopes: LogitGrads,
         bias_V: Tensor | None,
     ) -> None:
@@ -96,9 +96,9 @@ def _finish(logits: Tensor, bias: Tensor | None, head: Head) -> Tensor:
 class TorchPasses:
     """Both passes with torch operations, for any device and dtype."""
 
-    def stats_outside(
+    def tail_stats(
         self, logits_CV: Tensor, head: Head, support: Support | None, inside_CK: Tensor
-    ) -> OutsideStats:
+    ) -> TailStats:
         """Needs only a block's softmax, whose largest value is 1 / the sum of exponentials."""
         top, total, moment = (inside_CK.new_empty(len(logits_CV)) for _ in range(3))
         for rows, logits, probs in _blocks(logits_CV, head, support, inside_CK):
@@ -110,7 +110,7 @@ class TorchPasses:
         is_some = ~(top <= NOTHING / 2)  # True for NaN, so that NaN propagates
         log_total = total.log_()
         log_sum = torch.where(is_some, top + log_total, NOTHING)
-        return OutsideStats(is_some, top, log_sum, torch.where(is_some, log_total - moment, 0.0))
+        return TailStats(is_some, top, log_sum, torch.where(is_some, log_total - moment, 0.0))
 
     def write_grads(
         self,
@@ -118,15 +118,15 @@ class TorchPasses:
         head: Head,
         support: Support | None,
         inside_CK: Tensor,
-        rest: OutsideStats,
+        tail: TailStats,
         slopes: LogitGrads,
         bias_V: Tensor | None,
     ) -> None:
         """Recomputes the softmax, which costs less than keeping it."""
-        outside_C1 = (slopes.outside_C * head.scale)[:, None]
+        tail_C1 = (slopes.tail_C * head.scale)[:, None]
         for rows, logits, probs in _blocks(logits_CV, head, support, inside_CK):
             torch.softmax(logits, dim=-1, out=probs)
-            probs.mul_(outside_C1[rows])
+            probs.mul_(tail_C1[rows])
             if head.softcap is not None:
                 # Masked logits are far below the range of tanh, and their softmax is 0 anyway.
                 slope = logits.div_(head.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)

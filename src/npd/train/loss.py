@@ -27,10 +27,10 @@ from torch.amp import is_autocast_available
 from npd.config.sections import chunk_for
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
-from npd.train.divergence import Divergence, LossSpec, Target, demand, make_support
+from npd.train.divergence import Divergence, LossSpec
 from npd.train.fsdp import gathered_head
 from npd.train.logits_passes import LogitsPasses, TorchPasses
-from npd.train.loss_targets import Targets
+from npd.train.loss_targets import Target, Targets, demand, make_support
 from npd.train.reference import reference_loss
 
 Impl: TypeAlias = Literal["chunked", "triton", "reference"]

@@ -1,22 +1,24 @@
-"""The loss's inputs for each token, and its metrics: targets in, metric sums out.
+"""The loss's inputs for each token: label, weight, the teacher's support, the snapshot's log-prob.
 
-Every metric is a sum over tokens of weight times value, so sums of micro-batches add up. The caller
-divides by `tokens` (drift and ratios: by `n_behavior`). Does not compute losses.
+Promises values safe to gather with: ids of missing entries are ids of their row. Does not compute
+losses.
 
-Dimensions: N or C tokens, K teacher support size.
+Dimensions: N tokens, V vocabulary, K teacher support size.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from npd.train.divergence import Support
+Target: TypeAlias = Literal["topk", "renorm", "tail", "sampled"]
 
-# Limit of |log rho|. It keeps rho^2 finite, and larger ratios carry no information.
-_MAX_LOG_RATIO = 20.0
+# Replaces -inf: exp(NOTHING) is 0, and 0 * NOTHING and NOTHING - NOTHING are 0 instead of NaN.
+NOTHING = -1e30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,69 +45,87 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenValues:
-    """Values measured at each token, [N] each, detached: nats, or shares in [0, 1]."""
+class Support:
+    """The teacher's top-k or sampled ids and log-probs, safe to gather with.
 
-    ce_N: Tensor
-    entropy_N: Tensor
-    kd_N: Tensor | None = None
-    student_mass_N: Tensor | None = None
-    agreement_N: Tensor | None = None
-    overlap_N: Tensor | None = None
-
-
-def metric_sums(targets: Targets, found: TokenValues) -> dict[str, Tensor]:
-    """Sums over tokens of weight times value, by metric name (`tokens`: the sum of weights)."""
-    values: dict[str, Tensor] = {
-        "tokens": torch.ones_like(found.ce_N),
-        "ce": found.ce_N,
-        "entropy": found.entropy_N,
-    }
-    if targets.support is not None:
-        assert found.kd_N is not None
-        assert found.student_mass_N is not None
-        assert found.agreement_N is not None
-        assert found.overlap_N is not None
-        values["kd"] = found.kd_N
-        values["teacher_mass"] = targets.support.mass_N
-        values["student_mass"] = found.student_mass_N
-        values["agreement"] = found.agreement_N
-        values["overlap"] = found.overlap_N
-    if targets.behavior_N is not None:
-        values |= _drift(-found.ce_N, targets.behavior_N)
-    weights = targets.weights_N
-    return {name: (weights * value).sum() for name, value in values.items()}
-
-
-def agreement(best_C: Tensor, inside_CK: Tensor, support: Support) -> Tensor:
-    """1 where the teacher's likeliest id has the student's highest logit (ties agree), else 0."""
-    top1 = support.logprobs_NK.argmax(dim=-1, keepdim=True)
-    agrees = inside_CK.gather(-1, top1)[:, 0] >= best_C
-    return (agrees & support.some_N1[:, 0]).to(inside_CK.dtype)
-
-
-def overlap(top_C: Tensor, inside_CK: Tensor, support: Support) -> Tensor:
-    """Share of a row's support ids with a logit at least as high as every logit outside it.
-
-    That is a lower bound of the overlap of both top-k sets, and 1 exactly if the sets are equal.
-    The overlap itself would need the student's top k: another pass over the vocabulary.
+    `ids_NK` int64 are all in [0, V); missing entries repeat an id of their row. `valid_NK` bool
+    marks the others. `logprobs_NK` is log p_T in nats, NOTHING for missing entries. `share_NK`, for
+    sampled targets only, is the id's share of the row's samples (repeated samples are merged into
+    one entry).
     """
-    above = (inside_CK >= top_C[:, None]) & support.valid_NK
-    count = support.valid_NK.sum(dim=-1).clamp(min=1)
-    return above.sum(dim=-1).to(inside_CK.dtype) / count
+
+    ids_NK: Tensor
+    valid_NK: Tensor
+    logprobs_NK: Tensor
+    share_NK: Tensor | None = None
+
+    def rows(self, part: slice) -> Support:
+        """The support of a subset of the tokens."""
+        share = None if self.share_NK is None else self.share_NK[part]
+        return Support(self.ids_NK[part], self.valid_NK[part], self.logprobs_NK[part], share)
+
+    @property
+    def some_N1(self) -> Tensor:
+        """Whether the position has a teacher."""
+        return self.valid_NK.any(dim=-1, keepdim=True)
+
+    @property
+    def mass_N(self) -> Tensor:
+        """The teacher's probability inside the support, M_T."""
+        return self.logprobs_NK.exp().sum(dim=-1)
 
 
-def _drift(logprobs_N: Tensor, behavior_N: Tensor) -> dict[str, Tensor]:
-    known = ~behavior_N.isnan()
-    log_rho = torch.where(known, logprobs_N - behavior_N, 0.0).clamp(
-        -_MAX_LOG_RATIO, _MAX_LOG_RATIO
-    )
-    rho = log_rho.exp()
-    values = {
-        "drift": rho * log_rho - rho + 1.0,
-        "drift_k3": rho - 1.0 - log_rho,
-        "rho": rho,
-        "rho_sq": rho * rho,
-        "n_behavior": torch.ones_like(rho),
-    }
-    return {name: torch.where(known, value, 0.0) for name, value in values.items()}
+def demand(is_met: Tensor, message: str) -> None:
+    """Assert that all of `is_met` holds; on a GPU asynchronously, without waiting."""
+    if is_met.device.type == "cpu":
+        assert bool(is_met.all()), message
+    else:
+        torch._assert_async(is_met.all(), message)
+
+
+def make_support(
+    ids_NK: Tensor, logprobs_NK: Tensor, target: Target, vocab_size: int, dtype: torch.dtype
+) -> Support:
+    """A checked Support from the teacher's ids [N, K] and log-probabilities [N, K].
+
+    Log-probability -inf (or NaN) marks a missing entry, whose id is ignored.
+    """
+    assert ids_NK.shape == logprobs_NK.shape, (ids_NK.shape, logprobs_NK.shape)
+    assert ids_NK.shape[-1] > 0, "a teacher support needs at least one id"
+    ids, logprobs = ids_NK.long(), logprobs_NK.to(dtype)
+    valid = logprobs > -math.inf
+    share = None
+    if target == "sampled":
+        ids, logprobs, valid, share = _merge_draws(ids, logprobs, valid)
+    else:
+        demand(_is_first(ids, valid), "an id occurs twice in a teacher's support")
+    logprobs = torch.where(valid, logprobs, NOTHING)
+    best = ids.gather(-1, logprobs.argmax(dim=-1, keepdim=True))
+    ids = torch.where(valid, ids, torch.where(valid.any(dim=-1, keepdim=True), best, 0))
+    demand((ids >= 0) & (ids < vocab_size), "a teacher id is outside the vocabulary")
+    return Support(ids, valid, logprobs, share)
+
+
+def _merge_draws(
+    ids_NK: Tensor, logprobs_NK: Tensor, valid_NK: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids, order = torch.where(valid_NK, ids_NK, -1).sort(dim=-1)
+    is_first = _starts(ids)
+    group = is_first.cumsum(dim=-1) - 1
+    drawn = (ids >= 0).to(logprobs_NK.dtype)
+    count = torch.zeros_like(drawn).scatter_add_(-1, group, drawn).gather(-1, group)
+    valid = is_first & (ids >= 0)
+    share = torch.where(valid, count / drawn.sum(dim=-1, keepdim=True).clamp(min=1.0), 0.0)
+    return ids, logprobs_NK.gather(-1, order), valid, share
+
+
+def _is_first(ids_NK: Tensor, valid_NK: Tensor) -> Tensor:
+    """Whether each id is the first of its value, in sorted order."""
+    unlike = -1 - torch.arange(ids_NK.shape[-1], device=ids_NK.device)
+    return _starts(torch.where(valid_NK, ids_NK, unlike).sort(dim=-1).values)
+
+
+def _starts(sorted_NK: Tensor) -> Tensor:
+    starts = torch.ones_like(sorted_NK, dtype=torch.bool)
+    starts[:, 1:] = sorted_NK[:, 1:] != sorted_NK[:, :-1]
+    return starts

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
-from npd.train.divergence import NOTHING, LossSpec, kd_of_buckets
-from npd.train.loss_targets import Targets, TokenValues, agreement, metric_sums, overlap
+from npd.train.divergence import LossSpec, kd_of_buckets
+from npd.train.loss_targets import NOTHING, Targets
+from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 
 
 def reference_loss(
@@ -36,8 +37,8 @@ def reference_loss(
     is_inside = torch.zeros_like(logprobs_NV, dtype=torch.bool).scatter_(
         -1, support.ids_NK, support.some_N1.expand_as(support.ids_NK)
     )
-    outside = logprobs_NV.masked_fill(is_inside, NOTHING).logsumexp(dim=-1, keepdim=True)
-    kd = kd_of_buckets(torch.cat([inside, outside], dim=-1), support, spec)
+    tail = logprobs_NV.masked_fill(is_inside, NOTHING).logsumexp(dim=-1, keepdim=True)
+    kd = kd_of_buckets(torch.cat([inside, tail], dim=-1), support, spec)
     with torch.no_grad():
         agrees = agreement(logprobs_NV.amax(dim=-1), inside, support)
         shared = overlap(logprobs_NV.masked_fill(is_inside, NOTHING).amax(-1), inside, support)

@@ -7,7 +7,7 @@ repeats an uninterrupted one.
 
 With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
 reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
-same order. Samples, their order and the learning rate are given by `Step`.
+same order. A `Step` brings its samples, their order and its learning rate (`npd.schedule.step`).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from npd.models.lm_head import Head
-from npd.train.divergence import NOTHING, Support
-from npd.train.logits_passes import LogitGrads, OutsideStats
+from npd.train.logits_passes import LogitGrads, TailStats
+from npd.train.loss_targets import NOTHING, Support
 
 # Logits that a program holds at a time, and its warps.
 _BLOCK, _WARPS = 4096, 8
@@ -37,9 +37,9 @@ def can_run(device: torch.device) -> bool:
 class TritonPasses:
     """Both passes as kernels, with the contract of `LogitsPasses`."""
 
-    def stats_outside(
+    def tail_stats(
         self, logits_CV: Tensor, head: Head, support: Support | None, inside_CK: Tensor
-    ) -> OutsideStats:
+    ) -> TailStats:
         """One pass with a running maximum; masks the support in `logits_CV`."""
         if support is not None:
             # Missing entries repeat an id of their row, so duplicate writes agree.
@@ -47,14 +47,14 @@ class TritonPasses:
             logits_CV.scatter_(-1, support.ids_NK, torch.where(support.some_N1, -math.inf, taken))
         top, total, moment = (inside_CK.new_empty(len(logits_CV)) for _ in range(3))
         with _on(logits_CV.device):
-            _stats_outside[(len(logits_CV),)](
+            _tail_stats[(len(logits_CV),)](
                 logits_CV, top, total, moment, **_shared(logits_CV, head, top.dtype)
             )
         is_some = ~(top <= NOTHING / 2) | total.isnan()
         safe = torch.where(is_some, total, 1.0)
         log_sum = torch.where(is_some, top + safe.log(), NOTHING)
         entropy = torch.where(is_some, safe.log() - moment / safe, 0.0)
-        return OutsideStats(is_some, top, log_sum, entropy)
+        return TailStats(is_some, top, log_sum, entropy)
 
     def write_grads(
         self,
@@ -62,14 +62,14 @@ class TritonPasses:
         head: Head,
         support: Support | None,
         inside_CK: Tensor,
-        rest: OutsideStats,
+        tail: TailStats,
         slopes: LogitGrads,
         bias_V: Tensor | None,
     ) -> None:
         """One pass writes the gradients of tail and labels; then the support's are added."""
-        shared = _shared(logits_CV, head, rest.top_C.dtype)
+        shared = _shared(logits_CV, head, tail.top_C.dtype)
         grid = (len(logits_CV), triton.cdiv(logits_CV.shape[1], shared["BLOCK"]))
-        rows = (rest.log_sum_C, slopes.outside_C, slopes.labels_C, slopes.label_C)
+        rows = (tail.log_sum_C, slopes.tail_C, slopes.labels_C, slopes.label_C)
         with _on(logits_CV.device):
             _write_grads[grid](logits_CV, *(row.contiguous() for row in rows), **shared)
         if support is not None:
@@ -109,18 +109,18 @@ def _finished(
     """A block's finished logits, and a mask of those outside the support."""
     there = columns < WIDTH
     value = tl.load(logits + row * WIDTH + columns, mask=there, other=float("-inf")).to(TYPE)
-    is_outside = value != float("-inf")
+    in_tail = value != float("-inf")
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=there, other=0.0).to(TYPE)
     value *= SCALE
     if HAS_SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(value / SOFTCAP))  # tanh without overflow
         value = tl.where(value < 0.0, -SOFTCAP, SOFTCAP) * (1.0 - decay) / (1.0 + decay)
-    return tl.where(is_outside, value, NOTHING), is_outside
+    return tl.where(in_tail, value, NOTHING), in_tail
 
 
 @triton.jit
-def _stats_outside(
+def _tail_stats(
     logits,
     top_out,
     total_out,
@@ -140,16 +140,16 @@ def _stats_outside(
     zero = tl.zeros((), dtype=TYPE)
     top, total, moment = zero + NOTHING, zero, zero
     for start in range(0, WIDTH, BLOCK):
-        value, is_outside = _finished(
+        value, in_tail = _finished(
             logits, bias, row, start + tl.arange(0, BLOCK), WIDTH, SCALE, SOFTCAP,
             HAS_BIAS, HAS_SOFTCAP, NOTHING, TYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(value, axis=0))
         shrunk = tl.exp(top - new_top)
         moment = shrunk * (moment + total * (top - new_top))
-        exps = tl.where(is_outside, tl.exp(value - new_top), 0.0)
+        exps = tl.where(in_tail, tl.exp(value - new_top), 0.0)
         total = shrunk * total + tl.sum(exps, axis=0)
-        moment += tl.sum(tl.where(is_outside, exps * (value - new_top), 0.0), axis=0)
+        moment += tl.sum(tl.where(in_tail, exps * (value - new_top), 0.0), axis=0)
         top = new_top
     tl.store(top_out + row, top)
     tl.store(total_out + row, total)
@@ -176,7 +176,7 @@ def _write_grads(
     """Overwrite a block's logits with their gradient; 0 in the support, else part of `outside`."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value, is_outside = _finished(
+    value, in_tail = _finished(
         logits, bias, row, columns, WIDTH, SCALE, SOFTCAP, HAS_BIAS, HAS_SOFTCAP, NOTHING, TYPE
     )
     log_sum = tl.load(log_sums + row)
@@ -185,5 +185,5 @@ def _write_grads(
         level = tl.maximum(value / SOFTCAP, -1.0)  # masked logits are far below
         slope *= 1.0 - level * level
     slope += tl.where(columns == tl.load(labels + row), tl.load(label_slopes + row), 0.0)
-    slope = tl.where(is_outside, slope, 0.0)
+    slope = tl.where(in_tail, slope, 0.0)
     tl.store(logits + row * WIDTH + columns, slope, mask=columns < WIDTH)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npd.config import GenerateConfig, RunConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.generate import Generator, TeachersGenerator, build_generator
 from npd.models.loading import resolve_device
 from npd.store.layout import RunLayout
@@ -30,7 +30,7 @@ class GeneratorWorker:
     """Writes shards of rollouts by the student's snapshots, by the teacher, or from the data."""
 
     def __init__(self, config: RunConfig, layout: RunLayout) -> None:
-        chat = Chat.of_student(config)
+        chat = ChatTokenizer.of_student(config)
         self._layout = layout
         self._config = config
         self._notes: list[str] = []
@@ -120,7 +120,7 @@ def _serving_context(
 
 def generator_for(
     config: RunConfig,
-    chat: Chat,
+    chat: ChatTokenizer,
     serving: Callable[[str | None], ServingContext | None],
     *,
     model: str | None = None,
@@ -167,9 +167,12 @@ def generator_for(
     return writers
 
 
-def stop_ids(config: RunConfig, chat: Chat, teacher: str | None) -> frozenset[int]:
+def stop_ids(config: RunConfig, chat: ChatTokenizer, teacher: str | None) -> frozenset[int]:
     """The end tokens of responses: the student's, and the teacher's if it generates them."""
     if teacher is None:
         return chat.stop_ids
     model = config.teacher_models[teacher]
-    return chat.stop_ids | Chat.load(model, trust_remote_code=config.trust_remote_code).stop_ids
+    return (
+        chat.stop_ids
+        | ChatTokenizer.load(model, trust_remote_code=config.trust_remote_code).stop_ids
+    )

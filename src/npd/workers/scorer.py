@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from npd.config import RunConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.engines import EngineServer, Unavailable
 from npd.engines.base import SamplingSettings
 from npd.engines.capabilities import HELDOUT_TOP_K
 from npd.errors import NpdError, RunError
+from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.generate.transformers import generate_with
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding, load_model, resolve_device
 from npd.score.base import Key, LogprobRequest, Logprobs, Scorer, Support
-from npd.score.prefill import PrefillModel
+from npd.score.in_process import PrefillModel
 from npd.score.tensor_parallel import Command, RankZeroTeachers, TeacherReplica
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, read_scored, write_scored
@@ -62,7 +62,7 @@ class ScorerWorker:
 
         self._config, self._layout, self._rank_teachers = config, layout, rank_teachers
         self._get_teacher = None if rank_teachers is None else rank_teachers.get
-        self._chat = Chat.of_student(config)
+        self._chat = ChatTokenizer.of_student(config)
         self._device = resolve_device(config.runtime.device)
         self._scorer: Scorer | None = None
         self._loaded: int | None = None
@@ -78,7 +78,7 @@ class ScorerWorker:
         )
 
     @property
-    def chat(self) -> Chat:
+    def chat(self) -> ChatTokenizer:
         """The chat format that teacher and student share."""
         return self._chat
 
@@ -219,7 +219,7 @@ def _ids(scored: Sequence[Scored]) -> tuple[int, ...]:
 
 def heldout_rollouts(
     config: RunConfig,
-    chat: Chat,
+    chat: ChatTokenizer,
     prompts: Sequence[EncodedPrompt],
     device: str,
     served: Callable[[str], ServedTeacher | None],
@@ -253,7 +253,7 @@ def heldout_rollouts(
 
 def _in_process(
     config: RunConfig,
-    chat: Chat,
+    chat: ChatTokenizer,
     requests: Sequence[SampleRequest],
     device: str,
     teacher: str | None,
@@ -287,7 +287,7 @@ def _in_process(
 
 def _by_server(
     config: RunConfig,
-    chat: Chat,
+    chat: ChatTokenizer,
     requests: Sequence[SampleRequest],
     served: ServedTeacher,
     teacher: str,
@@ -409,7 +409,9 @@ class TeacherShard:
     is loaded at its first use, and reloaded for the other dtype, because two copies might not fit.
     """
 
-    def __init__(self, config: RunConfig, chat: Chat, name: str, dist: DistContext) -> None:
+    def __init__(
+        self, config: RunConfig, chat: ChatTokenizer, name: str, dist: DistContext
+    ) -> None:
         self._config, self._dist = config, dist
         self._path, self._role = config.teacher_models[name], role_of(name)
         self._vocab_size = chat.vocab_size

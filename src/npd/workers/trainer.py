@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import RunConfig
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.evaluate import Match, exact_match, heldout_kl, kl_by_teacher
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding, resolve_device
@@ -34,7 +34,7 @@ class TrainerWorker:
             self._reader = ShardReader(layout.scored, "scored")
         else:
             self._reader = ShardReader(layout.rollouts, "rollouts")
-        self._chat = Chat.of_student(config)
+        self._chat = ChatTokenizer.of_student(config)
         self._device = resolve_device(config.runtime.device)
         self._dist: DistContext | None = None
         self._rendezvous = Rendezvous(
@@ -167,8 +167,8 @@ class TrainerWorker:
         self, prompts: Sequence[EncodedPrompt], model: Any
     ) -> list[tuple[EncodedPrompt, str]]:
         """The student's greedy responses to prompts with answers, and to a few to display."""
+        from npd.generate.in_process import generate_with
         from npd.generate.sampling import Sampling
-        from npd.generate.transformers import generate_with
 
         evaluation = self._config.eval
         few = prompts[: evaluation.num_samples]

@@ -1,5 +1,7 @@
 """The data of a report: records of plain numbers and texts, independent of any model.
 
+`npd.control.report_data` fills them; `sections` chooses what each chart shows.
+
 Steps and evaluations are mappings with the names of `npd.observe.metrics.METRICS`, such as
 `dataclasses.asdict(step_report)` or a line of `metrics.jsonl`.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import npd
-from npd.control import run_summary
+from npd.control import report_data
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
@@ -23,7 +23,7 @@ def test_a_part_of_many_samples_is_shown_and_all_are_counted(
     )  # fmt: skip
     npd.run(config, view=QuietView())
     layout = RunLayout(tmp_path / "run")
-    whole = run_summary.summarize(layout, config, tokenizer=config.student)
+    whole = report_data.summarize(layout, config, tokenizer=config.student)
     with Ledger.reader(layout.ledger_db) as ledger:
         rows = ledger.samples()
     assert whole.every == 1
@@ -32,8 +32,8 @@ def test_a_part_of_many_samples_is_shown_and_all_are_counted(
     assert whole.unused == Counter((r.outcome, r.reason) for r in rows if not r.uses)
     assert whole.reasons[Outcome.REJECTED, "random"] > 0
 
-    monkeypatch.setattr(run_summary, "_MOST_SAMPLES", len(rows) // 3)
-    part = run_summary.summarize(layout, config, tokenizer=config.student)
+    monkeypatch.setattr(report_data, "_MOST_SAMPLES", len(rows) // 3)
+    part = report_data.summarize(layout, config, tokenizer=config.student)
     assert part.every == 4
     assert [s.stats.sample_id for s in part.samples] == [row.sample_id for row in rows][::4]
     for name in ("conservation", "reasons", "unused", "throughput", "bounds", "steps"):

@@ -1,8 +1,8 @@
-"""Log-probs of documents under one model: packed prefill, LM head on response positions only.
+"""A teacher or snapshot in this process: top-k and log-probs of given tokens by packed prefill.
 
 Promises: log-probabilities are from a float32 softmax over the model's full vocabulary. They do not
 depend on other documents in the row (to float noise). At most one chunk of positions has logits at
-a time. Independent of rollouts, teachers and students.
+a time: the LM head runs on response positions only. Independent of rollouts.
 
 Dimensions: N response positions of a group, C of a block, L of a response; V vocabulary, d hidden.
 """

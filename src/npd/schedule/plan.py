@@ -4,15 +4,20 @@
 no sample is trained on more than `reuse` times, or when it is more than `max_lag` snapshots behind;
 every requested sample is finalized at most once; the number of live samples stays within the
 window.
-Every action is created here; `SampleTracker` holds the state of the samples.
+
+Every action is created here: what is requested, which batch is trained on (`_next_batch`), when to
+publish, save, evaluate and stop. `RefreshRule` says when a refresh is due, `SampleTracker` holds
+the state of the samples.
 """
 
 from __future__ import annotations
 
 from npd.config import RunConfig
-from npd.control import events as ev
-from npd.control.batching import has_drifted, make_requests, make_step
-from npd.control.samples import SampleTracker
+from npd.schedule import events as ev
+from npd.schedule.refresh import RefreshRule
+from npd.schedule.requests import make_requests
+from npd.schedule.samples import SampleTracker
+from npd.schedule.step import make_step
 from npd.types import SampleRef, Segment, Step
 
 
@@ -30,9 +35,9 @@ class Plan:
         self._total_requests: int | None = None
         self._num_trainer_actions = self._num_segments = 0
         self._window_was_full = False
-        self._version = self._skipped_refreshes = 0
-        self._publishing = self._drifted = False
-        self._step = self._refreshed_at = 0
+        self._refresh = RefreshRule(config.schedule.refresh)
+        self._publishing = False
+        self._step = 0
         self._saved_at = self._evaluated_at = 0
         self._stopped = False
 
@@ -44,7 +49,7 @@ class Plan:
     @property
     def version(self) -> int:
         """The newest published snapshot."""
-        return self._version
+        return self._refresh.version
 
     @property
     def num_requested(self) -> int:
@@ -82,7 +87,7 @@ class Plan:
     @property
     def oldest_version_needed(self) -> int:
         """The oldest snapshot that an unfinished shard still needs, or else the newest."""
-        return self._tracker.oldest_version(self._version)
+        return self._tracker.oldest_version(self.version)
 
     def handle(self, event: ev.Event) -> list[ev.Action]:
         """Handle `event`; returns the actions to take now, in order, `Finalize` first."""
@@ -98,20 +103,20 @@ class Plan:
             case ev.Started(num_prompts):
                 self._start(num_prompts)
             case ev.ShardGenerated():
-                self._tracker.generated(event, self._version)
+                self._tracker.generated(event, self.version)
             case ev.ShardScored():
-                self._tracker.scored(event, self._version)
+                self._tracker.scored(event, self.version)
             case ev.ShardFailed():
-                if (action := self._tracker.retry(event, self._version)) is not None:
+                if (action := self._tracker.retry(event, self.version)) is not None:
                     self._actions.append(action)
             case ev.SegmentTrained(report):
                 self._num_trainer_actions -= 1
                 self._tracker.finalize_spent()
-                self._drifted = has_drifted(report, self._schedule.refresh.drift)
+                self._refresh.trained(report)
             case ev.SnapshotPublished(version, step):
                 self._num_trainer_actions -= 1
-                self._publishing, self._drifted = False, False
-                self._version, self._refreshed_at = version, step
+                self._publishing = False
+                self._refresh.published(version, step)
                 self._tracker.finalize_stale(version)
             case ev.CheckpointSaved() | ev.Evaluated():
                 self._num_trainer_actions -= 1
@@ -171,37 +176,16 @@ class Plan:
 
     def _between_segments(self) -> None:
         """Refresh the snapshot, save and evaluate when each is due."""
-        while self._is_refresh_due():
-            if self._step > self._refreshed_at:
-                self._publish(self._version + 1)
-                break
-            # No step since the last refresh: a new snapshot would equal it. The next one is due.
-            self._skipped_refreshes += 1
+        # Once all is requested, nothing would be generated with a new snapshot.
+        if not self._is_all_requested():
+            uses, epoch = self._tracker.uses_accounted, self._requests_per_round
+            if self._refresh.is_due(self._step, uses=uses, uses_per_epoch=epoch):
+                self._publish(self.version + 1)
         save, evaluate = self.config.checkpoint.every_steps, self.config.eval.every_steps
         if save is not None and self._step - self._saved_at >= save:
             self._to_trainer(ev.Checkpoint(self._step))
         if self._evaluates and evaluate is not None and self._step - self._evaluated_at >= evaluate:
             self._to_trainer(ev.Evaluate(self._step))
-
-    def _is_refresh_due(self) -> bool:
-        refresh, since = self._schedule.refresh, self._step - self._refreshed_at
-        if self._is_all_requested():
-            return False  # nothing will be generated with it
-        if refresh.every_steps is not None:
-            return since >= refresh.every_steps
-        if refresh.drift is not None:
-            return self._drifted and since >= refresh.min_steps
-        epoch, step = self._next_of(refresh.at_epochs), self._next_of(refresh.at_steps)
-        if step is not None:
-            return self._step >= step
-        return (
-            epoch is not None and self._tracker.uses_accounted >= epoch * self._requests_per_round
-        )
-
-    def _next_of(self, points: tuple[int, ...] | None) -> int | None:
-        """The next point of a refresh rule."""
-        passed = self._version + self._skipped_refreshes
-        return points[passed] if points is not None and passed < len(points) else None
 
     def _publish(self, version: int) -> None:
         self._publishing = True
@@ -223,7 +207,7 @@ class Plan:
             first = self._tracker.num_requested
             ids = range(first, first + size)
             requests = make_requests(ids, self.config, self._requests_per_round)
-            self._to_stage(ev.Generate(self._tracker.num_shards, self._version, requests))
+            self._to_stage(ev.Generate(self._tracker.num_shards, self.version, requests))
         is_live = self._tracker.num_live > 0
         self._window_was_full = is_live and (self._window_was_full or self._shard_size() == 0)
 
@@ -259,7 +243,7 @@ class Plan:
         if limit is None:
             assert self._schedule.steps is not None, "checked by the config"
             # With at_steps: request only what the steps before the next refresh need.
-            until = self._next_of(self._schedule.refresh.at_steps) or self._schedule.steps
+            until = self._refresh.next_step or self._schedule.steps
             if self._step >= until:
                 return 0
             needed = (until - self._step) * self.config.train.batch_size
@@ -269,7 +253,7 @@ class Plan:
             # A batch takes `batch_size` different samples, whatever their uses left.
             by_batch = self.config.train.batch_size - coming - tracker.buffer.num_available
             limit = tracker.num_requested + max(by_uses, by_batch)
-        epoch = self._next_of(self._schedule.refresh.at_epochs)
+        epoch = self._refresh.next_epoch
         if epoch is not None:
             limit = min(limit, -(-epoch // reuse) * self._requests_per_round)
         return max(0, limit - tracker.num_requested)
@@ -296,7 +280,7 @@ class Plan:
                 break
             steps.append(self._step_of(refs))
         if steps:
-            segment = Segment(self._num_segments, self._version, tuple(steps))
+            segment = Segment(self._num_segments, self.version, tuple(steps))
             self._num_segments += 1
             self._to_trainer(ev.Train(segment))
 
@@ -304,8 +288,8 @@ class Plan:
         """Steps until the segment is full, or a refresh, checkpoint or evaluation is due."""
         due = [
             (self._schedule.steps, 0),
-            (self._schedule.refresh.every_steps, self._refreshed_at),
-            (self._next_of(self._schedule.refresh.at_steps), 0),
+            (self._schedule.refresh.every_steps, self._refresh.step),
+            (self._refresh.next_step, 0),
             (self.config.checkpoint.every_steps, self._saved_at),
             (self.config.eval.every_steps, self._evaluated_at),
         ]

@@ -32,7 +32,7 @@ from npd.types import EncodedPrompt, IntArray, Message, Prompt
 _KEPT_ROLES = ("system", "developer", "assistant")
 
 
-class Chat:
+class ChatTokenizer:
     """A tokenizer with its chat template and its end tokens.
 
     `system` is the system message of every conversation without one. With `system_as` "user", all
@@ -95,8 +95,8 @@ class Chat:
         clock: datetime | None = None,
         trust_remote_code: bool = False,
         role: str = "model",
-    ) -> Chat:
-        """The Chat of a Hugging Face model directory or name; ModelError if it has no tokenizer."""
+    ) -> ChatTokenizer:
+        """The tokenizer of a Hugging Face model directory or name; ModelError if it has none."""
         tokenizer = load_tokenizer(path, trust_remote_code, role)
         check_template(tokenizer, role, path)
         stops = _named_stop_ids(path) & set(tokenizer.get_vocab().values())
@@ -110,8 +110,8 @@ class Chat:
         )
 
     @classmethod
-    def of_student(cls, config: RunConfig, *, clock: datetime | None = None) -> Chat:
-        """The Chat of a run's student, with the system message and end tokens of its config.
+    def of_student(cls, config: RunConfig, *, clock: datetime | None = None) -> ChatTokenizer:
+        """The tokenizer of a run's student, with the system message and end tokens of its config.
 
         Raises:
             ModelError: the student has no tokenizer, or the config does not fit it.
@@ -198,7 +198,7 @@ class Chat:
             for form, ids, header, completion in zipped
         ]
 
-    def writes_like(self, other: Chat) -> bool:
+    def writes_like(self, other: ChatTokenizer) -> bool:
         """Whether both templates render a short conversation the same, or neither has one."""
         if self.template is None or other.template is None:
             return self.template is other.template

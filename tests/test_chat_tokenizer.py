@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd.data.tokenizer import Chat
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.vocabulary import check_same_vocabulary
 from npd.errors import DataError, ModelError
 from npd.types import Message, Prompt
@@ -32,12 +32,12 @@ def plain_chat(**tokens):
     tokenizer.chat_template = None
     for name, value in tokens.items():
         setattr(tokenizer, name, value)
-    return Chat(tokenizer)
+    return ChatTokenizer(tokenizer)
 
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(make_tokenizer())
+    return ChatTokenizer(make_tokenizer())
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_plain_text_is_one_user_message_where_there_is_a_template(chat):
 
 
 def test_system_goes_before_conversations_that_have_none():
-    chat = Chat(make_tokenizer(), system="be kind")
+    chat = ChatTokenizer(make_tokenizer(), system="be kind")
     led = chat.encode(conversation(("user", "hi")))
     own = chat.encode(conversation(("system", "be rude"), ("user", "hi")))
     text = chat.encode(Prompt(0, text="hi"))
@@ -117,7 +117,7 @@ def test_completion_gets_no_space_from_the_tokenizer():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
-    encoded = Chat(tokenizer).encode(Prompt(0, text="a?", completion="b"))
+    encoded = ChatTokenizer(tokenizer).encode(Prompt(0, text="a?", completion="b"))
     assert tokenizer.decode(encoded.completion_ids.tolist()[:-1]) == "b"
 
 
@@ -146,7 +146,7 @@ def test_plain_text_without_a_template(adds_bos):
             single="<|im_start|> $A <|im_end|>",
             special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)],
         )
-    encoded = Chat(tokenizer).encode(Prompt(0, text="two", completion="it"))
+    encoded = ChatTokenizer(tokenizer).encode(Prompt(0, text="two", completion="it"))
     text = tokenizer("two", add_special_tokens=False)["input_ids"]
     assert encoded.prompt_ids.tolist() == ([IM_START] if adds_bos else []) + text
     assert encoded.header_ids.tolist() == [IM_START]
@@ -161,7 +161,7 @@ def test_header_of_plain_text_without_bos_is_the_end_token():
 def test_template_that_renders_nothing_still_gives_a_header():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    encoded = Chat(tokenizer).encode(conversation(("user", "two")))
+    encoded = ChatTokenizer(tokenizer).encode(conversation(("user", "two")))
     assert encoded.header_ids.tolist() == [IM_START]
 
 
@@ -174,7 +174,7 @@ def test_system_without_a_template_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match=r"data\.system"):
-        Chat(tokenizer, system="be kind")
+        ChatTokenizer(tokenizer, system="be kind")
 
 
 def test_refusal_of_the_template_names_the_prompt():
@@ -183,7 +183,7 @@ def test_refusal_of_the_template_names_the_prompt():
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         + CHAT_TEMPLATE
     )
-    chat = Chat(tokenizer)
+    chat = ChatTokenizer(tokenizer)
     chat.encode(conversation(("user", "fine")))
     with pytest.raises(DataError, match=r"prompt 9 \(roles system, user\): no system role"):
         chat.encode(conversation(("system", "s"), ("user", "u"), index=9))
@@ -192,7 +192,7 @@ def test_refusal_of_the_template_names_the_prompt():
 def test_end_token_is_what_the_template_closes_a_turn_with():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
-    chat = Chat(tokenizer)
+    chat = ChatTokenizer(tokenizer)
     assert chat.end_id == IM_END
     assert chat.stop_ids == {END_OF_TEXT, IM_END}
     assert chat.encode(Prompt(0, text="a", completion="b")).completion_ids[-1] == IM_END
@@ -201,17 +201,19 @@ def test_end_token_is_what_the_template_closes_a_turn_with():
 def test_template_without_an_end_of_turn_falls_back_on_eos():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    assert Chat(tokenizer).end_id == IM_END
+    assert ChatTokenizer(tokenizer).end_id == IM_END
 
 
 def test_stop_ids_include_the_generation_config(saved):
     path = saved(make_tokenizer())
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5, 99_999]}))
-    assert Chat.load(path).stop_ids == {2, 5}, "an id outside the vocabulary can never be sampled"
+    assert ChatTokenizer.load(path).stop_ids == {2, 5}, (
+        "an id outside the vocabulary can never be sampled"
+    )
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert Chat.load(path).stop_ids == {0, 2}
+    assert ChatTokenizer.load(path).stop_ids == {0, 2}
     (path / "generation_config.json").unlink()
-    assert Chat.load(path).stop_ids == {2}
+    assert ChatTokenizer.load(path).stop_ids == {2}
 
 
 def test_tokenizer_without_an_end_token_is_refused():
@@ -220,7 +222,7 @@ def test_tokenizer_without_an_end_token_is_refused():
 
 
 def test_pad_falls_back_on_the_end_token():
-    assert Chat(make_tokenizer()).pad_id == END_OF_TEXT
+    assert ChatTokenizer(make_tokenizer()).pad_id == END_OF_TEXT
     assert plain_chat(pad_token=None).pad_id == IM_END
 
 
@@ -264,7 +266,7 @@ def test_encoding_together_equals_encoding_alone(chat, sources, completion):
 
 
 def test_load_from_a_model_directory(tiny_model_dir):
-    chat = Chat.load(tiny_model_dir, system="s")
+    chat = ChatTokenizer.load(tiny_model_dir, system="s")
     assert chat.system == "s"
     assert chat.stop_ids == {IM_END}
 
@@ -272,17 +274,17 @@ def test_load_from_a_model_directory(tiny_model_dir):
 @pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "a/b/c"])
 def test_load_from_a_missing_directory(path):
     with pytest.raises(ModelError, match="no model directory at"):
-        Chat.load(path)
+        ChatTokenizer.load(path)
 
 
 def test_load_from_a_directory_without_a_tokenizer(tmp_path):
     with pytest.raises(ModelError, match=r"cannot load the tokenizer of .*; give"):
-        Chat.load(tmp_path)
+        ChatTokenizer.load(tmp_path)
 
 
 def test_load_from_an_unreachable_name_is_one_line():
     with pytest.raises(ModelError, match="nobody/nothing") as caught:
-        Chat.load("nobody/nothing")
+        ChatTokenizer.load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import RunConfig
-from npd.control import events as ev
 from npd.control.resume import recorded
-from npd.control.run_directory import read_record
-from npd.data.tokenizer import Chat
+from npd.control.run_record import read_record
+from npd.data.chat_tokenizer import ChatTokenizer
 from npd.errors import NpdError, StoreError
 from npd.filters import bounds, delta_ifd
 from npd.models.metadata import model_settings, size_of
@@ -35,6 +34,7 @@ from npd.observe.report import (
 )
 from npd.observe.trace import CONTROLLER, Span, export_perfetto, read_trace, sessions
 from npd.remote.artifact_store import readable
+from npd.schedule import events as ev
 from npd.store.files import write_atomic
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger, SampleRow
@@ -245,14 +245,14 @@ def _examples(
     found = []
     # If this machine cannot read the shards, or a file is missing, the numbers are still shown.
     with suppress(NpdError), readable(layout, config) as shown:
-        chat = Chat.load(tokenizer, trust_remote_code=config.trust_remote_code)
+        chat = ChatTokenizer.load(tokenizer, trust_remote_code=config.trust_remote_code)
         for sample in (sample for group in chosen.values() for sample in group):
             with suppress(StoreError):
                 found.append(_example(shown, chat, sample, shards[sample.stats.sample_id]))
     return found
 
 
-def _example(layout: RunLayout, chat: Chat, sample: ReportSample, shard: int) -> Example:
+def _example(layout: RunLayout, chat: ChatTokenizer, sample: ReportSample, shard: int) -> Example:
     rollouts = read_rollouts(layout.rollouts(shard))
     rollout = next(r for r in rollouts if r.sample_id == sample.stats.sample_id)
     return Example(

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from npd.config.effects import idle_values
 from npd.config.load import dump_config, load_config, preset_names
+from npd.config.no_effect import idle_values
 from npd.data.inputs import length_notes
 
 MODELS = ("student=s", "teacher=t", "data.train=d.jsonl")

@@ -1,8 +1,8 @@
 """The state of every sample of a run: requested, generated, scored, buffered or finalized.
 
 Applies the filter, the bound on staleness and the limit of attempts to each sample. Creates no
-actions: the plan does. Promises: a sample is
-finalized at most once, and `num_live` is the number of requested less finalized samples.
+actions: the plan does. Promises: a sample is finalized at most once, and `num_live` is the number
+of requested less finalized samples.
 
 `uses_accounted` counts the uses that samples had, and those that samples lost by being finalized
 early. So uses_accounted / (prompts * samples_per_prompt) is the epoch.
@@ -10,16 +10,15 @@ early. So uses_accounted / (prompts * samples_per_prompt) is the epoch.
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from npd.config import RunConfig
-from npd.control import events as ev
-from npd.control.batching import hash64_each
 from npd.filters import Filter, build_filter, prefilter
+from npd.schedule import events as ev
+from npd.schedule.replay_buffer import ReplayBuffer
 from npd.types import Outcome, SampleRef, SampleStats
 
 Finalized: TypeAlias = tuple[int, Outcome, str]
@@ -218,123 +217,3 @@ def _samples(action: ev.Generate | ev.Score) -> tuple[int, ...]:
     if isinstance(action, ev.Score):
         return action.sample_ids
     return tuple(request.sample_id for request in action.requests)
-
-
-# An entry of the replay buffer's queue is one integer, which compares faster than a tuple: the
-# sample's number of uses, then its shuffled position (63 bits, `hash64`), then its id.
-_ID_BITS, _SHUFFLE_BITS = 63, 63
-_ID = (1 << _ID_BITS) - 1
-# The queue is swept when entries of removed samples outnumber the other entries by more than this.
-_MAX_REMOVED = 64
-
-
-@dataclass(slots=True)
-class _Member:
-    ref: SampleRef
-    uses: int = 0
-
-
-class ReplayBuffer:
-    """The kept samples and the number of uses of each, in the order of training.
-
-    The least used samples come first, in an order shuffled by the seed. So reuse goes in passes,
-    like epochs, and the order depends only on the samples and the seed. Holds references, no text.
-    """
-
-    def __init__(self, seed: int, reuse: int) -> None:
-        self._seed = seed
-        self._reuse = reuse
-        self._members: dict[int, _Member] = {}
-        self._queue: list[int] = []
-        self._spent: list[int] = []
-        self._fresh = 0
-        self._available = 0
-        self._uses_left = 0
-
-    def __len__(self) -> int:
-        """The number of samples, including those in training for the last time."""
-        return len(self._members)
-
-    @property
-    def num_fresh(self) -> int:
-        """The number of unused samples."""
-        return self._fresh
-
-    @property
-    def num_available(self) -> int:
-        """The number of samples with uses left."""
-        return self._available
-
-    @property
-    def uses_left(self) -> int:
-        """The uses left of all samples together."""
-        return self._uses_left
-
-    def add(self, refs: Sequence[SampleRef]) -> None:
-        """Add new samples."""
-        for ref in refs:
-            assert ref.sample_id not in self._members, f"sample {ref.sample_id} was added twice"
-            self._members[ref.sample_id] = _Member(ref)
-        self._fresh += len(refs)
-        self._available += len(refs)
-        self._uses_left += self._reuse * len(refs)
-        self._push([ref.sample_id for ref in refs], 0)
-
-    def take(self, count: int, *, allow_used: bool) -> list[SampleRef]:
-        """At most `count` samples; counts one use of each. Without `allow_used`, only new ones."""
-        taken: list[_Member] = []
-        queue, below = self._queue, _first_entry(self._reuse if allow_used else 1)
-        while len(taken) < count and queue and queue[0] < below:
-            member = self._members.get(heapq.heappop(queue) & _ID)
-            if member is not None:
-                taken.append(member)
-        self._use(taken)
-        return [member.ref for member in taken]
-
-    def remove(self, sample_id: int) -> int:
-        """Remove a sample; returns its number of uses."""
-        member = self._members.pop(sample_id)
-        self._fresh -= member.uses == 0
-        self._available -= member.uses < self._reuse
-        self._uses_left -= self._reuse - member.uses
-        if len(self._queue) > 2 * self._available + _MAX_REMOVED:
-            self._sweep()
-        return member.uses
-
-    def spent(self) -> list[int]:
-        """Ids of the samples in the buffer that were used `reuse` times, sorted."""
-        self._spent = [sample_id for sample_id in self._spent if sample_id in self._members]
-        return sorted(self._spent)
-
-    def older_than(self, version: int) -> list[int]:
-        """Ids of the samples generated by a snapshot before `version`, sorted."""
-        return sorted(i for i, member in self._members.items() if member.ref.version < version)
-
-    def _use(self, members: Sequence[_Member]) -> None:
-        """Count one more use of each sample; samples with uses left go back into the queue."""
-        again: defaultdict[int, list[int]] = defaultdict(list)
-        for member in members:
-            self._fresh -= member.uses == 0
-            member.uses += 1
-            has_uses_left = member.uses < self._reuse
-            ids = again[member.uses] if has_uses_left else self._spent
-            ids.append(member.ref.sample_id)
-        self._uses_left -= len(members)
-        for uses, sample_ids in again.items():
-            self._push(sample_ids, uses)
-        self._available -= len(members) - sum(map(len, again.values()))
-
-    def _push(self, sample_ids: Sequence[int], uses: int) -> None:
-        first, shuffled = _first_entry(uses), hash64_each((self._seed, uses), sample_ids)
-        for sample_id, position in zip(sample_ids, shuffled, strict=True):
-            heapq.heappush(self._queue, first | (position << _ID_BITS) | sample_id)
-
-    def _sweep(self) -> None:
-        """Drop the entries of removed samples, which would accumulate otherwise."""
-        self._queue = [entry for entry in self._queue if entry & _ID in self._members]
-        heapq.heapify(self._queue)
-
-
-def _first_entry(uses: int) -> int:
-    """The lower bound of the queue entries of samples with this number of uses."""
-    return uses << (_ID_BITS + _SHUFFLE_BITS)
