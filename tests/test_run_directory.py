@@ -104,3 +104,38 @@ def test_a_damaged_ledger_is_not_taken_for_an_empty_one(begun):
     layout.ledger_db.write_bytes(b"not a database" * 100)
     assert not remove_unless_started(layout, outermost, InputError("wrong"))
     assert layout.config_json.exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("train", {"activation_checkpointing": True}),
+        ("train", {"compile": True}),
+        ("loss", {"impl": "reference"}),
+        ("loss", {"chunk": 7}),
+        ("score", {"row_tokens": 77, "head_chunk": 7}),
+        ("generate", {"batch_size": 3}),
+        ("eval", {"batch_size": 3}),
+    ],
+)
+def test_what_decides_nothing_may_change(make, section, changes):
+    """After an error for lack of memory the run goes on with less at a time."""
+    config = make()
+    opened(config, resume=False)
+    changed = getattr(config, section).model_copy(update=changes)
+    opened(config.model_copy(update={section: changed}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [("train", {"row_tokens": 99}), ("train", {"dtype": "float32"}), ("score", {"top_k": 3})],
+)
+def test_what_decides_may_not(make, section, changes):
+    config = make()
+    opened(config, resume=False)
+    old = getattr(config, section)
+    key, value = next(iter(changes.items()))
+    if getattr(old, key) == value:
+        changes = {key: "bfloat16"}
+    with pytest.raises(ConfigError, match=rf"started with {section}\.{key}="):
+        opened(config.model_copy(update={section: old.model_copy(update=changes)}), resume=True)

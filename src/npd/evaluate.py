@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from npd.models.lm_head import Head, head_of
+from npd.models.out_of_memory import Fitting
 from npd.models.response_states import response_hidden
 from npd.types import Scored
 
 # The floor of the teacher's tail mass: its stored log-probs are rounded, and below this 1 - mass is
 # noise. The student's tail needs no floor, because it is computed from logits.
 _MIN_TAIL = 1e-8
+# The remedy when not even one response fits the device.
+IF_NOTHING_FITS = "give the trainer a device of its own, or set eval.source: none in a new run"
 
 _NUMBER = re.compile(
     r"(?<!\d)(?<!\d\.)-?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\.)\.\d+)(?:/[1-9]\d*)?", re.ASCII
@@ -52,19 +55,33 @@ def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
     """The match of `model` (packed) with the teacher on fixed responses with a top-k support.
 
     Documents are packed into rows of `row_tokens`; at most `chunk` positions have logits at a time.
+    Both are halved while the device runs out of memory.
+
+    Raises:
+        RunError: one response does not fit the device.
     """
     assert scored, "nothing to evaluate on"
-    head, was_training = head_of(model), model.training
+    fitting = Fitting("evaluation rows of", row_tokens, IF_NOTHING_FITS, is_alone=True)
+    was_training = model.training
+    model.eval()
+    try:
+        return fitting.run(
+            lambda: _heldout_kl(model, scored, fitting.of(row_tokens), fitting.of(chunk))
+        )
+    finally:
+        model.train(was_training)
+
+
+def _heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int) -> Match:
+    head = head_of(model)
     pairs = [(s.rollout.prompt_ids, s.rollout.response_ids) for s in scored]
     sums = torch.zeros(len(scored), 3, dtype=torch.float64)
-    model.eval()
     with torch.inference_mode():
         for row, hidden in response_hidden(model, pairs, row_tokens):
             values = _row_values(head, hidden, [scored[i] for i in row], chunk)
             lengths = [len(pairs[i][1]) for i in row]
             for i, part in zip(row, torch.split(values, lengths), strict=True):
                 sums[i] = part.sum(dim=0)
-    model.train(was_training)
     num_tokens = sum(len(response) for _, response in pairs)
     kl, agreement, ce = (sums.sum(dim=0) / num_tokens).tolist()
     return Match(kl, agreement, ce, num_tokens, tuple(sums[:, 0].tolist()))

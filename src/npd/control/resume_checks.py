@@ -24,10 +24,17 @@ from npd.workers import Recorded
 if TYPE_CHECKING:  # who only reads a run loads no torch
     from npd.data.inputs import RunInputs
 
+# How much is computed at a time and by which kernels: the same numbers, to float noise.
+_COMPUTATION = (
+    *("train.activation_checkpointing", "train.compile", "loss.impl", "loss.chunk"),
+    *("score.row_tokens", "score.head_chunk", "generate.batch_size"),
+    "eval.batch_size",
+)
 # How servers are reached.
 _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
 # What may change when a run is resumed: where it runs and what it leaves, not what it is.
 _MAY_CHANGE = (
+    *_COMPUTATION,
     *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
     *("generate.refresh_timeout", "generate.probe_tolerance"),

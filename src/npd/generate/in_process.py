@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from npd.generate.decoding import Draft, decode, decode_attention
 from npd.generate.sampling import Sampling
 from npd.models.loading import check_finite, load_model, own_code, resolve_device
 from npd.models.metadata import context_of
+from npd.models.out_of_memory import Fitting
 from npd.models.packed_attention import UnsupportedAttentionError
 from npd.models.tensors import about
 from npd.types import EncodedPrompt, Rollout, SampleRequest
@@ -31,6 +32,11 @@ from npd.types import EncodedPrompt, Rollout, SampleRequest
 # 1.2 in one of six texts (a pruned model on rare tokens) and 0.1 in the others, hence the median.
 _DECODING_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5}
 _DECODED_LENGTHS = (6, 3, 5, 4, 6, 3)
+
+
+_IF_NOTHING_FITS = (
+    "give generators a device of their own, or set generate.max_new_tokens lower in a new run"
+)
 
 
 class TransformersGenerator:
@@ -58,6 +64,7 @@ class TransformersGenerator:
         self._device = resolve_device(device)
         self._trust_remote_code = trust_remote_code
         self._is_student = config.source == "student"
+        self._fitting = Fitting("generate.batch_size", config.batch_size, _IF_NOTHING_FITS)
         self._sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             stop_ids=frozenset(stop_ids),
@@ -108,6 +115,7 @@ class TransformersGenerator:
             self._sampling,
             version=self.version,
             with_logprobs=self._is_student,
+            fitting=self._fitting,
         )
 
     def close(self) -> None:
@@ -137,15 +145,17 @@ def generate_with(
     version: int = 0,
     with_logprobs: bool = True,
     limits: Sequence[int] | None = None,
+    fitting: Fitting | None = None,
 ) -> list[Rollout]:
     """Decode `requests` with a loaded causal LM (eval mode, packed or not); rollouts in order.
 
     `with_logprobs` records log p(y_t) in nats at temperature 1 over the full vocabulary, for any
     sampling. `limits` are the token limits of the responses, each from 1 to
-    `sampling.max_new_tokens` (the default).
+    `sampling.max_new_tokens` (the default). If the device runs out of memory, smaller batches are
+    decoded, from now on by whoever gives the same `fitting`.
 
     Raises:
-        RunError: the model gives non-finite logits.
+        RunError: the model gives non-finite logits, or one response does not fit the device.
         ModelError: a sample does not fit the model's context.
     """
     if not requests:
@@ -153,10 +163,18 @@ def generate_with(
     _check_context(model, max(len(request.prompt.prompt_ids) for request in requests), sampling)
     if limits is None:
         limits = [sampling.max_new_tokens] * len(requests)
-    drafts = [Draft(request, limit) for request, limit in zip(requests, limits, strict=True)]
-    with decode_attention(model):
-        decode(model, drafts, sampling)
-    return [draft.rollout(version, with_logprobs) for draft in drafts]
+    given = list(zip(requests, limits, strict=True))
+    if fitting is None:
+        fitting = Fitting("a batch of", sampling.batch_size, _IF_NOTHING_FITS)
+
+    def attempt() -> list[Rollout]:
+        drafts = [Draft(request, limit) for request, limit in given]
+        fits = replace(sampling, batch_size=fitting.of(sampling.batch_size))
+        with decode_attention(model):
+            decode(model, drafts, fits)
+        return [draft.rollout(version, with_logprobs) for draft in drafts]
+
+    return fitting.run(attempt)
 
 
 def check_decoding(model: Any) -> None:

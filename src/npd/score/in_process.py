@@ -23,9 +23,14 @@ from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
 from npd.models.lm_head import Head, head_of, read_hidden, top_k
 from npd.models.loading import load_model, on_device, resolve_device
+from npd.models.out_of_memory import Fitting
 from npd.models.response_states import response_hidden
 from npd.score.base import Key, LogprobRequest, Logprobs
 from npd.types import FloatArray, IntArray
+
+_IF_NOTHING_FITS = (
+    "give scorers a device of their own, a smaller teacher, or a lower score.head_chunk"
+)
 
 
 class PrefillModel:
@@ -38,16 +43,24 @@ class PrefillModel:
         self._vocab_size = min(vocab_size, self._num_ids)
         self._row_tokens = config.row_tokens
         self._chunk = config.head_chunk
+        self._fitting = Fitting("score.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
+
+    def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs]:
+        """The log-probs of each document, by key; synchronises with a GPU once, at the end.
+
+        If the device runs out of memory, again with smaller rows and head chunks.
+        """
+        self._check_ids(documents.values())
+        return self._fitting.run(lambda: self._read(documents))
 
     @torch.inference_mode()
-    def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs]:
-        """The log-probs of each document, by key; synchronises with a GPU once, at the end."""
-        self._check_ids(documents.values())
+    def _read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs]:
         keys = list(documents)
         pairs = [(document.context, document.response) for document in documents.values()]
         found: list[tuple[list[Key], Tensor, Tensor]] = []
         is_cuda = self._model.device.type == "cuda"
-        for row, hidden in response_hidden(self._model, pairs, self._row_tokens, share=True):
+        row_tokens = self._fitting.of(self._row_tokens)
+        for row, hidden in response_hidden(self._model, pairs, row_tokens, share=True):
             states = torch.split(hidden, [len(pairs[i][1]) for i in row])
             by_outputs: dict[tuple[int, bool], list[tuple[Key, Tensor]]] = {}
             for i, state in zip(row, states, strict=True):
@@ -87,7 +100,7 @@ class PrefillModel:
                 columns.append(_draw(logits[:, :shared], uniforms[part]))
             return torch.cat(columns, dim=1)
 
-        ids, logprobs = read_hidden(hidden, self._head, choose, self._chunk)
+        ids, logprobs = read_hidden(hidden, self._head, choose, self._fitting.of(self._chunk))
         return ids.int(), logprobs
 
     def _cut(self, ids: IntArray, logprobs: FloatArray, lengths: Sequence[int]) -> list[Logprobs]:

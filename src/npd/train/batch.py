@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -73,6 +74,36 @@ class TrainRow:
             topk_logprobs_NK=of(self.topk_logprobs_NK),
             behavior_N=of(self.behavior_N),
             num_skipped=int((~kept_N).sum()),
+        )
+
+    def parts(self, most: int) -> list[TrainRow]:
+        """The row cut between documents into rows of at most `most` tokens, where documents allow.
+
+        A longer document is a row by itself.
+        """
+        if self.packed.input_ids.shape[1] <= most:
+            return [self]
+        bounds, starts = self.packed.cu_seqlens, [0]
+        for end_of_last, end in pairwise(bounds[1:]):
+            if end - starts[-1] > most:
+                starts.append(end_of_last)
+        return [self._part(first, last) for first, last in pairwise([*starts, bounds[-1]])]
+
+    def _part(self, first: int, last: int) -> TrainRow:
+        """The documents at tokens `first` to `last` of the row."""
+        packed = self.packed
+        is_inside = (self.positions_N >= first) & (self.positions_N < last)
+        inside = self.only(is_inside)
+        return replace(
+            inside,
+            packed=replace(
+                packed,
+                input_ids=packed.input_ids[:, first:last],
+                position_ids=packed.position_ids[:, first:last],
+                cu_seqlens=tuple(b - first for b in packed.cu_seqlens if first <= b <= last),
+            ),
+            positions_N=inside.positions_N - first,
+            num_skipped=0,
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TrainRow:

@@ -28,6 +28,7 @@ from npd.errors import ModelError, RunError
 from npd.models import lora
 from npd.models.distributed import DistContext
 from npd.models.loading import load_model, resolve_device
+from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
@@ -39,6 +40,11 @@ from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, repo
 from npd.types import Segment, SegmentReport, StepReport
 
 __all__ = ["Trainer", "build_optimizer"]
+
+_IF_NOTHING_FITS = (
+    "set train.activation_checkpointing: true or a lower loss.chunk (with --resume, too), or "
+    "data.max_prompt_tokens and generate.max_new_tokens lower in a new run"
+)
 
 
 class Trainer:
@@ -95,6 +101,7 @@ class Trainer:
         self._trust_remote_code = trust_remote_code
         self._is_proven = False
         self._read, self._seed = read, seed
+        self._fitting = Fitting("train.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None
@@ -102,8 +109,8 @@ class Trainer:
         """Take the segment's steps in order; `on_step` is called after each.
 
         Raises:
-            RunError: a loss or gradient norm is not finite, or the device ran out of memory.
-                Weights and optimiser are those after the previous step.
+            RunError: a loss or gradient norm is not finite, or one sample (with several ranks, one
+                row) does not fit the device. Weights and optimiser are those after the last step.
         """
         reports = []
         is_pinned, rank = self.device.startswith("cuda"), self.dist.rank
@@ -236,11 +243,9 @@ class Trainer:
     def _step(self, given: StepRows, version: int, started: float) -> StepReport:
         counts = self.dist.gather(given.num_tokens)
         step, (tokens, skipped) = given.step, map(sum, zip(*counts, strict=True))
+        doing = f"step {step.index}: "
         try:
-            with step_randomness(self.device, self._seed, step.index, self.dist.rank):
-                rows = [self._backward(row, tokens) for row in given.rows]
-                for row in given.idle:  # other ranks' rows need this rank in their collectives
-                    self._backward(row, 1, weight=0.0)
+            rows = self._fitting.run(lambda: self._accumulate(given, tokens), doing=doing)
             norm = clip(self._parameters, self.config.clip)
             measured = Measured.together(self.dist.gather(Measured.of(rows, norm)))
             check_finite(step, measured)
@@ -249,9 +254,7 @@ class Trainer:
             self.optimizer.step()
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"step {step.index}: the device ran out of memory on rows of "
-                f"{self.config.row_tokens} tokens. Lower train.row_tokens (at least the longest "
-                "sample) or loss.chunk, or set train.activation_checkpointing: true"
+                f"{doing}the device has no memory left for AdamW's moments: {_IF_NOTHING_FITS}"
             ) from error
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -259,6 +262,21 @@ class Trainer:
         seconds = time.perf_counter() - started
         found = report(step, measured, tokens, version, self.config.row_tokens, seconds)
         return replace(found, skipped_tokens=skipped)
+
+    def _accumulate(self, given: StepRows, tokens: int) -> list[dict[str, Tensor]]:
+        """Add the gradients of a step's rows, each in parts that fit; returns each row's numbers.
+
+        The loss is a sum over tokens, so a row in parts has the gradient of the whole row.
+        """
+        self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+        most, rows = self._fitting.of(self.config.row_tokens), []
+        with step_randomness(self.device, self._seed, given.step.index, self.dist.rank):
+            for row in given.rows:
+                parts = [self._backward(part, tokens) for part in row.parts(most)]
+                rows.append({n: torch.stack([p[n] for p in parts]).sum(0) for n in parts[0]})
+            for row in given.idle:  # other ranks' rows need this rank in their collectives
+                self._backward(row, 1, weight=0.0)
+        return rows
 
     def _backward(self, row: TrainRow, tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add one row's gradient; returns its share of the step's loss and its metric sums."""

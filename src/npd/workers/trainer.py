@@ -14,9 +14,10 @@ from typing import Any
 
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
-from npd.evaluate import Match, exact_match, heldout_kl, kl_by_teacher
+from npd.evaluate import IF_NOTHING_FITS, Match, exact_match, heldout_kl, kl_by_teacher
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding, resolve_device
+from npd.models.out_of_memory import Fitting
 from npd.observe.pace import noted, write_note
 from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
@@ -37,6 +38,9 @@ class TrainerWorker:
         self._chat = ChatTokenizer.of_student(config)
         self._device = resolve_device(config.runtime.device)
         self._dist: DistContext | None = None
+        self._fitting = Fitting(
+            "eval.batch_size", config.eval.batch_size, IF_NOTHING_FITS, is_alone=True
+        )
         self._rendezvous = Rendezvous(
             config.train.ranks,
             device=self._device,
@@ -186,7 +190,13 @@ class TrainerWorker:
         )
         requests = [SampleRequest(p.index, p.index, p) for p in chosen]
         with self._autocast(self._config.train.dtype), decoding(model):
-            rollouts = generate_with(model, requests, sampling, with_logprobs=False)
+            rollouts = generate_with(
+                model,
+                requests,
+                sampling,
+                with_logprobs=False,
+                fitting=self._fitting,
+            )
         return [
             (p, self._chat.decode(r.response_ids)) for p, r in zip(chosen, rollouts, strict=True)
         ]

@@ -1,0 +1,102 @@
+"""Going on with less at a time when a device is out of memory.
+
+Promises: an attempt that ran out of memory is made again with half of it at a time, as often as
+needed, and what fitted is remembered. Other errors pass. Ranks do not try again: the others would
+wait in a collective for one that begins anew. An attempt must be one that may be repeated.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from npd.errors import RunError
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+# What libraries say when an allocation fails, besides torch.OutOfMemoryError: CUDA's own errors
+# (torch.AcceleratorError), cuBLAS, cuDNN, and torch's allocator on a CPU.
+_SAYINGS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+# A 256th of a configured size is no size to work with.
+_LARGEST_DIVISOR = 256
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."))
+    True
+    >>> is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
+    False
+    """
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAYINGS)
+
+
+class Fitting:
+    """How large a part of the configured size fits: 1 / `divisor`.
+
+    `setting` is the config's name of the size, and `remedy` what helps if no part fits. `is_alone`:
+    what is attempted needs no other rank, even where there are some.
+    """
+
+    def __init__(self, setting: str, size: int, remedy: str, *, is_alone: bool = False) -> None:
+        self.divisor = 1
+        self._setting, self._size, self._remedy = setting, size, remedy
+        self._is_alone = is_alone
+
+    def of(self, size: int) -> int:
+        """The part of `size` that is used."""
+        return max(1, size // self.divisor)
+
+    def run(self, attempt: Callable[[], T], *, doing: str = "") -> T:
+        """The result of `attempt`, which looks at `of`; repeated with half after each failure.
+
+        `doing` begins the message of an error, such as `step 3: `.
+
+        Raises:
+            RunError: there is not enough memory for the smallest part, or for one of several ranks.
+        """
+        while True:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                now = self.of(self._size)
+                if now == 1 or self.divisor >= _LARGEST_DIVISOR or not self._may_repeat():
+                    raise RunError(
+                        f"{doing}the device is out of memory with {self._setting} {now}: "
+                        f"{self._remedy}"
+                    ) from error
+            # Here, where the traceback no longer holds what the attempt had allocated.
+            self.divisor *= 2
+            free_cached()
+            _log.warning(
+                "%sout of memory with %s %d: going on with %d",
+                *(doing, self._setting, now, self.of(self._size)),
+            )
+
+    def _may_repeat(self) -> bool:
+        return self._is_alone or not _is_in_group()
+
+
+def free_cached() -> None:
+    """Give back what torch keeps of freed memory, so that another size can be allocated."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_in_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
