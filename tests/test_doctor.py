@@ -12,16 +12,10 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from npd.config import LaunchConfig, LoraConfig, RunConfig, ScoreConfig, TrainConfig
+from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
 from npd.doctor import summary
-from npd.doctor.hardware import (
-    gpu_checks,
-    heap_bytes,
-    over_ranks,
-    part_check,
-    rank_checks,
-    trainer_bytes,
-)
+from npd.doctor.gpus import gpu_checks, rank_checks
+from npd.doctor.memory import heap_bytes, over_ranks, trainer_bytes
 from npd.models.metadata import size_of
 from npd.types import Check, FinishReason, Rollout
 from tiny_model import make_model, make_tokenizer
@@ -274,14 +268,14 @@ def test_memory_counts_state_and_rows(tmp_path):
     shorter = plain.model_copy(
         update={"train": plain.train.model_copy(update={"row_tokens": 4096})}
     )
-    (state, row) = trainer_bytes(plain, size)
+    (state, row) = trainer_bytes(plain, size, is_cpu=True)
     assert state == 16 * size.parameters
     adapters = plain.model_copy(
         update={"train": TrainConfig(lora=LoraConfig(rank=1), dtype="bfloat16")}
     )
-    assert trainer_bytes(adapters, size)[0] < state / 2
-    assert trainer_bytes(thrifty, size)[1] < row
-    assert trainer_bytes(shorter, size)[1] < row
+    assert trainer_bytes(adapters, size, is_cpu=True)[0] < state / 2
+    assert trainer_bytes(thrifty, size, is_cpu=True)[1] < row
+    assert trainer_bytes(shorter, size, is_cpu=True)[1] < row
 
 
 def forward_and_backward(model_dir, config, tokens: int):
@@ -344,7 +338,7 @@ def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, voc
     )
     work = forward_and_backward(tmp_path / "model", config, 1024)
     work()  # from here on gradients are there, as in all rows of a step but the first
-    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")))[1]
+    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")), is_cpu=True)[1]
     assert 0.8 < forecast / peak_of(work, tmp_path / "trace.json") < 1.45
 
 
@@ -379,6 +373,22 @@ def test_a_row_that_cannot_fit_is_a_warning(shell):
     (memory,) = checks["memory"]
     assert memory.status == "warn"
     assert "activation_checkpointing" in memory.says
+
+
+def test_a_machine_that_is_not_here(shell):
+    """Its GPUs take the place of this machine's, those that the config names included."""
+    sets = ("runtime.kind=local", "runtime.device=cuda", "score.gpus=[1]")
+    arguments = [part for each in sets for part in ("--set", each)]
+    done = shell.npd("doctor", "run.yaml", "--gpus", "2x80GB", "--json", *arguments)
+    checks = json.loads(done.out)["checks"]
+    assert done.code == 0, checks
+    memory = [c for c in checks if c["what"] in ("memory", "gpus", "device")]
+    assert [(c["status"], c["says"][:14]) for c in memory] == [
+        ("ok", "GPU 0: trainer"), ("ok", "GPU 1: scorer-")
+    ]  # fmt: skip
+    assert any(check["what"] == "trial: generate" for check in checks)
+    done = shell.npd("doctor", "run.yaml", "--gpus", "many")
+    assert done.complaint(2) == "error: --gpus 'many' is no machine: write it like 8x80GB"
 
 
 def test_the_summary_counts():
@@ -637,19 +647,6 @@ def test_a_server_on_a_scorers_gpu_is_a_warning(two_gpus):
     found = list(gpu_checks("generate.launch", LaunchConfig(gpus=["1"]), several(1, 2)))
     assert [check.status for check in found] == ["ok", "warn"]
     assert "GPU 1 is a scorer's too" in found[1].says
-
-
-def test_a_rank_has_room_for_its_part_of_the_teachers(tiny_teacher_dir):
-    def found(total, ranks):
-        score = {"ranks": ranks, "dtype": "float32"}
-        config = several(1, 2).model_copy(update={"teacher": str(tiny_teacher_dir)})
-        return part_check(config.model_copy(update={"score": ScoreConfig(**score)}), total)
-
-    whole = 4 * size_of(str(tiny_teacher_dir)).parameters
-    assert found(whole, 2).status == found(whole // 2 + 1, 2).status == "ok"
-    assert found(whole // 2, 2).status == "FAIL"
-    assert "raise score.ranks" in found(whole // 2, 2).says
-    assert found(whole // 2, 4).status == "ok"
 
 
 # Settings of servers.

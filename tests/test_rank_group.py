@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from npd.config import RunConfig
-from npd.control.placement import gpu_of_rank
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.models.distributed import connect
 from npd.runtime import CallResult
@@ -148,20 +147,6 @@ def test_what_several_ranks_cannot_do_is_refused(section, values, words):
     RunConfig.model_validate(SETTINGS)
     with pytest.raises(ConfigError, match=words):
         RunConfig.model_validate({**SETTINGS, section: values})
-
-
-@pytest.mark.parametrize(
-    ("visible", "expected"), [(None, ["0", "1", "2"]), ("4,7", ["4", "7", ""]), ("", ["", "", ""])]
-)
-def test_each_rank_sees_one_gpu(visible, expected, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    config = RunConfig.model_validate(SETTINGS)
-    found = [gpu_of_rank(config, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(3)]
-    assert found == expected
-    cpu = RunConfig.model_validate({**SETTINGS, "runtime": {"kind": "local", "device": "cpu"}})
-    assert gpu_of_rank(cpu, 1) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="every rank finds a GPU")

@@ -443,7 +443,7 @@ class FakeRuntime:
 
 
 def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6")
     runtime = FakeRuntime()
     config = RunConfig.model_validate(
         {**SETTINGS, "train": {"ranks": 2}, "score": {"ranks": 2, "workers": 2},
@@ -455,7 +455,7 @@ def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
     assert [scorer.name for scorer in start_scorers(run, runtime)] == ["scorer-0", "scorer-1"]
     gpus = {name: env.get("CUDA_VISIBLE_DEVICES") for name, (_, env) in runtime.spawned.items()}
     assert gpus == {
-        "generator-0": None, "trainer-0": "0", "trainer-1": "1",
+        "generator-0": "6", "trainer-0": "0", "trainer-1": "1",
         "scorer-0-0": "2", "scorer-0-1": "3", "scorer-1-0": "4", "scorer-1-1": "5",
     }  # fmt: skip
 

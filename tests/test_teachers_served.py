@@ -26,7 +26,7 @@ from npd.control.run_directory import open_directory
 from npd.control.run_record import load_run
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs
-from npd.doctor.hardware import other_bytes
+from npd.doctor.memory import other_bytes
 from npd.errors import ConfigError
 from npd.models import fingerprint
 from npd.models.metadata import model_settings, size_of

@@ -147,13 +147,19 @@ def show_config(config: Config, sets: Sets = None) -> None:
 def doctor(
     config: Config,
     sets: Sets = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus", help="Forecast the memory of a machine that is not here, such as 8x80GB."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Check a run before it starts: models, data, memory, servers."""
     from npd.doctor import examine, summary, to_json
 
     found = []
-    for check in examine(config, sets or ()):
+    for check in examine(config, sets or (), gpus=gpus):
         found.append(check)
         if not as_json:
             say(str(check))

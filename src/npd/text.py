@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from npd.redaction import mask
 
-# Real paths are shorter; what is longer is not a path, and would bury the message.
-_LONGEST_PATH = 500
+# Real paths and the names in them are shorter; what is longer would bury the message.
+_LONGEST_PATH, _LONGEST_NAME = 500, 255
 
 
 def counted(count: int, noun: str) -> str:
@@ -43,5 +43,6 @@ def shown(text: object, most: int = 80) -> str:
 
 
 def shown_path(path: object) -> str:
-    """A path for a message: as `shown`, but whole, so that it can be opened."""
-    return shown(path, most=_LONGEST_PATH)
+    """A path for a message: as `shown`, but whole if it can be one, so that it can be opened."""
+    is_path = all(len(name) <= _LONGEST_NAME for name in str(path).split("/"))
+    return shown(path, most=_LONGEST_PATH) if is_path else shown(path)

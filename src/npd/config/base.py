@@ -45,6 +45,7 @@ Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Dtype = Literal["float32", "bfloat16"]
 Text = Annotated[str, AfterValidator(_plain)]
 Name = Annotated[str, AfterValidator(_path)]
+Gpus = Annotated[tuple[Count, ...], Field(strict=False)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 Directory = Annotated[Path, Field(strict=False), BeforeValidator(_directory)]
 

@@ -47,6 +47,8 @@ _DEFAULT = "default"
 _log = logging.getLogger(__name__)
 # The most errors that are listed.
 _MOST_PROBLEMS = 8
+# The most keys of a section that are listed.
+_MOST_KEYS = 16
 # The similarity (difflib's ratio) from which one name is taken for a misspelling of another.
 _NEAR = 0.78
 _NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|true|false|null")
@@ -257,9 +259,10 @@ def _hint(path: str, schema: _Schema) -> str:
         return f": did you mean {' or '.join(near)}?"
     for other in get_close_matches(name, other_names(), 1, _NEAR):
         return f": {other_hint(other)}"
-    shown_keys = siblings or [key for key in known if "." not in key]
-    where = parent if siblings and parent else "a config"
-    return f"{_KEYS}{where} are {', '.join(shown_keys)}"
+    keys = [*(siblings or [key for key in known if "." not in key])]
+    where, more = parent if siblings and parent else "a config", len(keys) - _MOST_KEYS
+    rest = f" and {more} more (npd config shows them)" if more > 1 else ""
+    return f"{_KEYS}{where} are {', '.join(keys[:_MOST_KEYS] if rest else keys)}{rest}"
 
 
 def _merged(

@@ -116,5 +116,8 @@ def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     yield has_none, f"{_EVAL} eval.source", "data.heldout_size is 0: no prompt is held out"
     yield c.data.heldout is not None, "data.heldout_size", "data.heldout names the prompts"
     yield c.data.heldout is None, "data.heldout_split", "data.heldout is not set"
+    gpus = "train.gpus score.gpus generate.gpus"
+    yield c.runtime.kind != "local", gpus, f"runtime.kind is {c.runtime.kind}"
+    yield c.runtime.device not in ("auto", "cuda"), gpus, f"runtime.device is {c.runtime.device}"
     ray = "runtime.ray.address runtime.ray.gpus runtime.ray.start_timeout"
     yield c.runtime.kind != "ray", ray, f"runtime.kind is {c.runtime.kind}"

@@ -15,6 +15,7 @@ from npd.config.base import (
     Decay,
     Directory,
     Dtype,
+    Gpus,
     LaunchConfig,
     Name,
     Positive,
@@ -129,6 +130,9 @@ class _Generation(Section):
     workers: Processes = 1
     """Number of generators. Each loads its own model; the servers at `urls` are divided among
     them."""
+    gpus: Gpus = ()
+    """GPUs of the generators, in turn, with `runtime.kind: local`: indices among those that npd
+    sees. Empty: those that trainer and scorers leave."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights for decoding."""
     admin_urls: Texts = ()
@@ -162,6 +166,9 @@ class _Scoring(Section):
     ranks: Processes = 1
     """Processes (on GPUs: one each) that share a teacher too large for one device, each with a part
     of every layer. For servers see docs/servers.md; `npd score` always uses one."""
+    gpus: Gpus = ()
+    """GPUs of the scorers (and their ranks), in turn, as in `generate.gpus`. Empty: those that the
+    trainer leaves."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights for scoring."""
 
@@ -458,3 +465,5 @@ class TrainConfig(Section):
     ranks: Processes = 1
     """Processes (on GPUs: one each) that share the student and the rows of a step; `npd train`
     always uses one."""
+    gpus: Gpus = ()
+    """GPUs of the trainer's ranks, as in `generate.gpus`. Empty: the first ones."""

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from npd.config.base import LaunchConfig
 from npd.config.run import RunValues
-from npd.config.sections import GenerateConfig, RuntimeConfig, ScoreConfig, TeacherConfig
+from npd.config.sections import GenerateConfig, ScoreConfig, TeacherConfig
 from npd.redaction import without_login
 from npd.text import shown
 from npd.types import DEFAULT_TEACHER
@@ -271,8 +271,8 @@ def engine_problems(c: RunValues) -> Iterator[str]:
 def ranks_problems(c: RunValues) -> Iterator[str]:
     """A trainer, or a teacher, of several ranks: processes with one GPU each."""
     gpus = c.runtime.ray.gpus
-    yield from _process_problems("train", c.train.ranks, gpus.get("trainer"), c.runtime)
-    yield from _process_problems("score", c.score.ranks, gpus.get("scorer"), c.runtime)
+    yield from _process_problems("train", c.train.ranks, gpus.get("trainer"), c)
+    yield from _process_problems("score", c.score.ranks, gpus.get("scorer"), c)
     if c.score.ranks == 1:
         return
     ranks = f"score.ranks {c.score.ranks}"
@@ -288,13 +288,11 @@ def ranks_problems(c: RunValues) -> Iterator[str]:
         )
 
 
-def _process_problems(
-    section: str, count: int, gpus: float | None, runtime: RuntimeConfig
-) -> Iterator[str]:
+def _process_problems(section: str, count: int, gpus: float | None, c: RunValues) -> Iterator[str]:
     """Each of `count` ranks is a process with a whole GPU; `gpus`: its GPUs in `runtime.ray`."""
     if count == 1:
         return
-    ranks = f"{section}.ranks {count}"
+    ranks, runtime = f"{section}.ranks {count}", c.runtime
     if runtime.kind == "inline":
         yield (
             f"{ranks} needs a process for each rank: set runtime.kind: local, or {section}.ranks: 1"
@@ -303,6 +301,12 @@ def _process_problems(
         yield (
             f"{ranks} needs a GPU for each rank, but runtime.device {runtime.device} is one GPU: "
             "set runtime.device: cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    named = c.train.gpus if section == "train" else c.score.gpus
+    if named and len({*named}) < count:
+        yield (
+            f"{ranks} needs a GPU for each rank, but {section}.gpus names {len({*named})}: name as "
+            f"many, or leave {section}.gpus out"
         )
     if gpus is not None and gpus < 1.0 and runtime.device != "cpu":
         yield (

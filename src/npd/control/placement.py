@@ -1,13 +1,13 @@
 """Starts the workers of a run, each with its threads, GPUs and servers; ranks as one worker.
 
-Sets the GPU of each rank where a worker has several. A worker of one process takes the first GPU
-that it sees.
+On this machine each process sees the GPUs that `assign_gpus` gives it, and no others. On Ray the
+cluster assigns them. Threads of one process (`runtime.kind: inline`) share the first GPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -15,11 +15,14 @@ from typing import Literal, TypeAlias
 from npd.config import RunConfig, ServedConfig, TeacherConfig
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import for_workers
+from npd.errors import ConfigError
 from npd.runtime import Resources, Runtime, Worker
 from npd.runtime.rank_group import RankGroup
+from npd.text import counted
 from npd.workers import Factory
 
 Role: TypeAlias = Literal["generator", "scorer", "trainer"]
+_SEES_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +75,110 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def gpu_of_rank(config: RunConfig, rank: int) -> dict[str, str]:
-    """The environment variables that give a rank one GPU: the `rank`-th that this process sees.
-
-    With `runtime.device: cpu` the rank sees no GPU. On Ray it is empty, because Ray assigns GPUs.
-    """
-    if config.runtime.kind == "ray":
-        return {}
-    if config.runtime.device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(rank)] * (rank + 1) if visible is None else visible.split(",")
-    return {"CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else ""}
+    if visible is not None:
+        return tuple(part.strip() for part in visible.split(",") if part.strip())
+    import torch
+
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def check_gpus(config: RunConfig) -> str:
+    """Check that the GPUs that a config names are there.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if config.runtime.kind != "local" or config.runtime.device not in ("auto", "cuda"):
+        return "the GPUs named are of no use here"
+    seen = visible_gpus()
+    named = {
+        "train": config.train.gpus, "score": config.score.gpus, "generate": config.generate.gpus
+    }  # fmt: skip
+    for name, indices in named.items():
+        missing = [index for index in indices if index >= len(seen)]
+        if missing:
+            has = f"{counted(len(seen), 'GPU')}, numbered from 0" if seen else "none"
+            raise ConfigError(
+                f"{name}.gpus names GPU {missing[0]}, but npd sees {has}: correct it, or leave it "
+                "out to have GPUs assigned"
+            )
+    return "the GPUs named are there"
+
+
+def assign_gpus(config: RunConfig, gpus: Sequence[str]) -> dict[str, str]:
+    """The CUDA_VISIBLE_DEVICES of each local process that needs a GPU, by its name.
+
+    The trainer comes first and shares its GPUs last: scorers, then generators, take the others in
+    turn, and the trainer's too only if there are no others. `train.gpus`, `score.gpus` and
+    `generate.gpus` (indices into `gpus`) override this. Ranks never share a GPU; one for which
+    there is none sees none. A server that npd starts is on its worker's GPUs, unless its
+    `launch.gpus` names others.
+    """
+    if config.runtime.kind != "local" or not gpus or config.runtime.device.startswith("cuda:"):
+        return {}
+    own = {
+        "trainer": config.train.gpus,
+        "scorer": config.score.gpus,
+        "generator": config.generate.gpus,
+    }
+    named = {index for indices in own.values() for index in indices}
+    every = range(len(gpus))
+    free = [index for index in every if index not in named] or [*every]
+    trainers = _Turns(own["trainer"] or free)
+    placed = {name: trainers.take(1, alone=True) for name in _trainer_names(config)}
+    held = {index for indices in placed.values() for index in indices}
+    others = [index for index in free if index not in held]
+    others = others or [index for index in every if index not in held]
+    shared = _Turns(others or every)
+    for role, names, count in _others(config):
+        is_alone = role == "scorer" and config.score.ranks > 1
+        turns = shared if others or not is_alone else _Turns(())
+        turns = _Turns(own[role]) if own[role] else turns
+        placed |= {name: turns.take(count, alone=is_alone) for name in names}
+    return {
+        name: ",".join(gpus[index] for index in indices if index < len(gpus))
+        for name, indices in placed.items()
+    }
+
+
+class _Turns:
+    """Indices of GPUs, given out in turn: each once, then from the first again unless `alone`."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._indices, self._given = list(indices), 0
+
+    def take(self, count: int, *, alone: bool) -> list[int]:
+        places = range(self._given, self._given + count)
+        self._given += count
+        if alone:
+            return [self._indices[place] for place in places if place < len(self._indices)]
+        size = len(self._indices)
+        return sorted({self._indices[place % size] for place in places}) if size else []
+
+
+def _trainer_names(config: RunConfig) -> list[str]:
+    ranks = config.train.ranks
+    return ["trainer"] if ranks == 1 else [f"trainer-{rank}" for rank in range(ranks)]
+
+
+def _others(config: RunConfig) -> Iterator[tuple[Role, list[str], int]]:
+    """Role, process names, and GPUs a process, of scorers and generators that need a GPU."""
+    generate, score, ranks = config.generate, config.score, config.score.ranks
+    launches = {where: launch for where, launch in config.launches.items() if not launch.gpus}
+    widths = [n.tensor_parallel for where, n in launches.items() if where != "generate"]
+    reads_here = not score.is_served or config.needs_ifd or config.needs_student_pass
+    scorers = [f"scorer-{index}" for index in range(num_scorers(config))]
+    if ranks > 1:
+        yield "scorer", [f"{name}-{rank}" for name in scorers for rank in range(ranks)], 1
+    elif reads_here or widths:
+        yield "scorer", scorers, max([1, *widths])
+    launch = launches.get("generate")
+    if generate.source != "dataset" and (launch is not None or not generate.is_served):
+        count = 1 if launch is None else launch.tensor_parallel
+        yield "generator", [f"generator-{index}" for index in range(generate.workers)], count
 
 
 def resources_for(config: RunConfig, role: Role) -> Resources:
@@ -107,19 +202,20 @@ def start_ranks(
     *,
     ranks: int,
     needs: Resources,
-    first_gpu: int = 0,
 ) -> Worker:
     """A worker; with several `ranks` a group that shares its threads and has one GPU per rank."""
-    threads = threads_per_worker(config)
+    threads, gpus = threads_per_worker(config), _environments(config)
     if ranks == 1:
-        return runtime.spawn(name, factory, threads=threads, needs=needs)
+        given = gpus.get(name)
+        return runtime.spawn(name, factory, threads=threads, environment=given, needs=needs)
+    is_on_cpu = config.runtime.device == "cpu"
     each = threads if config.runtime.threads is not None else max(1, threads // ranks)
     workers = [
         runtime.spawn(
             f"{name}-{rank}",
             factory,
             threads=each,
-            environment=gpu_of_rank(config, first_gpu + rank),
+            environment=gpus.get(f"{name}-{rank}", _SEES_NO_GPU if is_on_cpu else None),
             needs=replace(needs, team=name, size=ranks),
         )
         for rank in range(ranks)
@@ -155,6 +251,12 @@ def _start(run: OpenRun, runtime: Runtime, name: str, role: Role, index: int = 0
         root,
         ranks=ranks,
         needs=resources_for(config, role),
-        # The trainer has the first GPUs; a teacher with several ranks has the next ones.
-        first_gpu=config.train.ranks + index * ranks if role == "scorer" else 0,
     )
+
+
+def _environments(config: RunConfig) -> dict[str, dict[str, str]]:
+    """The environment variables that give each local process its GPUs."""
+    if config.runtime.kind != "local" or config.runtime.device == "cpu":
+        return {}
+    placed = assign_gpus(config, visible_gpus())
+    return {name: {"CUDA_VISIBLE_DEVICES": gpus} for name, gpus in placed.items()}

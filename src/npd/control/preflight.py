@@ -22,6 +22,7 @@ from npd.config import LaunchConfig, RunConfig
 from npd.config.load import dump_config
 from npd.config.paths import why_no_path
 from npd.config.sources import flat
+from npd.control.placement import check_gpus
 from npd.control.resume_checks import check_resumable
 from npd.control.run_directory import check_directory, check_start, check_writable, is_free
 from npd.data.chat_tokenizer import ChatTokenizer
@@ -105,12 +106,19 @@ class Preflight:
     """The checks of one run, and what they read: its inputs.
 
     `clock` is the time that chat templates write (now). Without `start` nothing is checked that
-    only a run needs: a free directory, shared files, a cluster.
+    only a run needs: a free directory, shared files, a cluster. `is_elsewhere`: the run is planned
+    for another machine, so this one's GPUs are not looked at.
     """
 
     def __init__(
-        self, config: RunConfig, *, clock: datetime | None = None, start: Start | None = None
+        self,
+        config: RunConfig,
+        *,
+        clock: datetime | None = None,
+        start: Start | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
+        self._is_elsewhere = is_elsewhere
         self._config, self._clock, self._start = config, clock, start
         self._teachers = {role_of(name): model for name, model in config.teacher_models.items()}
         self._chat: ChatTokenizer | None = None
@@ -173,8 +181,12 @@ class Preflight:
             yield _Rule("cluster", partial(check_cluster, config))
         if config.observe.trackers:
             yield _Rule("trackers", self._trackers)
+        if self._is_elsewhere:
+            return
         if config.runtime.device.startswith("cuda"):
             yield _Rule("device", partial(check_device, config))
+        if config.train.gpus or config.score.gpus or config.generate.gpus:
+            yield _Rule("gpus", partial(check_gpus, config))
 
     def _rules_of_models(self) -> Iterator[_Rule]:
         config = self._config

@@ -35,6 +35,7 @@ _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeou
 # What may change when a run is resumed: where it runs and what it leaves, not what it is.
 _MAY_CHANGE = (
     *_COMPUTATION,
+    *("train.gpus", "score.gpus", "generate.gpus"),
     *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
     *("generate.refresh_timeout", "generate.probe_tolerance"),

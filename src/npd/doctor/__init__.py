@@ -21,8 +21,13 @@ from npd.types import Check
 __all__ = ["examine", "summary", "to_json"]
 
 
-def examine(source: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
-    """Every check of a config, in the order in which a run would stumble over them."""
+def examine(
+    source: str, overrides: Sequence[str] = (), *, gpus: str | None = None
+) -> Iterator[Check]:
+    """Every check of a config, in the order in which a run would stumble over them.
+
+    `gpus`, such as `8x80GB`, asks about a machine that is not here: its memory and number of GPUs.
+    """
     from npd.config.load import load_config
 
     try:
@@ -34,18 +39,20 @@ def examine(source: str, overrides: Sequence[str] = ()) -> Iterator[Check]:
     config = settings.config
     yield Check.ok("config", f"{source} resolves; the run is kept in {config.directory}")
     yield from (Check.ok("config", note) for note in settings.notes)
-    yield from _examine(config)
+    yield from _examine(config, gpus)
 
 
-def _examine(config: RunConfig) -> Iterator[Check]:
+def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
-    from npd.doctor.hardware import memory_checks, rank_checks
+    from npd.doctor.gpus import rank_checks
+    from npd.doctor.memory import memory_checks, parse_gpus
     from npd.doctor.servers import launch_checks, server_checks, setting_checks
     from npd.doctor.trial import trial_checks
 
+    gpus = None if elsewhere is None else parse_gpus(elsewhere)
     yield from _version_checks()
-    preflight = Preflight(config, start=Start())
+    preflight = Preflight(config, start=Start(), is_elsewhere=gpus is not None)
     yield from preflight.checks()
     failed = preflight.failed
     if preflight.inputs is not None:
@@ -53,14 +60,20 @@ def _examine(config: RunConfig) -> Iterator[Check]:
     if "run directory" not in failed:
         yield from disk_checks(config)
     if "device" not in failed:
-        yield from rank_checks(config)
+        yield from rank_checks(config, None if gpus is None else [gpu.name for gpu in gpus])
         if "weights: student" not in failed:
-            yield from memory_checks(config)
+            yield from memory_checks(config, gpus)
     yield from setting_checks(config)
-    yield from launch_checks(config, failed)
+    if gpus is None:
+        yield from launch_checks(config, failed)
     yield from server_checks(config, failed)
     if not failed:
-        yield from trial_checks(config)
+        yield from trial_checks(config if gpus is None else _on_this_device(config))
+
+
+def _on_this_device(config: RunConfig) -> RunConfig:
+    runtime = config.runtime.model_copy(update={"device": "auto"})
+    return config.model_copy(update={"runtime": runtime})
 
 
 def _version_checks() -> Iterator[Check]:

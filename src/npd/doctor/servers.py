@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from npd.config import GenerateConfig, LaunchConfig, RunConfig, ScoreConfig, ServedConfig
 from npd.data.chat_tokenizer import ChatTokenizer
-from npd.doctor.hardware import gpu_checks
+from npd.doctor.gpus import gpu_checks
 from npd.engines import EngineServer, Refused, ServerFacts, Unavailable, build_server
 from npd.engines.capabilities import HELDOUT_TOP_K, check_context, check_vocabulary, widest_support
 from npd.engines.client import Client, key_of

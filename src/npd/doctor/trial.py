@@ -17,7 +17,7 @@ import numpy as np
 
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
-from npd.doctor.hardware import device_bytes
+from npd.doctor.memory import device_bytes
 from npd.environment import untested
 from npd.errors import NpdError
 from npd.models.loading import resolve_device

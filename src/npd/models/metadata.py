@@ -84,6 +84,8 @@ class ModelSize:
     hidden: int
     intermediate: int
     vocabulary: int
+    kv_width: int = 0
+    """Keys of one token in one layer, over all heads; values have as many."""
 
 
 def size_of(model: str) -> ModelSize | None:
@@ -97,7 +99,14 @@ def size_of(model: str) -> ModelSize | None:
     if not parameters:
         return None
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    return ModelSize(parameters, *(_count(config, name) for name in names))
+    layers, hidden, intermediate, vocabulary = (_count(config, name) for name in names)
+    return ModelSize(parameters, layers, hidden, intermediate, vocabulary, _kv_width(config))
+
+
+def _kv_width(config: dict[str, Any]) -> int:
+    heads = _count(config, "num_attention_heads")
+    width = _count(config, "head_dim") or _count(config, "hidden_size") // max(1, heads)
+    return (_count(config, "num_key_value_heads") or heads) * width
 
 
 def _parameters(file: Path) -> int:

@@ -1,0 +1,125 @@
+"""GPUs: whether there are enough for ranks, and whether servers are given one that is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from npd.config import LaunchConfig, RunConfig
+from npd.control.placement import assign_gpus, visible_gpus
+from npd.doctor.memory import process_names
+from npd.types import Check
+
+_SECONDS = 60.0
+
+
+def gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
+    """Whether the GPUs named for a section's servers exist, suffice, and are free of npd itself.
+
+    A server without GPUs of its own is on its worker's, and counted in the forecast of memory.
+    """
+    if not launch.gpus:
+        return
+    there = {part for pair in gpu_ids().items() for part in pair if part}
+    for entry in launch.gpus:
+        named = [part.strip() for part in entry.split(",") if part.strip()]
+        missing = [gpu for gpu in named if not any(known.startswith(gpu) for known in there)]
+        if missing:
+            listed = ", ".join(sorted(k for k in there if k.isdigit())) or "none"
+            yield Check.fail(
+                what, f"no GPU {missing[0]} here (there are: {listed}): correct {what}.gpus"
+            )
+        elif len(named) < launch.tensor_parallel:
+            yield Check.fail(
+                what,
+                f"a model over {launch.tensor_parallel} GPUs does not fit on {entry!r}: name "
+                f"as many in {what}.gpus, or lower {what}.tensor_parallel",
+            )
+        else:
+            yield Check.ok(what, f"GPU {entry} is there")
+    yield from _shared_checks(what, launch, config)
+
+
+def rank_checks(config: RunConfig, gpus: Sequence[str] | None = None) -> Iterator[Check]:
+    """Whether there is a GPU for each rank, where several share a model.
+
+    `gpus` are those of another machine (None: of this one).
+    """
+    ranks = {"train.ranks": config.train.ranks, "score.ranks": config.score.ranks}
+    several = {name: count for name, count in ranks.items() if count > 1}
+    if not several or config.runtime.kind == "ray" or not (gpus or _uses_gpus(config)):
+        return
+    seen = _visible() if gpus is None else gpus
+    names = [n for n in process_names(config) if n.startswith(_HAS_ITS_OWN[config.score.ranks > 1])]
+    placed = assign_gpus(config, seen)
+    given = " and ".join(f"{name} {count}" for name, count in several.items())
+    says = f"{given}: {len(names)} ranks take a GPU each, and npd sees {len(seen)}"
+    if not all(placed.get(name) for name in names):
+        yield Check.fail(
+            "gpus", f"{says}: lower {' or '.join(several)}, or set runtime.device: cpu"
+        )
+    else:
+        yield Check.ok("gpus", says)
+
+
+# Processes that share their GPU with no other rank: the trainer's, and scorers' if they are ranks.
+_HAS_ITS_OWN = {False: ("trainer",), True: ("trainer", "scorer")}
+
+
+def _shared_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
+    """A warning where a server is given the trainer's GPU, or that of a rank of a scorer."""
+    given = [part.strip() for entry in launch.gpus for part in entry.split(",") if part.strip()]
+    own = own_gpus(config)
+    for index, uuid in sorted(gpu_ids().items()):
+        shared = [gpu for gpu in given if gpu == index or (uuid and gpu and uuid.startswith(gpu))]
+        taken = [name for name, gpu in own.items() if gpu in (index, uuid)]
+        if shared and taken:
+            whose = "the trainer's" if taken[0].startswith("trainer") else "a scorer's"
+            yield Check.warn(
+                what,
+                f"GPU {shared[0]} is {whose} too, and a server takes most of a GPU: name "
+                f"others in {what}.gpus, move npd's own workers (train.gpus, score.gpus), or "
+                f"bound it by --gpu-memory-utilization in {what}.args",
+            )
+
+
+def own_gpus(config: RunConfig) -> dict[str, str]:
+    """The GPU, as the driver names it, of each process that shares it with no other rank.
+
+    `CUDA_VISIBLE_DEVICES` renumbers GPUs for npd, not for the servers it starts.
+    """
+    named, device = _visible(), config.runtime.device
+    if not _uses_gpus(config):
+        return {}
+    if device.startswith("cuda:"):
+        index = int(device.partition(":")[2])
+        return {"trainer": named[index]} if index < len(named) else {}
+    kinds = _HAS_ITS_OWN[config.score.ranks > 1]
+    return {n: gpu for n, gpu in assign_gpus(config, named).items() if n.startswith(kinds)}
+
+
+def _uses_gpus(config: RunConfig) -> bool:
+    from npd.models.loading import resolve_device
+
+    return resolve_device(config.runtime.device).startswith("cuda")
+
+
+def _visible() -> list[str]:
+    """The GPUs that npd sees, as the driver names them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None and (listed := list(gpu_ids())):
+        return listed
+    return list(visible_gpus())
+
+
+def gpu_ids() -> dict[str, str]:
+    """Unique ids of the GPUs that the driver lists, by index; empty where there is no driver."""
+    ask = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if done.returncode != 0:
+        return {}
+    pairs = (line.partition(",") for line in done.stdout.splitlines() if line.strip())
+    return {index.strip(): uuid.strip() for index, _, uuid in pairs}

@@ -1,0 +1,378 @@
+"""How much memory a run takes, by process and device, beside what the machine has.
+
+The forecast is rough: allocators, kernels and other architectures differ by tens of per cent. On
+GPUs it is one for each, of the processes that `npd.control.placement` puts there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from npd.config import LaunchConfig, RunConfig, TrainConfig
+from npd.config.sections import chunk_for
+from npd.control.placement import assign_gpus, num_scorers, visible_gpus
+from npd.errors import InputError
+from npd.models.loading import resolve_device
+from npd.models.metadata import GIB, ModelSize, size_of
+from npd.types import Check
+
+# Weights, gradients and AdamW's two moments, all float32.
+_STATE_BYTES = 16
+# Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
+# the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose
+# 30 layers take 1.0 MB a token in bfloat16.
+_KEPT_HIDDEN, _KEPT_INTERMEDIATE = 19, 4
+# On a CPU, glibc hands blocks below this back to its own heap. What activation checkpointing frees
+# in each layer lies between the layer inputs it keeps, and what no later block fits into stays
+# resident: 1.1 GiB of that 135M Llama with rows of 4,096 tokens, as 4 float32 values of size
+# `hidden` a layer. (One backward pass: 3.6 GiB resident, 2.0 with MALLOC_MMAP_THRESHOLD_=2097152.)
+_HEAP_BLOCK, _LEFT_IN_HEAP = 32 * 2**20, 4
+_BYTES = {"bfloat16": 2, "float32": 4}
+# What a process holds on a GPU besides its tensors: a context, kernels, the allocator's slack.
+_CONTEXT_BYTES = GIB // 2
+# vLLM's share of a GPU unless --gpu-memory-utilization says otherwise.
+_SERVER_SHARE = 0.9
+# Cards have somewhat less than their name says: an "80 GB" one 79.6 GiB.
+_CARD_SHARE = 0.99
+
+
+class Gpu(NamedTuple):
+    """A GPU's name in checks, and its memory in bytes; `free` is unknown for one not here."""
+
+    name: str
+    total: int
+    free: int | None = None
+
+
+class Part(NamedTuple):
+    """A share of a process's memory."""
+
+    what: str
+    bytes: int
+
+
+def parse_gpus(text: str) -> tuple[Gpu, ...]:
+    """The GPUs of `8x80GB`, or of `80GB`.
+
+    Raises:
+        InputError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?(\d{1,4})\s*(?:GB|GiB|G)?", text.strip(), re.I)
+    count, size = (int(found[1] or 1), int(found[2])) if found is not None else (0, 0)
+    if not count or not size:
+        raise InputError(f"--gpus {text[:40]!r} is no machine: write it like 8x80GB")
+    return tuple(Gpu(f"GPU {i}", int(_CARD_SHARE * size * GIB)) for i in range(count))
+
+
+def gpus_here(config: RunConfig) -> tuple[Gpu, ...]:
+    """The GPUs that npd's processes would use on this machine; none if they would use the CPU."""
+    device = resolve_device(config.runtime.device)
+    if not device.startswith("cuda"):
+        return ()
+    import torch
+
+    return tuple(
+        Gpu(f"GPU {name}", *reversed(torch.cuda.mem_get_info(index)))
+        for index, name in enumerate(visible_gpus())
+    )
+
+
+def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Iterator[Check]:
+    """The forecast beside what the devices have: one check for each GPU, or one for the machine.
+
+    `gpus` are those of another machine (None: of this one).
+    """
+    size = size_of(config.student)
+    if size is None:
+        yield Check.warn("memory", f"{config.student} is no directory here: its size is not known")
+        return
+    gpus = gpus_here(config) if gpus is None else gpus
+    if config.runtime.kind == "ray":
+        yield _on_cluster(config, size)
+    elif gpus:
+        yield from _gpu_memory(config, size, gpus)
+    else:
+        yield _cpu_memory(config, size)
+
+
+def _cpu_memory(config: RunConfig, size: ModelSize) -> Check:
+    state, row = trainer_bytes(config, size, is_cpu=True)
+    row += heap_bytes(config, size, "cpu")
+    state, row = over_ranks(config.train, "cpu", size, state, row)
+    beside = other_bytes(config, size)
+    needed, (free, total) = state + row + beside, device_bytes("cpu")
+    says = (
+        f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
+        f"{config.train.row_tokens:,} tokens), models beside it {_gib(beside)}; "
+        f"cpu has {_gib(free)} free of {_gib(total)}"
+    )
+    if state > total:
+        return Check.fail("memory", f"{says}: the student does not fit, take a smaller one")
+    if needed > free:
+        return Check.warn("memory", f"{says}: {_SMALLER_ROW}")
+    return Check.ok("memory", says)
+
+
+def _on_cluster(config: RunConfig, size: ModelSize) -> Check:
+    state, row = trainer_bytes(config, size, is_cpu=config.runtime.device == "cpu")
+    return Check.warn(
+        "memory",
+        f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
+        f"{config.train.row_tokens:,} tokens): which machine of the cluster it will be on is not "
+        "known",
+    )
+
+
+_SMALLER_ROW = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
+
+
+def _gpu_memory(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]) -> Iterator[Check]:
+    """What the processes on each GPU take, and whether that is more than it has."""
+    on = processes_by_gpu(config, len(gpus))
+    parts = parts_by_process(config, size)
+    for place, gpu in enumerate(gpus):
+        names = on.get(place, [])
+        here = {name: parts[name] for name in names if parts[name]}
+        here |= _servers_on(config, names, gpu)
+        if here:
+            yield _gpu_check(config, gpu, here)
+
+
+def _gpu_check(config: RunConfig, gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
+    needed = sum(part.bytes for parts in here.values() for part in parts)
+    needed += _CONTEXT_BYTES * len(here)
+    listed = "; ".join(
+        f"{name} {' + '.join(f'{_gib(part.bytes)} ({part.what})' for part in parts)}"
+        for name, parts in here.items()
+    )
+    has = f"{_gib(gpu.total)} GiB"
+    if gpu.free is not None:
+        has = f"{_gib(gpu.free)} GiB free of {_gib(gpu.total)}"
+    says = f"{gpu.name}: {listed}; {_gib(needed)} GiB of {has}"
+    row = _largest_row(here)
+    if needed <= (gpu.total if gpu.free is None else gpu.free):
+        return Check.ok("memory", says)
+    if needed - row > gpu.total:
+        return Check.fail("memory", f"{says}: {_remedy(here, has_row=False)}")
+    return Check.warn("memory", f"{says}: {_remedy(here, has_row=row > 0)}")
+
+
+def _largest_row(here: Mapping[str, Sequence[Part]]) -> int:
+    """The bytes of a trainer's row: what the trainer would halve if there is no room."""
+    return max([0, *(p.bytes for parts in here.values() for p in parts if p.what.startswith(_ROW))])
+
+
+_ROW, _SERVER = "a row of", "'s server"
+
+
+def _remedy(here: Mapping[str, Sequence[Part]], *, has_row: bool) -> str:
+    if has_row:
+        return _SMALLER_ROW
+    if any(name.endswith(_SERVER) for name in here):
+        return (
+            "bound the server's share (--gpu-memory-utilization in launch.args), or name a GPU for "
+            "it alone (launch.gpus)"
+        )
+    if len(here) > 1:
+        return "give its processes GPUs of their own (score.gpus, generate.gpus), or smaller models"
+    return "take a smaller model, or raise train.ranks (score.ranks) to share it over GPUs"
+
+
+def processes_by_gpu(config: RunConfig, count: int) -> dict[int, list[str]]:
+    """The names of npd's processes on each of `count` GPUs, as placement assigns them."""
+    device, parts = config.runtime.device, process_names(config)
+    if config.runtime.kind == "inline" or device.startswith("cuda:"):
+        return {int(device.partition(":")[2] or 0): parts}
+    placed = assign_gpus(config, [str(index) for index in range(count)])
+    found: dict[int, list[str]] = {}
+    for name, given in placed.items():
+        for index in filter(None, given.split(",")):
+            found.setdefault(int(index), []).append(name)
+    return found
+
+
+def process_names(config: RunConfig) -> list[str]:
+    train, score = config.train.ranks, config.score.ranks
+    names = ["trainer"] if train == 1 else [f"trainer-{rank}" for rank in range(train)]
+    for index in range(num_scorers(config)):
+        name = f"scorer-{index}"
+        names += [name] if score == 1 else [f"{name}-{rank}" for rank in range(score)]
+    return names + [f"generator-{index}" for index in range(config.generate.workers)]
+
+
+def parts_by_process(config: RunConfig, size: ModelSize) -> dict[str, list[Part]]:
+    """What each of npd's processes holds on its GPU, by its name; servers are not among them."""
+    found: dict[str, list[Part]] = {}
+    for name in process_names(config):
+        role = name.partition("-")[0]
+        if role == "trainer":
+            found[name] = _trainer_parts(config, size, is_first=name in ("trainer", "trainer-0"))
+        elif role == "scorer":
+            found[name] = _scorer_parts(config, size)
+        else:
+            found[name] = _generator_parts(config, size)
+    return found
+
+
+def _trainer_parts(config: RunConfig, size: ModelSize, *, is_first: bool) -> list[Part]:
+    train = config.train
+    state, row = trainer_bytes(config, size, is_cpu=False)
+    parts = [
+        Part("weights, gradients, AdamW", state // train.ranks),
+        Part(f"{_ROW} {train.row_tokens:,} tokens", row),
+    ]
+    if train.ranks > 1 and is_first and config.eval.source != "none":
+        width = _BYTES["float32" if train.lora is None else train.dtype]
+        parts.append(Part("the whole student, to evaluate", width * size.parameters))
+    return parts
+
+
+def _scorer_parts(config: RunConfig, size: ModelSize) -> list[Part]:
+    score, parts = config.score, []
+    width = _BYTES[score.dtype]
+    if not score.is_served:
+        parts.append(Part("teacher", width * _teacher_size(config) // score.ranks))
+    if config.needs_scores and (config.needs_ifd or config.needs_student_pass):
+        parts.append(Part("snapshot", width * size.parameters))
+    if parts:
+        # A block's logits and their softmax, in float32.
+        chunk = min(score.head_chunk, score.row_tokens)
+        parts.append(Part("logits", 2 * _BYTES["float32"] * chunk * size.vocabulary))
+    return parts
+
+
+def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
+    generate = config.generate
+    if generate.is_served or generate.source == "dataset":
+        return []
+    width = _BYTES[generate.dtype]
+    writer = size
+    if generate.source == "teacher":
+        sizes = [found for m in config.teacher_models.values() if (found := size_of(m)) is not None]
+        writer = max(sizes, key=lambda found: found.parameters, default=size)
+    tokens = config.data.max_prompt_tokens + generate.max_new_tokens
+    cache = 2 * width * writer.layers * writer.kv_width * generate.batch_size * tokens
+    return [
+        Part("weights", width * writer.parameters),
+        Part(f"KV cache of {generate.batch_size} x {tokens:,} tokens", cache),
+    ]
+
+
+def _servers_on(config: RunConfig, names: Sequence[str], gpu: Gpu) -> dict[str, list[Part]]:
+    """The share of a GPU that servers started by its processes take."""
+    roles = {"generate": "generator", "score": "scorer"}
+    found = {}
+    for where, launch in config.launches.items():
+        role = roles.get(where, "scorer")
+        if not launch.gpus and any(name.startswith(role) for name in names):
+            share = _share_of(launch)
+            found[f"{where}{_SERVER}"] = [Part(f"{share:.0%} of it", int(share * gpu.total))]
+    return found
+
+
+def _share_of(launch: LaunchConfig) -> float:
+    """The share of a GPU that a server takes, by its own flag."""
+    text = " ".join(launch.args)
+    found = re.search(r"--gpu-memory-utilization[= ]([\d.]+)", text)
+    try:
+        return float(found[1]) if found is not None else _SERVER_SHARE
+    except ValueError:
+        return _SERVER_SHARE
+
+
+def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[int, int]:
+    """What the trainer holds always, and what a full row adds at its peak."""
+    train, width = config.train, _BYTES[config.train.dtype]
+    layer = _KEPT_HIDDEN * size.hidden + _KEPT_INTERMEDIATE * size.intermediate
+    kept = width * size.layers * layer
+    if train.activation_checkpointing:
+        # Each layer's input, in float32, and all of the one that is recomputed.
+        kept = 4 * size.layers * size.hidden + width * layer
+    # A chunk's logits (later their gradient) in the compute type; and the LM head's gradient, which
+    # is made with the loss and waits for the rest.
+    chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
+    logits = width * min(chunk, train.row_tokens) * size.vocabulary
+    head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
+    row = train.row_tokens * kept + logits + head
+    if train.lora is not None:
+        # Weights that stay as they are, and adapters beside four projections and three of the MLP.
+        sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
+        trained = size.layers * train.lora.rank * sides
+        return width * size.parameters + _STATE_BYTES * trained, row
+    copy = 0 if train.dtype == "float32" else width * size.parameters
+    return _STATE_BYTES * size.parameters, row + copy
+
+
+def heap_bytes(config: RunConfig, size: ModelSize, device: str) -> int:
+    """What a row's recomputed layers leave in the heap of a CPU process, beyond their tensors."""
+    block = 4 * config.train.row_tokens * size.hidden
+    if device != "cpu" or not config.train.activation_checkpointing or block >= _HEAP_BLOCK:
+        return 0
+    return size.layers * _LEFT_IN_HEAP * block
+
+
+def over_ranks(
+    train: TrainConfig, device: str, size: ModelSize, state: int, row: int
+) -> tuple[int, int]:
+    """The same where ranks share the student: on the first one's GPU, or all of them on the CPU.
+
+    The first rank holds the whole student too, while it evaluates.
+    """
+    if train.ranks == 1:
+        return state, row
+    whole = _BYTES["float32" if train.lora is None else train.dtype] * size.parameters
+    if device == "cpu":
+        return state + whole, train.ranks * row
+    return state // train.ranks + whole, row
+
+
+def other_bytes(config: RunConfig, size: ModelSize) -> int:
+    """Weights of the models that generators and scorers hold in process: of all teachers, each."""
+    generate, score, teacher_size = config.generate, config.score, _teacher_size(config)
+    total = 0
+    if not generate.is_served and generate.source != "dataset":
+        writer = size.parameters if generate.source == "student" else teacher_size
+        total += generate.workers * _BYTES[generate.dtype] * writer
+    if config.needs_scores:
+        each = 0 if score.is_served else teacher_size
+        each += size.parameters if config.needs_ifd or config.needs_student_pass else 0
+        total += score.workers * _BYTES[score.dtype] * each
+    return total
+
+
+def _teacher_size(config: RunConfig) -> int:
+    """Parameters of all teachers whose directories are here."""
+    sizes = map(size_of, config.teacher_models.values())
+    return sum(size.parameters for size in sizes if size is not None)
+
+
+def device_bytes(device: str) -> tuple[int, int]:
+    """Free and total memory of a device (of the machine, for the CPU)."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total)
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return _available() or page * os.sysconf("SC_AVPHYS_PAGES"), total
+
+
+def _available() -> int:
+    """What Linux would give to new programs, caches it can drop included; 0 elsewhere."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return 0
+    return int(found.get("MemAvailable", "0").split()[0]) * 1024
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.1f}"
+
+
+# ---- GPUs of npd's ranks and of servers it would start

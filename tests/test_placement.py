@@ -1,0 +1,223 @@
+"""Which process gets which GPU, and what that takes of each: over machines that are not here."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npd.config import RunConfig
+from npd.control.placement import assign_gpus, check_gpus, start_generators, start_trainer
+from npd.doctor.memory import memory_checks, parse_gpus, process_names
+from npd.errors import ConfigError, InputError
+from npd.models.metadata import GIB
+from npd.store.layout import RunLayout
+from open_runs import open_run
+from test_score_ranks import FakeRuntime
+
+# Of Qwen2.5: hidden, intermediate, layers, heads, keys' heads, vocabulary, parameters.
+SHAPES = {
+    "0.5b": (896, 4864, 24, 14, 2, 151_936, 494_032_768),
+    "1.5b": (1536, 8960, 28, 12, 2, 151_936, 1_543_714_304),
+    "7b": (3584, 18_944, 28, 28, 4, 152_064, 7_615_616_512),
+}
+
+
+def make(ranks=1, scorers=1, score_ranks=1, generators=1, kind="local", device="auto", **sections):
+    """A config with as many processes; sections are merged in."""
+    values = {
+        "student": "s", "teacher": "t", "schedule": {"epochs": 10},
+        "train": {"ranks": ranks}, "score": {"workers": scorers, "ranks": score_ranks},
+        "generate": {"workers": generators}, "runtime": {"kind": kind, "device": device},
+    }  # fmt: skip
+    for name, section in sections.items():
+        is_section = isinstance(values.get(name), dict)
+        values[name] = {**values[name], **section} if is_section else section
+    return RunConfig.model_validate(values)
+
+
+def placed(config, count):
+    return assign_gpus(config, [str(index) for index in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "expected"),
+    [
+        # One GPU is shared; of two the trainer has one, and teacher and snapshot the other.
+        ({}, 1, "trainer 0, scorer-0 0, generator-0 0"),
+        ({}, 2, "trainer 0, scorer-0 1, generator-0 1"),
+        ({}, 4, "trainer 0, scorer-0 1, generator-0 2"),
+        ({"generators": 4}, 4,
+         "trainer 0, scorer-0 1, generator-0 2, generator-1 3, generator-2 1, generator-3 2"),
+        ({"ranks": 4, "scorers": 2, "generators": 2}, 8,
+         "trainer-0 0, trainer-1 1, trainer-2 2, trainer-3 3, scorer-0 4, scorer-1 5, "
+         "generator-0 6, generator-1 7"),
+        # No GPU is left by the trainer.
+        ({"ranks": 2}, 2, "trainer-0 0, trainer-1 1, scorer-0 0, generator-0 1"),
+        # A teacher over two GPUs shares neither with the trainer.
+        ({"score_ranks": 2}, 4, "trainer 0, scorer-0-0 1, scorer-0-1 2, generator-0 3"),
+        ({"score_ranks": 2}, 2, "trainer 0, scorer-0-0 1, scorer-0-1 , generator-0 1"),
+        ({"ranks": 2}, 1, "trainer-0 0, trainer-1 , scorer-0 0, generator-0 0"),
+        # Chosen by the config.
+        ({"score": {"gpus": [0]}, "generate": {"gpus": [0]}}, 2,
+         "trainer 1, scorer-0 0, generator-0 0"),
+        ({"train": {"gpus": [3]}}, 4, "trainer 3, scorer-0 0, generator-0 1"),
+        ({"scorers": 3, "score": {"gpus": [1, 2]}}, 4,
+         "trainer 0, scorer-0 1, scorer-1 2, scorer-2 1, generator-0 3"),
+        # Who computes nothing needs none; a server that npd starts is where its worker is.
+        ({"generate": {"source": "dataset"}, "schedule": {"refresh": "never"}}, 2,
+         "trainer 0, scorer-0 1"),
+        ({"generate": {"engine": "vllm", "urls": ["http://a:1"]}}, 2, "trainer 0, scorer-0 1"),
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v"}}}, 3,
+         "trainer 0, scorer-0 1, generator-0 2"),
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v", "tensor_parallel": 2}}}, 4,
+         "trainer 0, scorer-0 1, generator-0 2,3"),
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v", "gpus": ["5"]}}}, 3,
+         "trainer 0, scorer-0 1"),
+        # The cluster, a device that is named, threads of one process: nothing to assign.
+        ({"kind": "ray", "runtime": {"ray": {"address": "auto"}}}, 4, ""),
+        ({"device": "cuda:1"}, 4, ""),
+        ({"kind": "inline"}, 4, ""),
+        ({}, 0, ""),
+    ],
+)  # fmt: skip
+def test_each_process_has_its_gpu(settings, count, expected):
+    found = placed(make(**settings), count)
+    assert ", ".join(f"{name} {gpus}" for name, gpus in found.items()) == expected
+
+
+@given(
+    *(st.integers(1, 4) for _ in range(4)),
+    st.integers(1, 12),
+)
+def test_gpus_are_shared_only_if_there_are_too_few(train, scorers, score_ranks, generators, count):
+    config = make(train, scorers, score_ranks, generators)
+    found = placed(config, count)
+    names = process_names(config)
+    assert sorted(found) == sorted(names)
+    needed = len(names)
+    if count >= needed:
+        assert len({*found.values()}) == needed, "each has its own"
+    trainers = [found[name] for name in names if name.startswith("trainer") and found[name]]
+    assert trainers == [str(index) for index in range(min(train, count))]
+    others = {found[name] for name in names if not name.startswith("trainer")}
+    if count > train:
+        assert others.isdisjoint(trainers), "the trainer's are shared last"
+    ranks = [found[name] for name in names if "scorer" in name and score_ranks > 1 and found[name]]
+    assert len({*ranks}) == len(ranks)
+
+
+def test_workers_see_what_they_are_given(tmp_path, monkeypatch):
+    """Names and ids of CUDA_VISIBLE_DEVICES are kept, whatever they are."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa, 7")
+    runtime = FakeRuntime()
+    run = open_run(make(), RunLayout(tmp_path))
+    start_trainer(run, runtime)
+    start_generators(run, runtime)
+    seen = {name: env["CUDA_VISIBLE_DEVICES"] for name, (_, env) in runtime.spawned.items()}
+    assert seen == {"trainer": "GPU-aaaa", "generator-0": "7"}
+    on_cpu = FakeRuntime()
+    start_trainer(open_run(make(device="cpu"), RunLayout(tmp_path)), on_cpu)
+    assert on_cpu.spawned["trainer"][1] == {}
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert check_gpus(make(score={"gpus": [0, 1]}))
+    with pytest.raises(ConfigError, match=r"score.gpus names GPU 2, but npd sees 2 GPUs, numb"):
+        check_gpus(make(score={"gpus": [2]}))
+    with pytest.raises(ConfigError, match=r"train.ranks 2 needs a GPU for each rank, but train.gp"):
+        make(ranks=2, train={"gpus": [1]})
+
+
+# What it takes of each GPU.
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of models that are headers only: sizes are read, weights never."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, shape in SHAPES.items():
+        hidden, intermediate, layers, heads, keys, vocabulary, parameters = shape
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({
+            "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": intermediate,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": keys, "vocab_size": vocabulary}))  # fmt: skip
+        header = {
+            "all": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 2 * parameters]}
+        }
+        text = json.dumps(header).encode()
+        with (folder / name / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + 2 * parameters)  # a hole: it takes no disk
+    return folder
+
+
+def forecast(models, machine, student="1.5b", teacher="7b", **settings):
+    config = make(student=str(models / student), teacher=str(models / teacher), **settings)
+    return list(memory_checks(config, parse_gpus(machine)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "statuses"),
+    [
+        # 1.5B and 7B on one card: a full row of the default is a warning, since rows are split.
+        ("1x80GB", {}, ["warn"]),
+        ("1x80GB", {"train": {"activation_checkpointing": True}}, ["ok"]),
+        ("2x80GB", {"train": {"activation_checkpointing": True}}, ["ok", "ok"]),
+        ("8x80GB", {"train": {"activation_checkpointing": True}}, ["ok", "ok", "ok"]),
+        ("1x141GB", {"train": {"activation_checkpointing": True}}, ["ok"]),
+        ("1x24GB", {}, ["FAIL"]),
+        ("1x24GB", {"student": "0.5b", "teacher": "1.5b",
+                    "train": {"activation_checkpointing": True}}, ["ok"]),
+        # 7B in full takes 122 GB of state: no card of 80, four of them.
+        ("1x80GB", {"student": "7b", "teacher": "7b"}, ["FAIL"]),
+        ("8x80GB", {"student": "7b", "teacher": "7b", "train": {
+            "ranks": 4, "activation_checkpointing": True}}, ["warn", *["ok"] * 5]),
+        # A launched server takes nine tenths, unless it is told otherwise.
+        ("1x80GB", {"train": {"activation_checkpointing": True},
+                    "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["FAIL"]),
+        ("1x80GB", {"train": {"activation_checkpointing": True}, "generate": {
+            "engine": "vllm",
+            "launch": {"venv": "v", "args": ["--gpu-memory-utilization", "0.2"]}}}, ["ok"]),
+        ("3x80GB", {"train": {"activation_checkpointing": True},
+                    "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["ok"] * 3),
+    ],
+)  # fmt: skip
+def test_the_forecast_of_each_gpu(models, machine, settings, statuses):
+    found = forecast(models, machine, **settings)
+    assert [check.status for check in found] == statuses, [check.says for check in found]
+
+
+def test_a_forecast_lists_what_is_where(models):
+    trainer, scorer, generator = forecast(models, "4x80GB")
+    assert trainer.says.startswith("GPU 0: trainer 23.0 (weights, gradients, AdamW) + "), (
+        trainer.says
+    )
+    assert "(a row of 32,768 tokens)" in trainer.says
+    assert "scorer-0 14.2 (teacher) + 2.9 (snapshot) + 0.6 (logits)" in scorer.says
+    assert "generator-0 2.9 (weights) + 1.3 (KV cache of 32 x 1,536 tokens)" in generator.says
+    assert trainer.says.endswith("or lower train.row_tokens or loss.chunk")
+    (alone,) = forecast(models, "24GB", student="7b", train={"activation_checkpointing": True})
+    assert "give its processes GPUs of their own" in alone.says
+    launch = {"engine": "vllm", "launch": {"venv": "v"}}
+    shared = forecast(models, "2x80GB", score={"gpus": [1]}, generate=launch)[1]
+    assert "generate's server 71.3 (90% of it)" in shared.says
+    assert "bound the server's share (--gpu-memory-utilization in launch.args)" in shared.says
+
+
+@pytest.mark.parametrize("text", ["8x80GB", "8 x 80 GB", "8×80GiB", "8*80G", "8x80"])
+def test_machines_as_people_write_them(text):
+    gpus = parse_gpus(text)
+    assert len(gpus) == 8
+    assert gpus[0].total == math.floor(0.99 * 80 * GIB)
+
+
+@pytest.mark.parametrize("text", ["", "many", "0x80GB", "8x", "-1x80GB", "8x0GB", "A100", "8x80TB"])
+def test_what_is_no_machine(text):
+    with pytest.raises(InputError, match="is no machine: write it like 8x80GB"):
+        parse_gpus(text)
