@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 # The most errors that are listed.
 _MOST_PROBLEMS = 8
 # The most keys of a section that are listed.
-_MOST_KEYS = 16
+_MOST_KEYS = 18
 # The similarity (difflib's ratio) from which one name is taken for a misspelling of another.
 _NEAR = 0.78
 _NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|true|false|null")
@@ -261,7 +261,7 @@ def _hint(path: str, schema: _Schema) -> str:
         return f": {other_hint(other)}"
     keys = [*(siblings or [key for key in known if "." not in key])]
     where, more = parent if siblings and parent else "a config", len(keys) - _MOST_KEYS
-    rest = f" and {more} more (npd config shows them)" if more > 1 else ""
+    rest = f" and {more} more" if more > 1 else ""
     return f"{_KEYS}{where} are {', '.join(keys[:_MOST_KEYS] if rest else keys)}{rest}"
 
 
