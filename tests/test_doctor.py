@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
+from npd.control.memory import heap_bytes, over_ranks, trainer_bytes
 from npd.doctor import summary
 from npd.doctor.gpus import gpu_checks, rank_checks
-from npd.doctor.memory import heap_bytes, over_ranks, trainer_bytes
 from npd.models.metadata import size_of
 from npd.types import Check, FinishReason, Rollout
 from tiny_model import make_model, make_tokenizer

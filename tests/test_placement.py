@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.config import RunConfig
+from npd.control.memory import gpus_here, memory_checks, parse_gpus, process_names, with_defaults
 from npd.control.placement import assign_gpus, check_gpus, start_generators, start_trainer
-from npd.doctor.memory import memory_checks, parse_gpus, process_names
 from npd.errors import ConfigError, InputError
 from npd.models.metadata import GIB
 from npd.store.layout import RunLayout
@@ -166,7 +166,7 @@ def forecast(models, machine, student="1.5b", teacher="7b", **settings):
     ("machine", "settings", "statuses"),
     [
         # 1.5B and 7B on one card: a full row of the default is a warning, since rows are split.
-        ("1x80GB", {}, ["warn"]),
+        ("1x80GB", {"train": {"activation_checkpointing": False}}, ["warn"]),
         ("1x80GB", {"train": {"activation_checkpointing": True}}, ["ok"]),
         ("2x80GB", {"train": {"activation_checkpointing": True}}, ["ok", "ok"]),
         ("8x80GB", {"train": {"activation_checkpointing": True}}, ["ok", "ok", "ok"]),
@@ -194,7 +194,8 @@ def test_the_forecast_of_each_gpu(models, machine, settings, statuses):
 
 
 def test_a_forecast_lists_what_is_where(models):
-    trainer, scorer, generator = forecast(models, "4x80GB")
+    eager = {"activation_checkpointing": False}
+    trainer, scorer, generator = forecast(models, "4x80GB", train=eager)
     assert trainer.says.startswith("GPU 0: trainer 23.0 (weights, gradients, AdamW) + "), (
         trainer.says
     )
@@ -221,3 +222,45 @@ def test_machines_as_people_write_them(text):
 def test_what_is_no_machine(text):
     with pytest.raises(InputError, match="is no machine: write it like 8x80GB"):
         parse_gpus(text)
+
+
+def test_the_drivers_numbers_are_those_of_the_gpus_that_are_seen(tmp_path, monkeypatch):
+    """No context is left on a GPU by asking; names and ids of CUDA_VISIBLE_DEVICES are known."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\nprintf '0, GPU-aaaa, 81559, 80000\\n1, GPU-bbbb, 24564, 1000\\n'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb,0")
+    first, second = gpus_here(make(device="cuda"))
+    assert (first.total, first.free) == (24564 * 2**20, 1000 * 2**20)
+    assert (second.name, second.total, second.free) == ("GPU 0", 81559 * 2**20, 80000 * 2**20)
+    assert gpus_here(make(device="cpu")) == ()
+
+
+# What is `auto`.
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "is_on"),
+    [
+        ("1x80GB", {}, True),  # 1.5B and 7B
+        ("8x141GB", {}, False),  # a full row, and nothing beside it
+        ("8x80GB", {}, True),
+        ("1x80GB", {"student": "0.5b", "teacher": "1.5b"}, False),
+        ("1x24GB", {"student": "0.5b", "teacher": "1.5b"}, True),
+        ("8x80GB", {"train": {"row_tokens": 4096}}, False),
+        ("1x80GB", {"kind": "ray", "runtime": {"ray": {"address": "auto"}}}, False),
+        ("1x80GB", {"student": "nowhere"}, False),
+        ("1x80GB", {"train": {"activation_checkpointing": False}}, False),
+    ],
+)
+def test_activations_are_recomputed_where_a_row_would_not_fit(models, machine, settings, is_on):
+    settings = {"student": "1.5b", "teacher": "7b", **settings}
+    paths = {role: str(models / settings.pop(role)) for role in ("student", "teacher")}
+    config = with_defaults(make(**paths, **settings), parse_gpus(machine))
+    assert config.train.activation_checkpointing is is_on
+    # The preset's default fits the cards that the documentation names.
+    if is_on:
+        assert all(check.status == "ok" for check in memory_checks(config, parse_gpus(machine)))

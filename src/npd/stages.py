@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from npd.config import RunConfig
 from npd.config.paths import why_unmakeable, why_unreadable
+from npd.control.memory import with_defaults
 from npd.control.preflight import check_model, prepare
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs, check_names, for_workers
@@ -24,9 +25,9 @@ from npd.data.vocabulary import compare_ends
 from npd.errors import ConfigError, DataError, InputError, RunError, StoreError
 from npd.filters import build_filter, prefilter
 from npd.models.loading import read_config, resolve_device
+from npd.schedule.plan import make_step
 from npd.schedule.replay_buffer import ReplayBuffer
 from npd.schedule.requests import hash64, make_requests
-from npd.schedule.step import make_step
 from npd.store.shards import (
     Kind,
     read_rollouts,
@@ -159,6 +160,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     """Filter, pack and train on a file; writes a model directory. Yields progress lines."""
     from npd.train.trainer import Trainer
 
+    config = with_defaults(config)
     _check_new(out)
     check_model("student", config.student, config)
     samples: Sequence[Scored | Rollout] = (

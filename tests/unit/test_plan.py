@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from npd.config import RunConfig
 from npd.schedule import events
 from npd.schedule import events as ev
+from npd.schedule.learning_rate import learning_rate
 from npd.schedule.plan import Plan
 from npd.schedule.requests import hash64, hash64_each, prompt_of
-from npd.schedule.step import learning_rate
 from npd.types import EvalReport, Outcome, Row, SampleRef, Segment, Step
 from simulation import Simulation, make_config
 

@@ -398,9 +398,9 @@ class LossConfig(Section):
     """Mixture of the generalised JSD (0: forward, 1: reverse)."""
     temperature: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     """Softens both distributions within the support."""
-    impl: Literal["chunked", "triton", "reference"] = "chunked"
+    impl: Literal["auto", "chunked", "triton", "reference"] = "auto"
     """`triton` fuses the operations of `chunked` between matmuls (CUDA only; elsewhere `chunked`
-    runs); `reference` holds full logits and is for tests."""
+    runs); `auto` is `triton` where it runs; `reference` holds full logits and is for tests."""
     chunk: Positive | None = None
     """Number of response positions whose logits exist at once; null chooses by vocabulary and
     device."""
@@ -456,8 +456,9 @@ class TrainConfig(Section):
     """Tokens in a packed row, which is one forward and backward pass."""
     dtype: Dtype = "bfloat16"
     """Compute data type; trained weights and the optimiser's state stay float32."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, more time. `auto`: if by forecast a
+    full row would not fit the trainer's GPU beside what else is there. Never on CPUs or Ray."""
     compile: bool = False
     """Compile the student's layers with torch.compile; needs a compiler, and on GPUs Triton."""
     lora: LoraConfig | None = None

@@ -17,6 +17,7 @@ from npd.config.sources import SMOKE, resume_command
 from npd.control.controller import Controller, Ending
 from npd.control.dispatcher import Dispatcher
 from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
+from npd.control.memory import with_defaults
 from npd.control.monitor import Monitor
 from npd.control.placement import (
     WorkerSet,
@@ -76,7 +77,7 @@ def run(
             removed, unless a sample was generated, scored or trained on.
         RunError: the run cannot continue. Finished work is kept; `resume=True` continues from it.
     """
-    origins = origins or {}
+    origins, config = origins or {}, with_defaults(config)
     if SMOKE in origins.values():
         clear_smoke(config)
     clock = clock_of(config) if resume else None

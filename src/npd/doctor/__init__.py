@@ -43,10 +43,10 @@ def examine(
 
 
 def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
+    from npd.control.memory import memory_checks, parse_gpus
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
     from npd.doctor.gpus import rank_checks
-    from npd.doctor.memory import memory_checks, parse_gpus
     from npd.doctor.servers import launch_checks, server_checks, setting_checks
     from npd.doctor.trial import trial_checks
 

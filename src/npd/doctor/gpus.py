@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 
 from npd.config import LaunchConfig, RunConfig
+from npd.control.memory import gpu_ids, process_names
 from npd.control.placement import assign_gpus, visible_gpus
-from npd.doctor.memory import process_names
 from npd.types import Check
-
-_SECONDS = 60.0
 
 
 def gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
@@ -110,16 +107,3 @@ def _visible() -> list[str]:
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and (listed := list(gpu_ids())):
         return listed
     return list(visible_gpus())
-
-
-def gpu_ids() -> dict[str, str]:
-    """Unique ids of the GPUs that the driver lists, by index; empty where there is no driver."""
-    ask = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    if done.returncode != 0:
-        return {}
-    pairs = (line.partition(",") for line in done.stdout.splitlines() if line.strip())
-    return {index.strip(): uuid.strip() for index, _, uuid in pairs}

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from npd.config import RunConfig
+from npd.control.memory import device_bytes
 from npd.data.chat_tokenizer import ChatTokenizer
-from npd.doctor.memory import device_bytes
 from npd.environment import untested
 from npd.errors import NpdError
 from npd.models.loading import resolve_device

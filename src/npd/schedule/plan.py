@@ -12,13 +12,16 @@ the state of the samples.
 
 from __future__ import annotations
 
-from npd.config import RunConfig
+from collections.abc import Sequence
+
+from npd.config import RunConfig, TrainConfig
+from npd.pack import balance, pack
 from npd.schedule import events as ev
+from npd.schedule.learning_rate import learning_rate
 from npd.schedule.refresh import RefreshRule
 from npd.schedule.requests import make_requests
 from npd.schedule.samples import SampleTracker
-from npd.schedule.step import make_step
-from npd.types import SampleRef, Segment, Step
+from npd.types import Row, SampleRef, Segment, Step
 
 
 class Plan:
@@ -320,3 +323,29 @@ class Plan:
         self._tracker.use(refs)
         train, progress = self.config.train, (before, self.progress)
         return make_step(self._step, refs, train, progress=progress, ranks=train.ranks)
+
+
+def make_step(
+    index: int,
+    refs: Sequence[SampleRef],
+    train: TrainConfig,
+    *,
+    progress: tuple[float, float],
+    ranks: int = 1,
+) -> Step:
+    """Pack a batch into rows, distribute them over the ranks, and set the learning rate.
+
+    `progress`: the finished share of the run at the start and at the end of the step, 0 to 1.
+    """
+    packed = pack([ref.num_tokens for ref in refs], train.row_tokens)
+    rows = [Row(tuple([refs[i] for i in row])) for row in packed]
+    lr = learning_rate(*progress, lr=train.lr, min_lr=train.min_lr, warmup=train.warmup)
+    return Step(index, lr, _deal(rows, ranks))
+
+
+def _deal(rows: Sequence[Row], ranks: int) -> tuple[tuple[Row, ...], ...]:
+    """The rows of each rank, balanced by the cost of attention."""
+    if ranks == 1:
+        return (tuple(rows),)
+    costs = [float(sum(ref.num_tokens**2 for ref in row.samples)) for row in rows]
+    return tuple(tuple(rows[index] for index in indices) for indices in balance(costs, ranks))

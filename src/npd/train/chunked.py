@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
-from npd.train.divergence import LossSpec, kd_of_buckets
+from npd.train.kd_divergence import LossSpec, kd_of_buckets
 from npd.train.logits_passes import LogitGrads, LogitsPasses, TailStats, finish
 from npd.train.loss_targets import NOTHING, Support, Targets
 from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap

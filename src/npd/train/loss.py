@@ -27,13 +27,13 @@ from torch.amp import is_autocast_available
 from npd.config.sections import chunk_for
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
-from npd.train.divergence import Divergence, LossSpec
 from npd.train.fsdp import gathered_head
+from npd.train.kd_divergence import Divergence, LossSpec
 from npd.train.logits_passes import LogitsPasses, TorchPasses
 from npd.train.loss_targets import Target, Targets, demand, make_support
 from npd.train.reference import reference_loss
 
-Impl: TypeAlias = Literal["chunked", "triton", "reference"]
+Impl: TypeAlias = Literal["auto", "chunked", "triton", "reference"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def near_policy_loss(
     weights_N: Tensor | None = None,
     behavior_N: Tensor | None = None,
     normalizer: float | None = None,
-    impl: Impl = "chunked",
+    impl: Impl = "auto",
     chunk: int | None = None,
 ) -> LossOutput:
     """sum_t w_t [(1 - kd_weight) CE_t + kd_weight KD_t] / normalizer (default: sum w; nats).
@@ -132,7 +132,7 @@ class NearPolicyLoss(nn.Module):
         divergence: Divergence = "forward",
         beta: float = 0.5,
         temperature: float = 1.0,
-        impl: Impl = "chunked",
+        impl: Impl = "auto",
         chunk: int | None = None,
     ) -> None:
         super().__init__()
@@ -178,16 +178,19 @@ class NearPolicyLoss(nn.Module):
 
 
 def _passes(impl: str, device: torch.device) -> LogitsPasses:
-    assert impl in ("chunked", "triton"), impl
-    if impl == "triton":
+    assert impl in ("auto", "chunked", "triton"), impl
+    why = ""
+    if impl == "triton" or (impl == "auto" and device.type == "cuda"):
         try:
             from npd.train import triton_passes
         except ImportError as error:
-            _fall_back(f"triton cannot be imported ({error})")
+            why = f"triton cannot be imported ({error})"
         else:
             if triton_passes.can_run(device):
                 return triton_passes.TritonPasses()
-            _fall_back(f"triton has no kernels for {device.type}")
+            why = f"triton has no kernels for {device.type}"
+    if why and impl == "triton":
+        _fall_back(why)
     return TorchPasses()
 
 

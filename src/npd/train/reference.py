@@ -1,7 +1,7 @@
 """The near-policy loss in its simplest form: full logits and autograd, for reading and testing.
 
-Shares only the arithmetic on k + 1 buckets (`npd.train.divergence`) and the metrics
-(`npd.train.loss_targets`) with the chunked loss. Holds several [N, V] tensors at once.
+Shares only the arithmetic on k + 1 buckets (`npd.train.kd_divergence`) and the metrics
+(`npd.train.step_metrics`) with the chunked loss. Holds several [N, V] tensors at once.
 Does not check its arguments; `npd.train.loss` does.
 
 Dimensions: N tokens, d hidden size, V vocabulary, K support size.
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
-from npd.train.divergence import LossSpec, kd_of_buckets
+from npd.train.kd_divergence import LossSpec, kd_of_buckets
 from npd.train.loss_targets import NOTHING, Targets
 from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 

@@ -7,7 +7,7 @@ repeats an uninterrupted one.
 
 With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
 reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
-same order. A `Step` brings its samples, their order and its learning rate (`npd.schedule.step`).
+same order. A `Step` brings its samples, their order and its learning rate (`npd.schedule`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Trainer:
         if config.lora is not None:
             lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
         self.model.train()
-        if config.activation_checkpointing:
+        if config.activation_checkpointing is True:
             recompute_activations(self.model)
         is_sharded = self.dist.size > 1
         self._meta_model = to_meta(self.model) if is_sharded and self.dist.is_first else None

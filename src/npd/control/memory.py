@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 _CONTEXT_BYTES = GIB // 2
 # vLLM's share of a GPU unless --gpu-memory-utilization says otherwise.
 _SERVER_SHARE = 0.9
+# The most an answer of the driver is waited for.
+_DRIVER_SECONDS = 60.0
 # Cards have somewhat less than their name says: an "80 GB" one 79.6 GiB.
 _CARD_SHARE = 0.99
 
@@ -72,12 +75,58 @@ def gpus_here(config: RunConfig) -> tuple[Gpu, ...]:
     device = resolve_device(config.runtime.device)
     if not device.startswith("cuda"):
         return ()
-    import torch
+    # From the driver: asking torch would leave a context on each GPU in this process for good.
+    rows = _ask_driver("index", "uuid", "memory.total", "memory.free")
+    memory = {key: (total, free) for index, uuid, total, free in rows for key in (index, uuid)}
+    found = []
+    for name in visible_gpus():
+        if name in memory:
+            total, free = (int(mib) * 2**20 for mib in memory[name])
+            found.append(Gpu(f"GPU {name}", total, free))
+        else:
+            free, total = device_bytes(f"cuda:{len(found)}")
+            found.append(Gpu(f"GPU {name}", total, free))
+    return tuple(found)
 
-    return tuple(
-        Gpu(f"GPU {name}", *reversed(torch.cuda.mem_get_info(index)))
-        for index, name in enumerate(visible_gpus())
-    )
+
+def gpu_ids() -> dict[str, str]:
+    """Unique ids of the GPUs that the driver lists, by index; empty where there is no driver."""
+    return {row[0]: row[1] for row in _ask_driver("index", "uuid")}
+
+
+def _ask_driver(*fields: str) -> list[list[str]]:
+    """These fields of each GPU, by nvidia-smi; none where there is none."""
+    ask = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    return [row for row in rows if done.returncode == 0 and len(row) == len(fields)]
+
+
+def with_defaults(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> RunConfig:
+    """The config with `auto` decided by the forecast, where the device decides.
+
+    `train.activation_checkpointing` is on if a full row would take the trainer's GPU above what it
+    has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`.
+    """
+    if config.train.activation_checkpointing != "auto":
+        return config
+    off = _recomputing(config, False)
+    size = size_of(config.student)
+    if size is None or config.runtime.kind == "ray":
+        return off
+    gpus = gpus_here(config) if gpus is None else gpus
+    for gpu, here in _on_gpus(off, size, gpus):
+        if any(name.startswith("trainer") for name in here) and not _has_room(gpu, here):
+            return _recomputing(config, True)
+    return off
+
+
+def _recomputing(config: RunConfig, is_on: bool) -> RunConfig:
+    train = config.train.model_copy(update={"activation_checkpointing": is_on})
+    return config.model_copy(update={"train": train})
 
 
 def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Iterator[Check]:
@@ -90,10 +139,12 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
         yield Check.warn("memory", f"{config.student} is no directory here: its size is not known")
         return
     gpus = gpus_here(config) if gpus is None else gpus
+    config = with_defaults(config, gpus)
     if config.runtime.kind == "ray":
         yield _on_cluster(config, size)
     elif gpus:
-        yield from _gpu_memory(config, size, gpus)
+        for gpu, here in _on_gpus(config, size, gpus):
+            yield _gpu_check(gpu, here)
     else:
         yield _cpu_memory(config, size)
 
@@ -129,8 +180,10 @@ def _on_cluster(config: RunConfig, size: ModelSize) -> Check:
 _SMALLER_ROW = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
 
 
-def _gpu_memory(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]) -> Iterator[Check]:
-    """What the processes on each GPU take, and whether that is more than it has."""
+def _on_gpus(
+    config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]
+) -> Iterator[tuple[Gpu, dict[str, list[Part]]]]:
+    """Each GPU that is used, and what the processes on it take."""
     on = processes_by_gpu(config, len(gpus))
     parts = parts_by_process(config, size)
     for place, gpu in enumerate(gpus):
@@ -138,12 +191,19 @@ def _gpu_memory(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]) -> Iter
         here = {name: parts[name] for name in names if parts[name]}
         here |= _servers_on(config, names, gpu)
         if here:
-            yield _gpu_check(config, gpu, here)
+            yield gpu, here
 
 
-def _gpu_check(config: RunConfig, gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
-    needed = sum(part.bytes for parts in here.values() for part in parts)
-    needed += _CONTEXT_BYTES * len(here)
+def _needed(here: Mapping[str, Sequence[Part]]) -> int:
+    return sum(p.bytes for parts in here.values() for p in parts) + _CONTEXT_BYTES * len(here)
+
+
+def _has_room(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> bool:
+    return _needed(here) <= (gpu.total if gpu.free is None else gpu.free)
+
+
+def _gpu_check(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
+    needed = _needed(here)
     listed = "; ".join(
         f"{name} {' + '.join(f'{_gib(part.bytes)} ({part.what})' for part in parts)}"
         for name, parts in here.items()
@@ -153,7 +213,7 @@ def _gpu_check(config: RunConfig, gpu: Gpu, here: Mapping[str, Sequence[Part]]) 
         has = f"{_gib(gpu.free)} GiB free of {_gib(gpu.total)}"
     says = f"{gpu.name}: {listed}; {_gib(needed)} GiB of {has}"
     row = _largest_row(here)
-    if needed <= (gpu.total if gpu.free is None else gpu.free):
+    if _has_room(gpu, here):
         return Check.ok("memory", says)
     if needed - row > gpu.total:
         return Check.fail("memory", f"{says}: {_remedy(here, has_row=False)}")
@@ -220,9 +280,10 @@ def parts_by_process(config: RunConfig, size: ModelSize) -> dict[str, list[Part]
 def _trainer_parts(config: RunConfig, size: ModelSize, *, is_first: bool) -> list[Part]:
     train = config.train
     state, row = trainer_bytes(config, size, is_cpu=False)
+    recomputed = ", activations recomputed" if train.activation_checkpointing is True else ""
     parts = [
         Part("weights, gradients, AdamW", state // train.ranks),
-        Part(f"{_ROW} {train.row_tokens:,} tokens", row),
+        Part(f"{_ROW} {train.row_tokens:,} tokens{recomputed}", row),
     ]
     if train.ranks > 1 and is_first and config.eval.source != "none":
         width = _BYTES["float32" if train.lora is None else train.dtype]
@@ -288,7 +349,7 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     train, width = config.train, _BYTES[config.train.dtype]
     layer = _KEPT_HIDDEN * size.hidden + _KEPT_INTERMEDIATE * size.intermediate
     kept = width * size.layers * layer
-    if train.activation_checkpointing:
+    if train.activation_checkpointing is True:
         # Each layer's input, in float32, and all of the one that is recomputed.
         kept = 4 * size.layers * size.hidden + width * layer
     # A chunk's logits (later their gradient) in the compute type; and the LM head's gradient, which
@@ -309,7 +370,7 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
 def heap_bytes(config: RunConfig, size: ModelSize, device: str) -> int:
     """What a row's recomputed layers leave in the heap of a CPU process, beyond their tensors."""
     block = 4 * config.train.row_tokens * size.hidden
-    if device != "cpu" or not config.train.activation_checkpointing or block >= _HEAP_BLOCK:
+    if device != "cpu" or config.train.activation_checkpointing is not True or block >= _HEAP_BLOCK:
         return 0
     return size.layers * _LEFT_IN_HEAP * block
 
