@@ -73,7 +73,7 @@ class Case(NamedTuple):
 KERNELS = {"impl": "triton"}
 WIDE = {"impl": "triton", "chunk": 4096}
 EAGER = (
-    Case("A eager, chunked (defaults)", False, ROW_TOKENS, {}, True),
+    Case("A eager, chunked", False, ROW_TOKENS, {"impl": "chunked"}, True),
     Case("B eager, triton", False, ROW_TOKENS, KERNELS),
     Case("C eager, triton, chunk 4096", False, ROW_TOKENS, WIDE, True),
     Case("D the same, long documents", True, ROW_TOKENS, WIDE),

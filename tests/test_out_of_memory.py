@@ -108,6 +108,8 @@ def test_what_never_fits_ends_in_one_line(monkeypatch):
     )
     # Others would wait in a collective for a rank that begins again.
     monkeypatch.setattr("npd.models.out_of_memory._is_in_group", lambda: True)
+    with pytest.raises(RunError, match="out of memory with a sample of 60 tokens: buy more"):
+        Fitting("rows", 100, "buy more", is_alone=True).run(attempt, least=60)
     with pytest.raises(RunError, match="rows 100: buy more"):
         Fitting("rows", 100, "buy more").run(attempt)
     alone = Fitting("rows", 2, "buy more", is_alone=True)

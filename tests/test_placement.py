@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.config import RunConfig
-from npd.control.memory import gpus_here, memory_checks, parse_gpus, process_names, with_defaults
+from npd.control.memory import (
+    chosen,
+    gpus_here,
+    memory_checks,
+    parse_gpus,
+    process_names,
+    with_defaults,
+)
 from npd.control.placement import assign_gpus, check_gpus, start_generators, start_trainer
 from npd.errors import ConfigError, InputError
 from npd.models.metadata import GIB
@@ -75,8 +82,24 @@ def placed(config, count):
          "trainer 0, scorer-0 1, generator-0 2"),
         ({"generate": {"engine": "vllm", "launch": {"venv": "v", "tensor_parallel": 2}}}, 4,
          "trainer 0, scorer-0 1, generator-0 2,3"),
+        # One over more GPUs than are left has the trainer's too; than there are, is left to itself.
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v", "tensor_parallel": 2}}}, 2,
+         "trainer 0, scorer-0 1, generator-0 0,1"),
+        ({"generate": {"engine": "vllm", "launch": {
+            "venv": "v", "args": ["--pipeline-parallel-size", "2"]}}}, 3,
+         "trainer 0, scorer-0 1, generator-0 1,2"),
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v", "tensor_parallel": 4}}}, 2,
+         "trainer 0, scorer-0 1"),
+        # Nobody is put on a GPU that the config gives to a server.
         ({"generate": {"engine": "vllm", "launch": {"venv": "v", "gpus": ["5"]}}}, 3,
          "trainer 0, scorer-0 1"),
+        ({"generators": 2, "generate": {"engine": "vllm", "launch": {
+            "venv": "v", "gpus": ["1", "2"]}}}, 3, "trainer 0, scorer-0 0"),
+        ({"generate": {"engine": "vllm", "launch": {"venv": "v", "gpus": ["0,1"]}}}, 4,
+         "trainer 2, scorer-0 3"),
+        # Trainer's ranks come before what others reserved.
+        ({"ranks": 2, "score": {"gpus": [1]}}, 2,
+         "trainer-0 0, trainer-1 1, scorer-0 1, generator-0 0"),
         # The cluster, a device that is named, threads of one process: nothing to assign.
         ({"kind": "ray", "runtime": {"ray": {"address": "auto"}}}, 4, ""),
         ({"device": "cuda:1"}, 4, ""),
@@ -110,27 +133,90 @@ def test_gpus_are_shared_only_if_there_are_too_few(train, scorers, score_ranks, 
     assert len({*ranks}) == len(ranks)
 
 
-def test_workers_see_what_they_are_given(tmp_path, monkeypatch):
-    """Names and ids of CUDA_VISIBLE_DEVICES are kept, whatever they are."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa, 7")
+def test_a_server_is_known_by_the_beginning_of_its_gpus_id():
+    launch = {"engine": "vllm", "launch": {"venv": "v", "gpus": ["GPU-bb"]}}
+    found = assign_gpus(make(generate=launch), ["GPU-aaaa", "GPU-bbbb", "GPU-cccc"])
+    assert found == {"trainer": "GPU-aaaa", "scorer-0": "GPU-cccc"}
+
+
+@pytest.fixture
+def sees(monkeypatch):
+    """Make this process see GPUs that are not there: the names it is told, and how many."""
+
+    def set_gpus(names, count):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        monkeypatch.setattr("npd.control.placement.num_gpus", lambda: count)
+
+    return set_gpus
+
+
+def test_workers_see_what_they_are_given(tmp_path, sees):
+    """Names and ids of CUDA_VISIBLE_DEVICES are kept, and `auto` is no CPU in a worker."""
+    sees("GPU-aaaa, 7", 2)
     runtime = FakeRuntime()
     run = open_run(make(), RunLayout(tmp_path))
     start_trainer(run, runtime)
     start_generators(run, runtime)
     seen = {name: env["CUDA_VISIBLE_DEVICES"] for name, (_, env) in runtime.spawned.items()}
     assert seen == {"trainer": "GPU-aaaa", "generator-0": "7"}
+    assert {factory.config.runtime.device for factory in runtime.factories} == {"cuda"}
     on_cpu = FakeRuntime()
     start_trainer(open_run(make(device="cpu"), RunLayout(tmp_path)), on_cpu)
     assert on_cpu.spawned["trainer"][1] == {}
+    assert on_cpu.factories[0].config.runtime.device == "cpu"
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert check_gpus(make(score={"gpus": [0, 1]}))
-    with pytest.raises(ConfigError, match=r"score.gpus names GPU 2, but npd sees 2 GPUs, numb"):
-        check_gpus(make(score={"gpus": [2]}))
-    with pytest.raises(ConfigError, match=r"train.ranks 2 needs a GPU for each rank, but train.gp"):
-        make(ranks=2, train={"gpus": [1]})
+def test_more_names_than_gpus_are_not_given_out(tmp_path, sees):
+    """CUDA ignores names from the first wrong one on; a worker with such a name had none."""
+    sees("0,1,2,3", 1)
+    runtime = FakeRuntime()
+    start_generators(open_run(make(generators=3), RunLayout(tmp_path)), runtime)
+    assert {env["CUDA_VISIBLE_DEVICES"] for _, env in runtime.spawned.values()} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "says"),
+    [
+        ({"score": {"gpus": [2]}}, 2, "score.gpus names GPU 2, but npd sees 2 GPUs, numbered from"),
+        ({"train": {"gpus": [0]}}, 0, "train.gpus names GPU 0, but npd sees none: correct it"),
+        (
+            {"ranks": 2},
+            1,
+            "train.ranks: each rank takes a GPU of its own, npd sees 1, and trainer-1",
+        ),
+        ({"score_ranks": 2}, 2, "score.ranks: .* and scorer-0-1 gets none: lower score.ranks"),
+        ({"score_ranks": 2, "scorers": 2}, 4, "and scorer-1-1 gets none: lower score.ranks or"),
+        ({"ranks": 2, "score_ranks": 2, "scorers": 2}, 5, "and scorer-1-1 gets none"),
+        ({"ranks": 2, "score_ranks": 2, "scorers": 2}, 6, None),
+        ({"score": {"gpus": [0, 1]}}, 2, None),
+        ({"ranks": 2}, 2, None),
+        ({"ranks": 4, "kind": "ray", "runtime": {"ray": {"address": "a"}}}, 1, None),
+        ({"ranks": 4, "device": "cpu"}, 1, None),
+    ],
+)
+def test_a_gpu_that_is_missing_is_named(settings, count, says):
+    config, gpus = make(**settings), [str(index) for index in range(count)]
+    if says is None:
+        assert check_gpus(config, gpus)
+    else:
+        with pytest.raises(ConfigError, match=says):
+            check_gpus(config, gpus)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"ranks": 2, "train": {"gpus": [1]}},
+            "train.ranks 2 needs 2 GPUs, one for each rank, but",
+        ),
+        ({"score_ranks": 2, "scorers": 2, "score": {"gpus": [2, 3]}}, "score.ranks 2 needs 4 GPUs"),
+    ],
+)
+def test_too_few_gpus_are_named_for_ranks(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        make(**settings)
+    make(**settings, kind="ray", runtime={"ray": {"address": "a"}})
 
 
 # What it takes of each GPU.
@@ -178,6 +264,9 @@ def forecast(models, machine, student="1.5b", teacher="7b", **settings):
         ("1x80GB", {"student": "7b", "teacher": "7b"}, ["FAIL"]),
         ("8x80GB", {"student": "7b", "teacher": "7b", "train": {
             "ranks": 4, "activation_checkpointing": True}}, ["warn", *["ok"] * 5]),
+        # What grows, and is halved where there is no room, is a warning.
+        ("1x40GB", {"student": "0.5b", "teacher": "1.5b", "generate": {"batch_size": 4096},
+                    "train": {"activation_checkpointing": True}}, ["warn"]),
         # A launched server takes nine tenths, unless it is told otherwise.
         ("1x80GB", {"train": {"activation_checkpointing": True},
                     "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["FAIL"]),
@@ -199,7 +288,7 @@ def test_a_forecast_lists_what_is_where(models):
     assert trainer.says.startswith("GPU 0: trainer 23.0 (weights, gradients, AdamW) + "), (
         trainer.says
     )
-    assert "(a row of 32,768 tokens)" in trainer.says
+    assert "(row of 32,768 tokens)" in trainer.says
     assert "scorer-0 14.2 (teacher) + 2.9 (snapshot) + 0.6 (logits)" in scorer.says
     assert "generator-0 2.9 (weights) + 1.3 (KV cache of 32 x 1,536 tokens)" in generator.says
     assert trainer.says.endswith("or lower train.row_tokens or loss.chunk")
@@ -233,10 +322,46 @@ def test_the_drivers_numbers_are_those_of_the_gpus_that_are_seen(tmp_path, monke
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb,0")
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 2)
     first, second = gpus_here(make(device="cuda"))
     assert (first.total, first.free) == (24564 * 2**20, 1000 * 2**20)
-    assert (second.name, second.total, second.free) == ("GPU 0", 81559 * 2**20, 80000 * 2**20)
+    assert (second.name, second.total, second.free) == ("0", 81559 * 2**20, 80000 * 2**20)
     assert gpus_here(make(device="cpu")) == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        ("0, GPU-aaaa, [N/A], [N/A]", "0"),  # memory shared with the CPU
+        ("0, GPU-aaaa, 81559, 80000", "MIG-1234"),
+        ("0, GPU-aaaa, 81559, [Insufficient Permissions]", "GPU-aa"),
+        ("", "0"),
+    ],
+)
+def test_memory_that_the_driver_does_not_tell_is_not_known(
+    tmp_path, monkeypatch, models, rows, names
+):
+    """A run starts all the same, with the usual defaults, and without a context on the GPU."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{rows}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 1)
+    config = make(device="cuda", student=str(models / "7b"))
+    assert gpus_here(config) is None
+    assert with_defaults(config).train.activation_checkpointing is False
+
+
+def test_the_beginning_of_an_id_is_enough(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa, 81559, 80000\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa")
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 1)
+    (gpu,) = gpus_here(make(device="cuda"))
+    assert gpu.total == 81559 * 2**20
 
 
 # What is `auto`.
@@ -261,6 +386,30 @@ def test_activations_are_recomputed_where_a_row_would_not_fit(models, machine, s
     paths = {role: str(models / settings.pop(role)) for role in ("student", "teacher")}
     config = with_defaults(make(**paths, **settings), parse_gpus(machine))
     assert config.train.activation_checkpointing is is_on
+    assert bool(chosen(make(**paths, **settings), config)) is is_on
     # The preset's default fits the cards that the documentation names.
     if is_on:
         assert all(check.status == "ok" for check in memory_checks(config, parse_gpus(machine)))
+
+
+def test_a_lone_trainer_has_the_gpu_to_itself(models):
+    """As in `npd train`: one process, whatever the config says of ranks and of others."""
+    paths = {role: str(models / name) for role, name in (("student", "1.5b"), ("teacher", "7b"))}
+    rows = {"train": {"row_tokens": 8192}}
+    config = make(**paths, **rows, score={"dtype": "float32"})
+    gpus = parse_gpus("1x80GB")
+    assert with_defaults(config, gpus).train.activation_checkpointing is True
+    assert with_defaults(config, gpus, alone=True).train.activation_checkpointing is False
+    spread = make(**paths, ranks=4, score={"gpus": [0]})
+    assert with_defaults(spread, gpus, alone=True).train.activation_checkpointing is True
+
+
+def test_a_servers_share_is_all_it_takes(models):
+    """Its context is in it; both spellings of the flag are understood."""
+    for flag in ("--gpu-memory-utilization=0.97", "--gpu_memory_utilization 0.97"):
+        launch = {"venv": "v", "gpus": ["1"], "args": flag.split()}
+        found = forecast(models, "2x24GB", "0.5b", "0.5b",
+                         train={"activation_checkpointing": True},
+                         generate={"engine": "vllm", "launch": launch})  # fmt: skip
+        assert [check.status for check in found] == ["ok", "ok"], [c.says for c in found]
+        assert "generate's server 23.0 (97% of it)" in found[1].says

@@ -435,15 +435,17 @@ def test_a_run_without_a_teacher_needs_no_plan(tiny_model_dir):
 
 class FakeRuntime:
     def __init__(self):
-        self.spawned = {}
+        self.spawned, self.factories = {}, []
 
     def spawn(self, name, factory, *, threads, environment=None, needs=None):
         self.spawned[name] = (threads, dict(environment or {}))
+        self.factories.append(factory)
         return self
 
 
 def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6")
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 7)
     runtime = FakeRuntime()
     config = RunConfig.model_validate(
         {**SETTINGS, "train": {"ranks": 2}, "score": {"ranks": 2, "workers": 2},

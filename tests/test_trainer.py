@@ -350,7 +350,9 @@ def test_a_full_device_says_what_to_lower(tiny_model_dir):
         raise torch.OutOfMemoryError("out of memory")
 
     hook = trainer.model.model.norm.register_forward_hook(is_full)
-    with pytest.raises(RunError, match=r"step 0: .*train\.row_tokens 1: set train\.activation_ch"):
+    with pytest.raises(
+        RunError, match=r"step 0: .*a sample of 18 tokens: set train\.activation_ch"
+    ):
         trainer.train(segment_of(rollouts, [[0, 1], [2, 3]]))
     hook.remove()
     assert all(torch.equal(before[n], w) for n, w in weights_of(trainer).items())

@@ -97,3 +97,31 @@ def test_without_kernels_it_is_chunked_and_says_so_once(is_there, caplog, monkey
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(AssertionError, match="fast"):
         near_policy_loss(*make_case(4, 11, 3), impl="fast")
+
+
+def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
+    """On a GPU with a compiler; elsewhere the plain passes, without a word."""
+    from npd.errors import ConfigError
+    from npd.train import loss
+    from npd.train.logits_passes import TorchPasses
+    from npd.train.triton_passes import TritonPasses
+
+    gpu = torch.device("cuda")
+
+    def passes(capability=9, compiler=True):
+        def check(device):
+            if not compiler:
+                raise ConfigError("no compiler")
+
+        loss._builds_kernels.cache_clear()
+        monkeypatch.setattr(loss, "check_compilers", check)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+        return type(loss._passes("auto", gpu))
+
+    assert passes() is TritonPasses
+    assert passes(capability=6) is TorchPasses
+    assert passes(compiler=False) is TorchPasses
+    assert type(loss._passes("auto", torch.device("cpu"))) is TorchPasses
+    assert type(loss._passes("chunked", gpu)) is TorchPasses
+    loss._builds_kernels.cache_clear()
+    assert not caplog.records

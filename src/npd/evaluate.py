@@ -51,17 +51,25 @@ class Match(NamedTuple):
     kl_sums: tuple[float, ...]
 
 
-def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int) -> Match:
+def heldout_kl(
+    model: Any,
+    scored: Sequence[Scored],
+    row_tokens: int,
+    chunk: int,
+    *,
+    fitting: Fitting | None = None,
+) -> Match:
     """The match of `model` (packed) with the teacher on fixed responses with a top-k support.
 
     Documents are packed into rows of `row_tokens`; at most `chunk` positions have logits at a time.
-    Both are halved while the device runs out of memory.
+    Both are halved while the device runs out of memory; `fitting` remembers it.
 
     Raises:
         RunError: one response does not fit the device.
     """
     assert scored, "nothing to evaluate on"
-    fitting = Fitting("evaluation rows of", row_tokens, IF_NOTHING_FITS, is_alone=True)
+    if fitting is None:
+        fitting = row_fitting(row_tokens)
     was_training = model.training
     model.eval()
     try:
@@ -70,6 +78,11 @@ def heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int
         )
     finally:
         model.train(was_training)
+
+
+def row_fitting(row_tokens: int) -> Fitting:
+    """What remembers how many tokens of a row fit while a student is evaluated."""
+    return Fitting("evaluation rows of", row_tokens, IF_NOTHING_FITS, is_alone=True)
 
 
 def _heldout_kl(model: Any, scored: Sequence[Scored], row_tokens: int, chunk: int) -> Match:

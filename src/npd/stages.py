@@ -160,7 +160,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     """Filter, pack and train on a file; writes a model directory. Yields progress lines."""
     from npd.train.trainer import Trainer
 
-    config = with_defaults(config)
+    config = with_defaults(config, alone=True)
     _check_new(out)
     check_model("student", config.student, config)
     samples: Sequence[Scored | Rollout] = (

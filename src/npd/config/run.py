@@ -121,6 +121,13 @@ class RunValues(Section):
         return own | {name: teacher.model for name, teacher in self.teachers.items()}
 
     @property
+    def named_gpus(self) -> dict[str, tuple[int, ...]]:
+        """The GPUs that sections name for their processes, by section, where one does."""
+        sections = {"train": self.train.gpus, "score": self.score.gpus}
+        named = {**sections, "generate": self.generate.gpus}
+        return {name: gpus for name, gpus in named.items() if gpus}
+
+    @property
     def launches(self) -> dict[str, LaunchConfig]:
         """Every `launch` that is set, by section: `generate`, `score`, `teachers.math`."""
         found = {"generate": self.generate.launch, "score": self.score.launch}

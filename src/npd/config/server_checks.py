@@ -302,11 +302,13 @@ def _process_problems(section: str, count: int, gpus: float | None, c: RunValues
             f"{ranks} needs a GPU for each rank, but runtime.device {runtime.device} is one GPU: "
             "set runtime.device: cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-    named = c.train.gpus if section == "train" else c.score.gpus
-    if named and len({*named}) < count:
+    named = len({*c.named_gpus.get(section, ())})
+    needed = count * (c.score.workers if section == "score" else 1)
+    is_placed = runtime.kind == "local" and runtime.device in ("auto", "cuda")
+    if is_placed and 0 < named < needed:
         yield (
-            f"{ranks} needs a GPU for each rank, but {section}.gpus names {len({*named})}: name as "
-            f"many, or leave {section}.gpus out"
+            f"{ranks} needs {needed} GPUs, one for each rank, but {section}.gpus names {named}: "
+            f"name as many, or leave {section}.gpus out"
         )
     if gpus is not None and gpus < 1.0 and runtime.device != "cpu":
         yield (

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from npd.config import LaunchConfig, RunConfig, TrainConfig
 from npd.config.sections import chunk_for
-from npd.control.placement import assign_gpus, num_scorers, visible_gpus
+from npd.control.placement import assign_gpus, is_given_to_server, num_scorers, visible_gpus
 from npd.errors import InputError
 from npd.models.loading import resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
@@ -43,7 +43,7 @@ _CARD_SHARE = 0.99
 
 
 class Gpu(NamedTuple):
-    """A GPU's name in checks, and its memory in bytes; `free` is unknown for one not here."""
+    """A GPU's index or id, and its memory in bytes; `free` is unknown for one not here."""
 
     name: str
     total: int
@@ -51,10 +51,11 @@ class Gpu(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A share of a process's memory."""
+    """A share of a process's memory. One that is `elastic` is halved where there is no room."""
 
     what: str
     bytes: int
+    elastic: bool = False
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
@@ -67,26 +68,34 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
     count, size = (int(found[1] or 1), int(found[2])) if found is not None else (0, 0)
     if not count or not size:
         raise InputError(f"--gpus {text[:40]!r} is no machine: write it like 8x80GB")
-    return tuple(Gpu(f"GPU {i}", int(_CARD_SHARE * size * GIB)) for i in range(count))
+    return tuple(Gpu(str(i), int(_CARD_SHARE * size * GIB)) for i in range(count))
 
 
-def gpus_here(config: RunConfig) -> tuple[Gpu, ...]:
-    """The GPUs that npd's processes would use on this machine; none if they would use the CPU."""
-    device = resolve_device(config.runtime.device)
-    if not device.startswith("cuda"):
+def gpus_here(config: RunConfig, *, may_open: bool = False) -> tuple[Gpu, ...] | None:
+    """The GPUs that npd's processes would use on this machine; none if they would use the CPU.
+
+    None if their memory is not known. It is asked of the driver, because torch would leave a
+    context on each GPU in this process for good; `may_open` allows that where the driver is silent.
+    """
+    if not resolve_device(config.runtime.device).startswith("cuda"):
         return ()
-    # From the driver: asking torch would leave a context on each GPU in this process for good.
     rows = _ask_driver("index", "uuid", "memory.total", "memory.free")
-    memory = {key: (total, free) for index, uuid, total, free in rows for key in (index, uuid)}
-    found = []
+    found: list[Gpu] = []
     for name in visible_gpus():
-        if name in memory:
-            total, free = (int(mib) * 2**20 for mib in memory[name])
-            found.append(Gpu(f"GPU {name}", total, free))
-        else:
+        row = next((row for row in rows if row[0] == name or _begins(row[1], name)), None)
+        numbers = row[2:] if row is not None else ["", ""]
+        if all(number.isdigit() for number in numbers):
+            total, free = (int(number) * 2**20 for number in numbers)
+        elif may_open:
             free, total = device_bytes(f"cuda:{len(found)}")
-            found.append(Gpu(f"GPU {name}", total, free))
+        else:
+            return None
+        found.append(Gpu(name, total, free))
     return tuple(found)
+
+
+def _begins(uuid: str, name: str) -> bool:
+    return name.startswith("GPU-") and uuid.startswith(name)
 
 
 def gpu_ids() -> dict[str, str]:
@@ -105,23 +114,43 @@ def _ask_driver(*fields: str) -> list[list[str]]:
     return [row for row in rows if done.returncode == 0 and len(row) == len(fields)]
 
 
-def with_defaults(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> RunConfig:
-    """The config with `auto` decided by the forecast, where the device decides.
+def with_defaults(
+    config: RunConfig, gpus: Sequence[Gpu] | None = None, *, alone: bool = False
+) -> RunConfig:
+    """The config with `auto` decided by the forecast, where the device decides. Raises nothing.
 
     `train.activation_checkpointing` is on if a full row would take the trainer's GPU above what it
-    has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`.
+    has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`. `alone`: the
+    trainer is one process, on the first GPU, with nothing beside it.
     """
     if config.train.activation_checkpointing != "auto":
         return config
-    off = _recomputing(config, False)
-    size = size_of(config.student)
+    off, size = _recomputing(config, False), size_of(config.student)
     if size is None or config.runtime.kind == "ray":
         return off
     gpus = gpus_here(config) if gpus is None else gpus
-    for gpu, here in _on_gpus(off, size, gpus):
+    if not gpus:
+        return off
+    if alone:
+        lone = off.model_copy(update={"train": off.train.model_copy(update={"ranks": 1})})
+        places = [(gpus[0], {"trainer": _trainer_parts(lone, size, is_first=True)})]
+    else:
+        places = [*_on_gpus(off, size, gpus)]
+    for gpu, here in places:
         if any(name.startswith("trainer") for name in here) and not _has_room(gpu, here):
             return _recomputing(config, True)
     return off
+
+
+def chosen(asked: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """What to say of `auto` where it became something else than usual."""
+    was, now = (c.train.activation_checkpointing for c in (asked, config))
+    if was != "auto" or now is not True:
+        return ()
+    return (
+        "activations are recomputed in the backward pass, because a full row would not fit the "
+        "trainer's GPU (train.activation_checkpointing: auto)",
+    )
 
 
 def _recomputing(config: RunConfig, is_on: bool) -> RunConfig:
@@ -138,10 +167,14 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
     if size is None:
         yield Check.warn("memory", f"{config.student} is no directory here: its size is not known")
         return
-    gpus = gpus_here(config) if gpus is None else gpus
+    if config.runtime.device == "cpu":
+        gpus = ()
+    gpus = gpus_here(config, may_open=True) if gpus is None else gpus
     config = with_defaults(config, gpus)
     if config.runtime.kind == "ray":
         yield _on_cluster(config, size)
+    elif gpus is None:
+        yield Check.warn("memory", "how much the GPUs have is not known: nothing is forecast")
     elif gpus:
         for gpu, here in _on_gpus(config, size, gpus):
             yield _gpu_check(gpu, here)
@@ -163,7 +196,7 @@ def _cpu_memory(config: RunConfig, size: ModelSize) -> Check:
     if state > total:
         return Check.fail("memory", f"{says}: the student does not fit, take a smaller one")
     if needed > free:
-        return Check.warn("memory", f"{says}: {_SMALLER_ROW}")
+        return Check.warn("memory", f"{says}: {_SMALLER['row']}")
     return Check.ok("memory", says)
 
 
@@ -175,9 +208,6 @@ def _on_cluster(config: RunConfig, size: ModelSize) -> Check:
         f"{config.train.row_tokens:,} tokens): which machine of the cluster it will be on is not "
         "known",
     )
-
-
-_SMALLER_ROW = "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk"
 
 
 def _on_gpus(
@@ -195,7 +225,8 @@ def _on_gpus(
 
 
 def _needed(here: Mapping[str, Sequence[Part]]) -> int:
-    return sum(p.bytes for parts in here.values() for p in parts) + _CONTEXT_BYTES * len(here)
+    own = [parts for name, parts in here.items() if not name.endswith(_SERVER)]
+    return sum(p.bytes for parts in here.values() for p in parts) + _CONTEXT_BYTES * len(own)
 
 
 def _has_room(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> bool:
@@ -211,26 +242,19 @@ def _gpu_check(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
     has = f"{_gib(gpu.total)} GiB"
     if gpu.free is not None:
         has = f"{_gib(gpu.free)} GiB free of {_gib(gpu.total)}"
-    says = f"{gpu.name}: {listed}; {_gib(needed)} GiB of {has}"
-    row = _largest_row(here)
+    says = f"GPU {gpu.name}: {listed}; {_gib(needed)} GiB of {has}"
     if _has_room(gpu, here):
         return Check.ok("memory", says)
-    if needed - row > gpu.total:
-        return Check.fail("memory", f"{says}: {_remedy(here, has_row=False)}")
-    return Check.warn("memory", f"{says}: {_remedy(here, has_row=row > 0)}")
+    elastic = [part for parts in here.values() for part in parts if part.elastic]
+    if needed - sum(part.bytes for part in elastic) > gpu.total:
+        return Check.fail("memory", f"{says}: {_remedy(here)}")
+    if not elastic:
+        return Check.warn("memory", f"{says}: {_remedy(here)}")
+    largest = max(elastic, key=lambda part: part.bytes)
+    return Check.warn("memory", f"{says}: {_SMALLER[largest.what.split()[0]]}")
 
 
-def _largest_row(here: Mapping[str, Sequence[Part]]) -> int:
-    """The bytes of a trainer's row: what the trainer would halve if there is no room."""
-    return max([0, *(p.bytes for parts in here.values() for p in parts if p.what.startswith(_ROW))])
-
-
-_ROW, _SERVER = "a row of", "'s server"
-
-
-def _remedy(here: Mapping[str, Sequence[Part]], *, has_row: bool) -> str:
-    if has_row:
-        return _SMALLER_ROW
+def _remedy(here: Mapping[str, Sequence[Part]]) -> str:
     if any(name.endswith(_SERVER) for name in here):
         return (
             "bound the server's share (--gpu-memory-utilization in launch.args), or name a GPU for "
@@ -239,6 +263,15 @@ def _remedy(here: Mapping[str, Sequence[Part]], *, has_row: bool) -> str:
     if len(here) > 1:
         return "give its processes GPUs of their own (score.gpus, generate.gpus), or smaller models"
     return "take a smaller model, or raise train.ranks (score.ranks) to share it over GPUs"
+
+
+_SERVER = "'s server"
+# What makes an elastic part smaller, by its first word.
+_SMALLER = {
+    "row": "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk",
+    "KV": "lower generate.batch_size, or give generators a GPU of their own (generate.gpus)",
+    "logits": "lower score.head_chunk, or give scorers a GPU of their own (score.gpus)",
+}
 
 
 def processes_by_gpu(config: RunConfig, count: int) -> dict[int, list[str]]:
@@ -283,7 +316,7 @@ def _trainer_parts(config: RunConfig, size: ModelSize, *, is_first: bool) -> lis
     recomputed = ", activations recomputed" if train.activation_checkpointing is True else ""
     parts = [
         Part("weights, gradients, AdamW", state // train.ranks),
-        Part(f"{_ROW} {train.row_tokens:,} tokens{recomputed}", row),
+        Part(f"row of {train.row_tokens:,} tokens{recomputed}", row, elastic=True),
     ]
     if train.ranks > 1 and is_first and config.eval.source != "none":
         width = _BYTES["float32" if train.lora is None else train.dtype]
@@ -301,7 +334,7 @@ def _scorer_parts(config: RunConfig, size: ModelSize) -> list[Part]:
     if parts:
         # A block's logits and their softmax, in float32.
         chunk = min(score.head_chunk, score.row_tokens)
-        parts.append(Part("logits", 2 * _BYTES["float32"] * chunk * size.vocabulary))
+        parts.append(Part("logits", 2 * _BYTES["float32"] * chunk * size.vocabulary, elastic=True))
     return parts
 
 
@@ -318,7 +351,7 @@ def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
     cache = 2 * width * writer.layers * writer.kv_width * generate.batch_size * tokens
     return [
         Part("weights", width * writer.parameters),
-        Part(f"KV cache of {generate.batch_size} x {tokens:,} tokens", cache),
+        Part(f"KV cache of {generate.batch_size} x {tokens:,} tokens", cache, elastic=True),
     ]
 
 
@@ -328,7 +361,8 @@ def _servers_on(config: RunConfig, names: Sequence[str], gpu: Gpu) -> dict[str, 
     found = {}
     for where, launch in config.launches.items():
         role = roles.get(where, "scorer")
-        if not launch.gpus and any(name.startswith(role) for name in names):
+        is_here = any(name.startswith(role) for name in names)
+        if is_given_to_server(config, gpu.name, where) if launch.gpus else is_here:
             share = _share_of(launch)
             found[f"{where}{_SERVER}"] = [Part(f"{share:.0%} of it", int(share * gpu.total))]
     return found
@@ -336,7 +370,7 @@ def _servers_on(config: RunConfig, names: Sequence[str], gpu: Gpu) -> dict[str, 
 
 def _share_of(launch: LaunchConfig) -> float:
     """The share of a GPU that a server takes, by its own flag."""
-    text = " ".join(launch.args)
+    text = " ".join(launch.args).replace("_", "-")
     found = re.search(r"--gpu-memory-utilization[= ]([\d.]+)", text)
     try:
         return float(found[1]) if found is not None else _SERVER_SHARE

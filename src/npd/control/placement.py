@@ -7,15 +7,17 @@ cluster assigns them. Threads of one process (`runtime.kind: inline`) share the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from npd.config import RunConfig, ServedConfig, TeacherConfig
+from npd.config import LaunchConfig, RunConfig, ServedConfig, TeacherConfig
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import for_workers
 from npd.errors import ConfigError
+from npd.models.loading import num_gpus
 from npd.runtime import Resources, Runtime, Worker
 from npd.runtime.rank_group import RankGroup
 from npd.text import counted
@@ -75,88 +77,125 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+def visible_names() -> tuple[str, ...]:
+    """The GPUs that this process is told of, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(part.strip() for part in visible.split(",") if part.strip())
-    import torch
-
-    return tuple(map(str, range(torch.cuda.device_count())))
+    return tuple(map(str, range(num_gpus())))
 
 
-def check_gpus(config: RunConfig) -> str:
-    """Check that the GPUs that a config names are there.
+def visible_gpus() -> tuple[str, ...]:
+    """Those of `visible_names` that are there: CUDA ignores all from the first wrong one on."""
+    return visible_names()[: num_gpus()]
+
+
+def check_gpus(config: RunConfig, gpus: Sequence[str] | None = None) -> str:
+    """Check that the GPUs that a config names are there, and that there is one for each rank.
+
+    `gpus` are those of another machine (None: those that this process sees).
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is missing.
     """
     if config.runtime.kind != "local" or config.runtime.device not in ("auto", "cuda"):
-        return "the GPUs named are of no use here"
-    seen = visible_gpus()
-    named = {
-        "train": config.train.gpus, "score": config.score.gpus, "generate": config.generate.gpus
-    }  # fmt: skip
-    for name, indices in named.items():
+        return "no GPUs are assigned here"
+    seen = visible_gpus() if gpus is None else gpus
+    has = f"{counted(len(seen), 'GPU')}, numbered from 0" if len(seen) else "none"
+    for section, indices in config.named_gpus.items():
         missing = [index for index in indices if index >= len(seen)]
         if missing:
-            has = f"{counted(len(seen), 'GPU')}, numbered from 0" if seen else "none"
             raise ConfigError(
-                f"{name}.gpus names GPU {missing[0]}, but npd sees {has}: correct it, or leave it "
-                "out to have GPUs assigned"
+                f"{section}.gpus names GPU {missing[0]}, but npd sees {has}: correct it, or leave "
+                "it out to have GPUs assigned"
             )
-    return "the GPUs named are there"
+    placed = assign_gpus(config, seen)
+    without = [name for name, given in placed.items() if not given]
+    if without:
+        section = "train" if without[0].startswith("trainer") else "score"
+        own = f" (and {section}.gpus says which)" if section in config.named_gpus else ""
+        raise ConfigError(
+            f"{section}.ranks: each rank takes a GPU of its own, npd sees {len(seen)}{own}, and "
+            f"{without[0]} gets none: lower {section}.ranks or {section}.workers, or set "
+            "runtime.device: cpu"
+        )
+    return f"each of {len(placed)} processes has its GPU, of {len(seen)}"
 
 
 def assign_gpus(config: RunConfig, gpus: Sequence[str]) -> dict[str, str]:
     """The CUDA_VISIBLE_DEVICES of each local process that needs a GPU, by its name.
 
     The trainer comes first and shares its GPUs last: scorers, then generators, take the others in
-    turn, and the trainer's too only if there are no others. `train.gpus`, `score.gpus` and
-    `generate.gpus` (indices into `gpus`) override this. Ranks never share a GPU; one for which
-    there is none sees none. A server that npd starts is on its worker's GPUs, unless its
-    `launch.gpus` names others.
+    turn, and the trainer's too only if there are no others. GPUs that `launch.gpus` gives to
+    servers are left alone. `train.gpus`, `score.gpus` and `generate.gpus` (indices into `gpus`)
+    override this. A rank never shares a GPU with another rank of its model; one for which there is
+    none sees none. A server that npd starts is on its worker's GPUs, unless its `launch.gpus` names
+    others; one over more GPUs than there are is left to itself.
     """
     if config.runtime.kind != "local" or not gpus or config.runtime.device.startswith("cuda:"):
         return {}
-    own = {
-        "trainer": config.train.gpus,
-        "scorer": config.score.gpus,
-        "generator": config.generate.gpus,
-    }
-    named = {index for indices in own.values() for index in indices}
-    every = range(len(gpus))
-    free = [index for index in every if index not in named] or [*every]
-    trainers = _Turns(own["trainer"] or free)
+    own, every = config.named_gpus, [*range(len(gpus))]
+    served = {index for index in every if is_given_to_server(config, gpus[index])}
+    taken = served | {index for indices in own.values() for index in indices}
+    ranks = config.train.ranks
+    free = _first_enough(ranks, _without(taken, every), _without(served, every), every)
+    trainers = _Turns(own.get("train") or free)
     placed = {name: trainers.take(1, alone=True) for name in _trainer_names(config)}
     held = {index for indices in placed.values() for index in indices}
-    others = [index for index in free if index not in held]
-    others = others or [index for index in every if index not in held]
-    shared = _Turns(others or every)
-    for role, names, count in _others(config):
-        is_alone = role == "scorer" and config.score.ranks > 1
-        turns = shared if others or not is_alone else _Turns(())
-        turns = _Turns(own[role]) if own[role] else turns
-        placed |= {name: turns.take(count, alone=is_alone) for name in names}
+    others = _first_enough(1, _without(taken | held, every), _without(served | held, every))
+    shared = _Turns(others or _without(served, every) or every)
+    for section, names, count in _others(config):
+        is_alone = section == "score" and config.score.ranks > 1
+        turns = shared if others or not is_alone else _Turns([])
+        turns = _Turns(own[section]) if section in own else turns
+        if count > turns.size and not is_alone:
+            turns = _Turns(every)
+        if count <= turns.size or is_alone:
+            placed |= {name: turns.take(count, alone=is_alone) for name in names}
     return {
         name: ",".join(gpus[index] for index in indices if index < len(gpus))
         for name, indices in placed.items()
     }
 
 
+def is_given_to_server(config: RunConfig, gpu: str, where: str | None = None) -> bool:
+    """Whether a `launch.gpus` (of the section `where`) names this GPU, by index or begin of id."""
+    given = [
+        part.strip()
+        for section, launch in config.launches.items()
+        if where in (None, section)
+        for entry in launch.gpus
+        for part in entry.split(",")
+        if part.strip()
+    ]
+    return any(gpu == part or (not part.isdigit() and gpu.startswith(part)) for part in given)
+
+
+def _without(taken: Collection[int], every: Sequence[int]) -> list[int]:
+    return [index for index in every if index not in taken]
+
+
+def _first_enough(count: int, *choices: list[int]) -> list[int]:
+    """The first of `choices` with as many GPUs, or else the last."""
+    return next((choice for choice in choices if len(choice) >= count), choices[-1])
+
+
 class _Turns:
     """Indices of GPUs, given out in turn: each once, then from the first again unless `alone`."""
 
     def __init__(self, indices: Sequence[int]) -> None:
-        self._indices, self._given = list(indices), 0
+        self._indices, self._given = [*dict.fromkeys(indices)], 0
+
+    @property
+    def size(self) -> int:
+        return len(self._indices)
 
     def take(self, count: int, *, alone: bool) -> list[int]:
         places = range(self._given, self._given + count)
         self._given += count
         if alone:
-            return [self._indices[place] for place in places if place < len(self._indices)]
-        size = len(self._indices)
-        return sorted({self._indices[place % size] for place in places}) if size else []
+            return [self._indices[place] for place in places if place < self.size]
+        return sorted(self._indices[place % self.size] for place in places)
 
 
 def _trainer_names(config: RunConfig) -> list[str]:
@@ -164,21 +203,30 @@ def _trainer_names(config: RunConfig) -> list[str]:
     return ["trainer"] if ranks == 1 else [f"trainer-{rank}" for rank in range(ranks)]
 
 
-def _others(config: RunConfig) -> Iterator[tuple[Role, list[str], int]]:
-    """Role, process names, and GPUs a process, of scorers and generators that need a GPU."""
+def _others(config: RunConfig) -> Iterator[tuple[str, list[str], int]]:
+    """Section, process names, and GPUs a process, of scorers and generators that need a GPU."""
     generate, score, ranks = config.generate, config.score, config.score.ranks
     launches = {where: launch for where, launch in config.launches.items() if not launch.gpus}
-    widths = [n.tensor_parallel for where, n in launches.items() if where != "generate"]
+    widths = [_num_gpus_of(n) for where, n in launches.items() if where != "generate"]
     reads_here = not score.is_served or config.needs_ifd or config.needs_student_pass
     scorers = [f"scorer-{index}" for index in range(num_scorers(config))]
     if ranks > 1:
-        yield "scorer", [f"{name}-{rank}" for name in scorers for rank in range(ranks)], 1
+        yield "score", [f"{name}-{rank}" for name in scorers for rank in range(ranks)], 1
     elif reads_here or widths:
-        yield "scorer", scorers, max([1, *widths])
+        yield "score", scorers, max([1, *widths])
     launch = launches.get("generate")
     if generate.source != "dataset" and (launch is not None or not generate.is_served):
-        count = 1 if launch is None else launch.tensor_parallel
-        yield "generator", [f"generator-{index}" for index in range(generate.workers)], count
+        count = 1 if launch is None else _num_gpus_of(launch)
+        yield "generate", [f"generator-{index}" for index in range(generate.workers)], count
+
+
+def _num_gpus_of(launch: LaunchConfig) -> int:
+    """How many GPUs a server takes: ranks of a model, times stages and copies of its own flags."""
+    count, text = launch.tensor_parallel, " ".join(launch.args).replace("_", "-")
+    for flag in ("pipeline-parallel-size", "data-parallel-size"):
+        found = re.search(rf"--{flag}[= ](\d+)", text)
+        count *= int(found[1]) if found is not None else 1
+    return count
 
 
 def resources_for(config: RunConfig, role: Role) -> Resources:
@@ -247,11 +295,19 @@ def _start(run: OpenRun, runtime: Runtime, name: str, role: Role, index: int = 0
         config,
         runtime,
         name,
-        Factory(role, share_of_servers(config, role, index), root, run.models),
+        Factory(role, _on_gpu(share_of_servers(config, role, index)), root, run.models),
         root,
         ranks=ranks,
         needs=resources_for(config, role),
     )
+
+
+def _on_gpu(config: RunConfig) -> RunConfig:
+    """The config for a worker: where this process found GPUs, `auto` is no CPU in the worker."""
+    if config.runtime.kind != "local" or config.runtime.device != "auto" or not visible_gpus():
+        return config
+    runtime = config.runtime.model_copy(update={"device": "cuda"})
+    return config.model_copy(update={"runtime": runtime})
 
 
 def _environments(config: RunConfig) -> dict[str, dict[str, str]]:

@@ -106,8 +106,8 @@ class Preflight:
     """The checks of one run, and what they read: its inputs.
 
     `clock` is the time that chat templates write (now). Without `start` nothing is checked that
-    only a run needs: a free directory, shared files, a cluster. `is_elsewhere`: the run is planned
-    for another machine, so this one's GPUs are not looked at.
+    only a run needs: a free directory, shared files, a cluster. `gpus` are those of another
+    machine, for which the run is planned (None: this one's).
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class Preflight:
         *,
         clock: datetime | None = None,
         start: Start | None = None,
-        is_elsewhere: bool = False,
+        gpus: Sequence[str] | None = None,
     ) -> None:
-        self._is_elsewhere = is_elsewhere
+        self._gpus = gpus
         self._config, self._clock, self._start = config, clock, start
         self._teachers = {role_of(name): model for name, model in config.teacher_models.items()}
         self._chat: ChatTokenizer | None = None
@@ -181,12 +181,11 @@ class Preflight:
             yield _Rule("cluster", partial(check_cluster, config))
         if config.observe.trackers:
             yield _Rule("trackers", self._trackers)
-        if self._is_elsewhere:
-            return
-        if config.runtime.device.startswith("cuda"):
+        if config.runtime.device.startswith("cuda") and self._gpus is None:
             yield _Rule("device", partial(check_device, config))
-        if config.train.gpus or config.score.gpus or config.generate.gpus:
-            yield _Rule("gpus", partial(check_gpus, config))
+        is_placed = config.runtime.kind == "local" and config.runtime.device in ("auto", "cuda")
+        if is_placed and (self._gpus or num_gpus() or config.named_gpus):
+            yield _Rule("gpus", partial(check_gpus, config, self._gpus), ["device"])
 
     def _rules_of_models(self) -> Iterator[_Rule]:
         config = self._config

@@ -408,6 +408,6 @@ def _check_is_same(
         if stats.sample_id in needed and before != stats:
             raise StoreError(
                 f"{path} was lost, and this machine generates another sample {stats.sample_id} "
-                "(another device or library version): resume on the original machine, or start a "
-                "new run"
+                "(another device, library version or generate.batch_size): resume as it was, or "
+                "start a new run"
             )

@@ -13,7 +13,7 @@ from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.config.sources import flat
 from npd.control.run_record import read_record, recorded_config
-from npd.errors import ConfigError, DataError, ModelError
+from npd.errors import ConfigError, DataError, ModelError, NpdError
 from npd.models.files import model_fingerprint
 from npd.redaction import comparable
 from npd.store.layout import RunLayout
@@ -40,6 +40,18 @@ _MAY_CHANGE = (
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
     *("generate.refresh_timeout", "generate.probe_tolerance"),
 )
+
+
+def as_recorded(config: RunConfig) -> RunConfig:
+    """The config, `auto` being what it was when the run was started; as it is without a record."""
+    if config.train.activation_checkpointing != "auto":
+        return config
+    try:
+        old = recorded_config(RunLayout(config.directory)).train.activation_checkpointing
+    except NpdError:  # opening the run reports that
+        return config
+    train = config.train.model_copy(update={"activation_checkpointing": old})
+    return config.model_copy(update={"train": train})
 
 
 def check_resumable(config: RunConfig) -> None:

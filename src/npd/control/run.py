@@ -17,7 +17,7 @@ from npd.config.sources import SMOKE, resume_command
 from npd.control.controller import Controller, Ending
 from npd.control.dispatcher import Dispatcher
 from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
-from npd.control.memory import with_defaults
+from npd.control.memory import chosen, with_defaults
 from npd.control.monitor import Monitor
 from npd.control.placement import (
     WorkerSet,
@@ -28,7 +28,7 @@ from npd.control.placement import (
 from npd.control.preflight import Start, check_cluster, prepare
 from npd.control.report_data import RunResult, summarize, write_report
 from npd.control.resume import finished_at
-from npd.control.resume_checks import recorded_models
+from npd.control.resume_checks import as_recorded, recorded_models
 from npd.control.run_directory import (
     OpenRun,
     clear_smoke,
@@ -77,13 +77,14 @@ def run(
             removed, unless a sample was generated, scored or trained on.
         RunError: the run cannot continue. Finished work is kept; `resume=True` continues from it.
     """
-    origins, config = origins or {}, with_defaults(config)
+    origins, asked = origins or {}, config
+    config = with_defaults(as_recorded(config) if resume else config)
     if SMOKE in origins.values():
         clear_smoke(config)
     clock = clock_of(config) if resume else None
     inputs = prepare(config, clock=clock, start=Start(resume, origins))
-    inputs = replace(inputs, notes=(*notes, *inputs.notes))
-    go_on = resume_command(dump_config(config), origins)
+    inputs = replace(inputs, notes=(*notes, *chosen(asked, config), *inputs.notes))
+    go_on = resume_command(dump_config(asked), origins)
     missing = missing_folder(config.directory)
     layout = open_directory(config, inputs, resume=resume, origins=origins)
     last_step = finished_at(config, layout) if resume else None

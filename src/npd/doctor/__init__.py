@@ -46,23 +46,22 @@ def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
     from npd.control.memory import memory_checks, parse_gpus
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
-    from npd.doctor.gpus import rank_checks
     from npd.doctor.servers import launch_checks, server_checks, setting_checks
     from npd.doctor.trial import trial_checks
 
     gpus = None if elsewhere is None else parse_gpus(elsewhere)
     yield from _version_checks()
-    preflight = Preflight(config, start=Start(), is_elsewhere=gpus is not None)
+    preflight = Preflight(
+        config, start=Start(), gpus=None if gpus is None else [gpu.name for gpu in gpus]
+    )
     yield from preflight.checks()
     failed = preflight.failed
     if preflight.inputs is not None:
         yield from forecast_checks(config, preflight.inputs)
     if "run directory" not in failed:
         yield from disk_checks(config)
-    if "device" not in failed:
-        yield from rank_checks(config, None if gpus is None else [gpu.name for gpu in gpus])
-        if "weights: student" not in failed:
-            yield from memory_checks(config, gpus)
+    if failed.isdisjoint(("device", "gpus", "weights: student")):
+        yield from memory_checks(config, gpus)
     yield from setting_checks(config)
     if gpus is None:
         yield from launch_checks(config, failed)

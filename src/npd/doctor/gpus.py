@@ -1,13 +1,13 @@
-"""GPUs: whether there are enough for ranks, and whether servers are given one that is taken."""
+"""GPUs of servers: whether they are there, suffice, and are not taken by npd's own ranks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from npd.config import LaunchConfig, RunConfig
-from npd.control.memory import gpu_ids, process_names
-from npd.control.placement import assign_gpus, visible_gpus
+from npd.control.memory import gpu_ids
+from npd.control.placement import assign_gpus, visible_names
 from npd.types import Check
 
 
@@ -36,28 +36,6 @@ def gpu_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[C
         else:
             yield Check.ok(what, f"GPU {entry} is there")
     yield from _shared_checks(what, launch, config)
-
-
-def rank_checks(config: RunConfig, gpus: Sequence[str] | None = None) -> Iterator[Check]:
-    """Whether there is a GPU for each rank, where several share a model.
-
-    `gpus` are those of another machine (None: of this one).
-    """
-    ranks = {"train.ranks": config.train.ranks, "score.ranks": config.score.ranks}
-    several = {name: count for name, count in ranks.items() if count > 1}
-    if not several or config.runtime.kind == "ray" or not (gpus or _uses_gpus(config)):
-        return
-    seen = _visible() if gpus is None else gpus
-    names = [n for n in process_names(config) if n.startswith(_HAS_ITS_OWN[config.score.ranks > 1])]
-    placed = assign_gpus(config, seen)
-    given = " and ".join(f"{name} {count}" for name, count in several.items())
-    says = f"{given}: {len(names)} ranks take a GPU each, and npd sees {len(seen)}"
-    if not all(placed.get(name) for name in names):
-        yield Check.fail(
-            "gpus", f"{says}: lower {' or '.join(several)}, or set runtime.device: cpu"
-        )
-    else:
-        yield Check.ok("gpus", says)
 
 
 # Processes that share their GPU with no other rank: the trainer's, and scorers' if they are ranks.
@@ -89,8 +67,8 @@ def own_gpus(config: RunConfig) -> dict[str, str]:
     named, device = _visible(), config.runtime.device
     if not _uses_gpus(config):
         return {}
-    if device.startswith("cuda:"):
-        index = int(device.partition(":")[2])
+    if device.startswith("cuda:") or config.runtime.kind == "inline":
+        index = int(device.partition(":")[2] or 0)
         return {"trainer": named[index]} if index < len(named) else {}
     kinds = _HAS_ITS_OWN[config.score.ranks > 1]
     return {n: gpu for n, gpu in assign_gpus(config, named).items() if n.startswith(kinds)}
@@ -106,4 +84,4 @@ def _visible() -> list[str]:
     """The GPUs that npd sees, as the driver names them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and (listed := list(gpu_ids())):
         return listed
-    return list(visible_gpus())
+    return list(visible_names())

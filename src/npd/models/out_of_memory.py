@@ -55,10 +55,11 @@ class Fitting:
         """The part of `size` that is used."""
         return max(1, size // self.divisor)
 
-    def run(self, attempt: Callable[[], T], *, doing: str = "") -> T:
+    def run(self, attempt: Callable[[], T], *, doing: str = "", least: int = 1) -> T:
         """The result of `attempt`, which looks at `of`; repeated with half after each failure.
 
-        `doing` begins the message of an error, such as `step 3: `.
+        `doing` begins the message of an error, such as `step 3: `. Below `least` nothing gets
+        smaller: the longest sample.
 
         Raises:
             RunError: there is not enough memory for the smallest part, or for one of several ranks.
@@ -70,10 +71,12 @@ class Fitting:
                 if not is_out_of_memory(error):
                     raise
                 now = self.of(self._size)
-                if now == 1 or self.divisor >= _LARGEST_DIVISOR or not self._may_repeat():
+                if now <= least or self.divisor >= _LARGEST_DIVISOR or not self._may_repeat():
+                    what = f"{self._setting} {now}"
+                    if least > 1 and now <= least:
+                        what = f"a sample of {least} tokens"
                     raise RunError(
-                        f"{doing}the device is out of memory with {self._setting} {now}: "
-                        f"{self._remedy}"
+                        f"{doing}the device is out of memory with {what}: {self._remedy}"
                     ) from error
             # Here, where the traceback no longer holds what the attempt had allocated.
             self.divisor *= 2

@@ -192,6 +192,12 @@ class StepRows:
     idle: tuple[TrainRow, ...]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document of the rows."""
+        rows = (*self.rows, *self.idle)
+        return max((b - a for row in rows for a, b in pairwise(row.packed.cu_seqlens)), default=1)
+
+    @property
     def num_tokens(self) -> tuple[int, int]:
         """The number of response tokens trained on, and of those skipped."""
         trained = sum(len(row.labels_N) for row in self.rows)

@@ -245,7 +245,9 @@ class Trainer:
         step, (tokens, skipped) = given.step, map(sum, zip(*counts, strict=True))
         doing = f"step {step.index}: "
         try:
-            rows = self._fitting.run(lambda: self._accumulate(given, tokens), doing=doing)
+            rows = self._fitting.run(
+                lambda: self._accumulate(given, tokens), doing=doing, least=given.longest
+            )
             norm = clip(self._parameters, self.config.clip)
             measured = Measured.together(self.dist.gather(Measured.of(rows, norm)))
             check_finite(step, measured)

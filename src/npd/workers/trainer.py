@@ -14,7 +14,7 @@ from typing import Any
 
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
-from npd.evaluate import IF_NOTHING_FITS, Match, exact_match, heldout_kl, kl_by_teacher
+from npd.evaluate import IF_NOTHING_FITS, Match, exact_match, heldout_kl, kl_by_teacher, row_fitting
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding, resolve_device
 from npd.models.out_of_memory import Fitting
@@ -38,6 +38,7 @@ class TrainerWorker:
         self._chat = ChatTokenizer.of_student(config)
         self._device = resolve_device(config.runtime.device)
         self._dist: DistContext | None = None
+        self._row_fitting = row_fitting(config.train.row_tokens)
         self._fitting = Fitting(
             "eval.batch_size", config.eval.batch_size, IF_NOTHING_FITS, is_alone=True
         )
@@ -142,7 +143,8 @@ class TrainerWorker:
         if self._layout.heldout.exists():
             heldout = read_scored(self._layout.heldout)
             with self._autocast(self._config.train.dtype):
-                match = heldout_kl(model, heldout, self._config.train.row_tokens, 512)
+                rows = self._config.train.row_tokens
+                match = heldout_kl(model, heldout, rows, 512, fitting=self._row_fitting)
             kls = kl_by_teacher(match, heldout)
         texts = self._greedy(prompts, model)
         pairs = [(text, prompt.answer) for prompt, text in texts if prompt.answer is not None]
