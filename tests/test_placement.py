@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from npd.config import RunConfig
 from npd.control.memory import (
+    Gpu,
     chosen,
     gpus_here,
     memory_checks,
@@ -413,3 +414,17 @@ def test_a_servers_share_is_all_it_takes(models):
                          generate={"engine": "vllm", "launch": launch})  # fmt: skip
         assert [check.status for check in found] == ["ok", "ok"], [c.says for c in found]
         assert "generate's server 23.0 (97% of it)" in found[1].says
+
+
+def test_the_forecast_follows_the_names_of_gpus(models):
+    """`launch.gpus` are the driver's, also where CUDA_VISIBLE_DEVICES shows others first."""
+    config = make(
+        student=str(models / "0.5b"), teacher=str(models / "0.5b"),
+        train={"activation_checkpointing": True},
+        generate={"engine": "vllm", "launch": {"venv": "v", "gpus": ["5"]}},
+    )  # fmt: skip
+    found = list(memory_checks(config, [Gpu("5", 80 * GIB), Gpu("4", 80 * GIB)]))
+    assert [check.says[:5] for check in found] == ["GPU 5", "GPU 4"]
+    assert "generate's server" in found[0].says
+    assert "trainer" not in found[0].says
+    assert "trainer" in found[1].says

@@ -80,7 +80,7 @@ class LaunchConfig(Section):
     """Start command in place of `venv`, e.g. `[vllm, serve, "{model}"]`; npd adds the flags for
     host, port and model."""
     gpus: Texts = ()
-    """CUDA_VISIBLE_DEVICES of each worker's server, e.g. `["0,1", "2,3"]`; empty: inherited."""
+    """CUDA_VISIBLE_DEVICES of each worker's server, e.g. `["0,1", "2,3"]`; empty: its worker's."""
     tensor_parallel: Processes = 1
     """Number of GPUs that share a model."""
     args: Texts = ()

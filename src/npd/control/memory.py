@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 from npd.config import LaunchConfig, RunConfig, TrainConfig
 from npd.config.sections import chunk_for
-from npd.control.placement import assign_gpus, is_given_to_server, num_scorers, visible_gpus
+from npd.control.placement import (
+    assign_gpus,
+    is_given_to_server,
+    num_scorers,
+    trainer_names,
+    visible_gpus,
+)
 from npd.errors import InputError
 from npd.models.loading import resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
@@ -214,10 +220,10 @@ def _on_gpus(
     config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]
 ) -> Iterator[tuple[Gpu, dict[str, list[Part]]]]:
     """Each GPU that is used, and what the processes on it take."""
-    on = processes_by_gpu(config, len(gpus))
+    on = processes_by_gpu(config, [gpu.name for gpu in gpus])
     parts = parts_by_process(config, size)
-    for place, gpu in enumerate(gpus):
-        names = on.get(place, [])
+    for gpu in gpus:
+        names = on.get(gpu.name, [])
         here = {name: parts[name] for name in names if parts[name]}
         here |= _servers_on(config, names, gpu)
         if here:
@@ -274,22 +280,22 @@ _SMALLER = {
 }
 
 
-def processes_by_gpu(config: RunConfig, count: int) -> dict[int, list[str]]:
-    """The names of npd's processes on each of `count` GPUs, as placement assigns them."""
-    device, parts = config.runtime.device, process_names(config)
+def processes_by_gpu(config: RunConfig, gpus: Sequence[str]) -> dict[str, list[str]]:
+    """The names of npd's processes on each of `gpus`, as placement assigns them."""
+    device = config.runtime.device
     if config.runtime.kind == "inline" or device.startswith("cuda:"):
-        return {int(device.partition(":")[2] or 0): parts}
-    placed = assign_gpus(config, [str(index) for index in range(count)])
-    found: dict[int, list[str]] = {}
-    for name, given in placed.items():
-        for index in filter(None, given.split(",")):
-            found.setdefault(int(index), []).append(name)
+        index = int(device.partition(":")[2] or 0)
+        return {gpu: process_names(config) for gpu in gpus[index : index + 1]}
+    found: dict[str, list[str]] = {}
+    for name, given in assign_gpus(config, gpus).items():
+        for gpu in filter(None, given.split(",")):
+            found.setdefault(gpu, []).append(name)
     return found
 
 
 def process_names(config: RunConfig) -> list[str]:
-    train, score = config.train.ranks, config.score.ranks
-    names = ["trainer"] if train == 1 else [f"trainer-{rank}" for rank in range(train)]
+    """The names of a run's worker processes, as logs and checks have them."""
+    score, names = config.score.ranks, trainer_names(config)
     for index in range(num_scorers(config)):
         name = f"scorer-{index}"
         names += [name] if score == 1 else [f"{name}-{rank}" for rank in range(score)]
@@ -468,6 +474,3 @@ def _available() -> int:
 
 def _gib(count: int) -> str:
     return f"{count / GIB:,.1f}"
-
-
-# ---- GPUs of npd's ranks and of servers it would start

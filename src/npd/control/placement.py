@@ -140,7 +140,7 @@ def assign_gpus(config: RunConfig, gpus: Sequence[str]) -> dict[str, str]:
     ranks = config.train.ranks
     free = _first_enough(ranks, _without(taken, every), _without(served, every), every)
     trainers = _Turns(own.get("train") or free)
-    placed = {name: trainers.take(1, alone=True) for name in _trainer_names(config)}
+    placed = {name: trainers.take(1, alone=True) for name in trainer_names(config)}
     held = {index for indices in placed.values() for index in indices}
     others = _first_enough(1, _without(taken | held, every), _without(served | held, every))
     shared = _Turns(others or _without(served, every) or every)
@@ -198,7 +198,8 @@ class _Turns:
         return sorted(self._indices[place % self.size] for place in places)
 
 
-def _trainer_names(config: RunConfig) -> list[str]:
+def trainer_names(config: RunConfig) -> list[str]:
+    """The names of the trainer's processes: one, or one for each rank."""
     ranks = config.train.ranks
     return ["trainer"] if ranks == 1 else [f"trainer-{rank}" for rank in range(ranks)]
 
