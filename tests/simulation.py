@@ -69,6 +69,7 @@ class Simulation:
     lags: list[int] = field(default_factory=list)
     stop: ev.Stop | None = None
     steps: int = 0
+    phases: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
@@ -98,6 +99,9 @@ class Simulation:
 
     def _carry_out(self, action: ev.Action) -> None:
         assert self.stop is None, "an action after the end"
+        role = {ev.Generate: "generator", ev.Score: "scorer"}.get(type(action), "trainer")
+        if not isinstance(action, ev.Finalize | ev.Stop) and self.phases[-1:] != [role]:
+            self.phases.append(role)
         match action:
             case ev.Generate(shard, version, requests):
                 is_retry = requests[0].sample_id in self.asked

@@ -152,6 +152,53 @@ def test_in_turn_means_one_stage_at_a_time(config, num_prompts, seed):
         assert all(len(stages) <= 1 for stages in simulation.stages_at_once)
 
 
+def phased(config: RunConfig) -> RunConfig:
+    """The config with stages in phases."""
+    settings = config.model_dump(mode="json")
+    settings["schedule"]["overlap"], settings["runtime"]["share"] = "auto", "phases"
+    return RunConfig.model_validate(settings)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs(), st.integers(1, 20), st.integers(0, 10**6), st.sampled_from([0.0, 0.3]))
+def test_phases_have_one_role_at_a_time(config, num_prompts, seed, fail):
+    simulation = Simulation(phased(config), num_prompts, seed, fail).run()
+    assert all(len(stages) <= 1 for stages in simulation.stages_at_once)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs(), st.integers(1, 20), st.integers(0, 10**6))
+def test_phases_train_until_a_refresh_or_until_samples_lack(config, num_prompts, seed):
+    config = phased(config)
+    simulation, plan = Simulation(config, num_prompts, seed).run(), Plan(config)
+    for event in simulation.events:
+        actions = plan.handle(event)
+        asked = sum(len(a.requests) for a in actions if isinstance(a, ev.Generate))
+        if asked and isinstance(event, ev.SegmentTrained):
+            assert plan.num_live - asked < config.train.batch_size, "a batch was left"
+
+
+def test_the_papers_schedule_has_two_phases_of_each_stage():
+    config = make_config(
+        epochs=10, reuse=5, refresh={"at_epochs": [5]}, runtime={"share": "phases"}
+    )
+    simulation = Simulation(config, 100).run()
+    assert simulation.phases == ["trainer", *["generator", "scorer", "trainer"] * 2]
+
+
+def test_phases_switch_less_often_than_stages_in_turn():
+    schedule = {"steps": 60, "window": 64, "reuse": 2, "refresh": {"every_steps": 20}}
+    in_turn, phases = (
+        len(
+            Simulation(make_config(**schedule, overlap=False, runtime={"share": share}), 100)
+            .run()
+            .phases
+        )
+        for share in ("together", "phases")
+    )
+    assert phases < in_turn / 2
+
+
 def test_overlap_trains_while_others_work():
     config = make_config(steps=40, window=40, reuse=1, overlap=True)
     simulation = Simulation(config, 50).run()

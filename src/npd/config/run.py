@@ -153,7 +153,14 @@ class RunValues(Section):
     def is_overlapped(self) -> bool:
         """Whether stages run at the same time."""
         overlap = self.schedule.overlap
-        return self.runtime.kind != "inline" if overlap == "auto" else overlap
+        if overlap == "auto":
+            return self.runtime.kind != "inline" and not self.has_phases
+        return overlap
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether one role at a time has its models on the device."""
+        return self.runtime.share == "phases"
 
     @property
     def max_response_tokens(self) -> int:

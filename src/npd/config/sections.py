@@ -338,6 +338,10 @@ class RuntimeConfig(Section):
     kind: Literal["inline", "local", "ray"] = "local"
     """Each worker is a thread (`inline`), a process (`local`), or an actor on a Ray cluster."""
     ray: RayConfig = RayConfig()
+    share: Literal["auto", "together", "phases"] = "auto"
+    """How generators, scorers and trainer share a device. `together` keeps all models on it.
+    `phases` keeps one role's: the window is generated, then scored, then trained on, and between
+    phases the models leave the device. `auto` is `phases` where all use the same one GPU."""
     device: Text = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: Processes | None = None

@@ -13,6 +13,7 @@ the state of the samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from npd.config import RunConfig, TrainConfig
 from npd.pack import balance, pack
@@ -38,6 +39,7 @@ class Plan:
         self._total_requests: int | None = None
         self._num_trainer_actions = self._num_segments = 0
         self._window_was_full = False
+        self._since: Literal["refresh", "score", "train"] = "refresh"
         self._refresh = RefreshRule(config.schedule.refresh)
         self._publishing = False
         self._step = 0
@@ -118,7 +120,7 @@ class Plan:
                 self._refresh.trained(report)
             case ev.SnapshotPublished(version, step):
                 self._num_trainer_actions -= 1
-                self._publishing = False
+                self._publishing, self._since = False, "refresh"
                 self._refresh.published(version, step)
                 self._tracker.finalize_stale(version)
             case ev.CheckpointSaved() | ev.Evaluated():
@@ -217,8 +219,24 @@ class Plan:
     def _may_generate(self) -> bool:
         if self._publishing or self._tracker.shards_generating >= self.config.generate.workers:
             return False
-        return self.config.is_overlapped or not (
-            self._tracker.shards_scoring or self._num_trainer_actions
+        if self.config.is_overlapped:
+            return True
+        is_in_use = self._tracker.shards_scoring or self._num_trainer_actions
+        return not is_in_use and (not self.config.has_phases or self._is_generating_due())
+
+    def _is_generating_due(self) -> bool:
+        """Whether the generators are to have the device (`runtime.share: phases`).
+
+        A phase of generation begins with a new snapshot, or when the replay buffer cannot fill a
+        batch, and lasts until the window is full. One more follows if the filter emptied half of it.
+        """
+        is_short = self._tracker.buffer.num_available < self.config.train.batch_size
+        is_half_empty = 2 * self._tracker.num_live <= self._window()
+        return (
+            self._tracker.has_unbuffered
+            or is_short
+            or self._since == "refresh"
+            or (self._since == "score" and is_half_empty)
         )
 
     def _shard_size(self) -> int:
@@ -265,6 +283,7 @@ class Plan:
         in_turn = not self.config.is_overlapped
         if not (in_turn and (self._tracker.shards_generating or self._num_trainer_actions)):
             for shard, oldest, ids in self._tracker.take_unscored():
+                self._since = "score"
                 self._to_stage(ev.Score(shard, oldest, ids))
 
     def _to_stage(self, action: ev.Generate | ev.Score) -> None:
@@ -285,6 +304,7 @@ class Plan:
         if steps:
             segment = Segment(self._num_segments, self.version, tuple(steps))
             self._num_segments += 1
+            self._since = "train"
             self._to_trainer(ev.Train(segment))
 
     def _segment_budget(self) -> int:
