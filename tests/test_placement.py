@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -32,6 +33,9 @@ SHAPES = {
     "1.5b": (1536, 8960, 28, 12, 2, 151_936, 1_543_714_304),
     "7b": (3584, 18_944, 28, 28, 4, 152_064, 7_615_616_512),
 }
+
+
+PHASES, TOGETHER = ({"kind": "local", "share": share} for share in ("phases", "together"))
 
 
 def make(ranks=1, scorers=1, score_ranks=1, generators=1, kind="local", device="auto", **sections):
@@ -269,11 +273,16 @@ def forecast(models, machine, student="1.5b", teacher="7b", **settings):
         ("1x40GB", {"student": "0.5b", "teacher": "1.5b", "generate": {"batch_size": 4096},
                     "train": {"activation_checkpointing": True}}, ["warn"]),
         # A launched server takes nine tenths, unless it is told otherwise.
-        ("1x80GB", {"train": {"activation_checkpointing": True},
+        ("1x80GB", {"runtime": TOGETHER, "train": {"activation_checkpointing": True},
                     "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["FAIL"]),
         ("1x80GB", {"train": {"activation_checkpointing": True}, "generate": {
             "engine": "vllm",
             "launch": {"venv": "v", "args": ["--gpu-memory-utilization", "0.2"]}}}, ["ok"]),
+        # In phases one role at a time has its models there, a server too.
+        ("1x80GB", {"runtime": PHASES, "train": {"activation_checkpointing": True},
+                    "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["ok"]),
+        ("1x24GB", {"runtime": PHASES, "student": "0.5b", "teacher": "7b",
+                    "train": {"activation_checkpointing": True}}, ["ok"]),
         ("3x80GB", {"train": {"activation_checkpointing": True},
                     "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["ok"] * 3),
     ],
@@ -281,6 +290,16 @@ def forecast(models, machine, student="1.5b", teacher="7b", **settings):
 def test_the_forecast_of_each_gpu(models, machine, settings, statuses):
     found = forecast(models, machine, **settings)
     assert [check.status for check in found] == statuses, [check.says for check in found]
+
+
+def test_in_phases_the_largest_role_counts(models):
+    together, phases = (
+        forecast(models, "1x80GB", runtime={"kind": "local", "device": "cuda", "share": share},
+                 train={"activation_checkpointing": True})[0].says
+        for share in ("together", "phases")
+    )  # fmt: skip
+    assert "; 59.6 GiB of 79.2 GiB" in together, together
+    assert re.search(r"; 3\d\.\d GiB at a time of 79\.2 GiB$", phases), phases
 
 
 def test_a_forecast_lists_what_is_where(models):
@@ -387,7 +406,8 @@ def test_activations_are_recomputed_where_a_row_would_not_fit(models, machine, s
     paths = {role: str(models / settings.pop(role)) for role in ("student", "teacher")}
     config = with_defaults(make(**paths, **settings), parse_gpus(machine))
     assert config.train.activation_checkpointing is is_on
-    assert bool(chosen(make(**paths, **settings), config)) is is_on
+    notes = chosen(make(**paths, **settings), config)
+    assert any("recomputed" in note for note in notes) is is_on
     # The preset's default fits the cards that the documentation names.
     if is_on:
         assert all(check.status == "ok" for check in memory_checks(config, parse_gpus(machine)))
@@ -396,7 +416,7 @@ def test_activations_are_recomputed_where_a_row_would_not_fit(models, machine, s
 def test_a_lone_trainer_has_the_gpu_to_itself(models):
     """As in `npd train`: one process, whatever the config says of ranks and of others."""
     paths = {role: str(models / name) for role, name in (("student", "1.5b"), ("teacher", "7b"))}
-    rows = {"train": {"row_tokens": 8192}}
+    rows = {"train": {"row_tokens": 8192}, "runtime": TOGETHER}
     config = make(**paths, **rows, score={"dtype": "float32"})
     gpus = parse_gpus("1x80GB")
     assert with_defaults(config, gpus).train.activation_checkpointing is True

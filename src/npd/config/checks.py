@@ -34,7 +34,7 @@ class ImpossibleError(ValueError):
 def problems(c: RunValues) -> list[str]:
     """The problems of `c`, one line each with the remedy; empty if `c` is valid."""
     checks = (
-        *(_length_problems, _window_problems),
+        *(_length_problems, _window_problems, _share_problems),
         *(_refresh_problems, _at_epochs_problems, _at_steps_problems, in_flight_problems),
         *(_token_limit_problems, _sampling_problems, _heldout_problems),
         *(_teacher_problems, _rate_problems, _filter_problems, _loss_problems, _name_problems),
@@ -93,6 +93,30 @@ def _window_problems(c: RunValues) -> Iterator[str]:
             f"overlap: either {_set(generate__shard_size=max(1, window // 2))} or "
             f"{_set(schedule__overlap='false')}"
         )
+
+
+def _share_problems(c: RunValues) -> Iterator[str]:
+    """`runtime.share: phases`: one device, and one stage at a time."""
+    if not c.has_phases:
+        return
+    together = _set(runtime__share="together")
+    if c.schedule.overlap is True:
+        yield (
+            "schedule.overlap: true runs stages at the same time, runtime.share: phases one after "
+            f"another: {_set(schedule__overlap='auto')} or {together}"
+        )
+    if c.runtime.kind == "ray":
+        yield (
+            "runtime.share: phases is for one device, and Ray gives each worker GPUs of its own: "
+            f"{together}"
+        )
+    for section in ("train", "score"):
+        ranks = getattr(c, section).ranks
+        if ranks > 1:
+            yield (
+                f"runtime.share: phases is for one device, but {section}.ranks is {ranks}: "
+                f"{_set(**{f'{section}__ranks': 1})} or {together}"
+            )
 
 
 def _refresh_problems(c: RunValues) -> Iterator[str]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from npd.control.device_turns import DeviceTurns
 from npd.control.placement import WorkerSet
 from npd.control.run_directory import OpenRun
 from npd.errors import RunError, StoreError, WorkerLostError
@@ -37,6 +39,7 @@ class Dispatcher:
         self._generators: asyncio.Queue[Worker] = _queue(workers.generators)
         self._scorers: asyncio.Queue[Worker] = _queue(workers.scorers)
         self._trainer_turn = asyncio.Lock()
+        self._device = DeviceTurns(workers, self._release) if self._config.has_phases else None
         self._is_trainer_behind = False
         self._damaged: set[int] = set()
         self._served: dict[str, int] = {}
@@ -63,7 +66,7 @@ class Dispatcher:
 
     async def _load(self, worker: Worker) -> None:
         await self._retry_after_loss(
-            lambda: self._call(worker, "ready", doing="load"), worker.restart
+            lambda: self._do(worker, "ready", doing="load"), worker.restart
         )
 
     async def run(self, action: ev.Action) -> ev.Event:
@@ -263,7 +266,17 @@ class Dispatcher:
                 return ev.Evaluated(report)
         raise AssertionError(f"not an action of the trainer: {action!r}")
 
+    async def _release(self, worker: Worker) -> None:
+        """Make a worker free its models; a lost one has none."""
+        self._served.pop(worker.name, None)
+        with suppress(WorkerLostError):
+            await self._do(worker, "release", doing="release")
+
     async def _call(self, worker: Worker, method: str, *args: Any, doing: str, **note: Any) -> Any:
+        async with self._device.of(worker) if self._device is not None else nullcontext():
+            return await self._do(worker, method, *args, doing=doing, **note)
+
+    async def _do(self, worker: Worker, method: str, *args: Any, doing: str, **note: Any) -> Any:
         self._monitor.started(worker.name, doing)
         try:
             reply = await worker.call(method, *args)

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from npd.config import LaunchConfig, RunConfig, TrainConfig
+from npd.config import LaunchConfig, RunConfig, ServedConfig, TeacherConfig, TrainConfig
 from npd.config.sections import chunk_for
 from npd.control.placement import (
     assign_gpus,
@@ -123,19 +123,21 @@ def _ask_driver(*fields: str) -> list[list[str]]:
 def with_defaults(
     config: RunConfig, gpus: Sequence[Gpu] | None = None, *, alone: bool = False
 ) -> RunConfig:
-    """The config with `auto` decided by the forecast, where the device decides. Raises nothing.
+    """The config with `auto` decided, where devices and the forecast decide. Raises nothing.
 
+    `runtime.share` is `phases` if all models of the run are on one GPU.
     `train.activation_checkpointing` is on if a full row would take the trainer's GPU above what it
     has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`. `alone`: the
     trainer is one process, on the first GPU, with nothing beside it.
     """
+    is_asked = "auto" in (config.runtime.share, config.train.activation_checkpointing)
+    if is_asked and gpus is None:
+        gpus = gpus_here(config) if config.runtime.kind != "ray" else ()
+    config = _with_share(config, () if alone else gpus or ())
     if config.train.activation_checkpointing != "auto":
         return config
     off, size = _recomputing(config, False), size_of(config.student)
-    if size is None or config.runtime.kind == "ray":
-        return off
-    gpus = gpus_here(config) if gpus is None else gpus
-    if not gpus:
+    if size is None or config.runtime.kind == "ray" or not gpus:
         return off
     if alone:
         lone = off.model_copy(update={"train": off.train.model_copy(update={"ranks": 1})})
@@ -143,20 +145,44 @@ def with_defaults(
     else:
         places = [*_on_gpus(off, size, gpus)]
     for gpu, here in places:
-        if any(name.startswith("trainer") for name in here) and not _has_room(gpu, here):
+        is_trainers = any(name.startswith("trainer") for name in here)
+        if is_trainers and not _has_room(off, gpu, here):
             return _recomputing(config, True)
     return off
 
 
+def _with_share(config: RunConfig, gpus: Sequence[Gpu]) -> RunConfig:
+    """The config with `runtime.share` decided: where every model is on one GPU, it is `phases`."""
+    if config.runtime.share != "auto":
+        return config
+    names = processes_by_gpu(config, [gpu.name for gpu in gpus]) if gpus else {}
+    roles = {_role_of(name) for here in names.values() for name in here}
+    has_one = len(names) == 1 and len(roles) > 1 and config.train.ranks == config.score.ranks == 1
+    servers: list[ServedConfig | TeacherConfig] = [config.generate, config.score]
+    servers += config.teachers.values()
+    is_elsewhere = config.runtime.kind == "ray" or any(
+        server.urls or (server.launch is not None and server.launch.gpus) for server in servers
+    )
+    is_phased = has_one and not is_elsewhere and config.schedule.overlap is not True
+    share = "phases" if is_phased else "together"
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"share": share})})
+
+
 def chosen(asked: RunConfig, config: RunConfig) -> tuple[str, ...]:
     """What to say of `auto` where it became something else than usual."""
+    notes = []
+    if asked.runtime.share == "auto" and config.has_phases:
+        notes.append(
+            "generation, scoring and training take turns, because they have one GPU "
+            "(runtime.share: auto)"
+        )
     was, now = (c.train.activation_checkpointing for c in (asked, config))
-    if was != "auto" or now is not True:
-        return ()
-    return (
-        "activations are recomputed in the backward pass, because a full row would not fit the "
-        "trainer's GPU (train.activation_checkpointing: auto)",
-    )
+    if was == "auto" and now is True:
+        notes.append(
+            "activations are recomputed in the backward pass, because a full row would not fit the "
+            "trainer's GPU (train.activation_checkpointing: auto)"
+        )
+    return tuple(notes)
 
 
 def _recomputing(config: RunConfig, is_on: bool) -> RunConfig:
@@ -183,7 +209,7 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
         yield Check.warn("memory", "how much the GPUs have is not known: nothing is forecast")
     elif gpus:
         for gpu, here in _on_gpus(config, size, gpus):
-            yield _gpu_check(gpu, here)
+            yield _gpu_check(config, gpu, here)
     else:
         yield _cpu_memory(config, size)
 
@@ -230,17 +256,32 @@ def _on_gpus(
             yield gpu, here
 
 
-def _needed(here: Mapping[str, Sequence[Part]]) -> int:
-    own = [parts for name, parts in here.items() if not name.endswith(_SERVER)]
-    return sum(p.bytes for parts in here.values() for p in parts) + _CONTEXT_BYTES * len(own)
+def _needed(config: RunConfig, here: Mapping[str, Sequence[Part]]) -> int:
+    """What processes on a GPU take at once: all of them, or in phases one role's."""
+    own = [name for name in here if not name.endswith(_SERVER)]
+    return _CONTEXT_BYTES * len(own) + sum(part.bytes for part in _at_once(config, here))
 
 
-def _has_room(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> bool:
-    return _needed(here) <= (gpu.total if gpu.free is None else gpu.free)
+def _at_once(config: RunConfig, here: Mapping[str, Sequence[Part]]) -> list[Part]:
+    """The parts that a GPU holds at the same time: in phases those of the largest role."""
+    roles: dict[str, list[Part]] = {}
+    for name, parts in here.items():
+        roles.setdefault(_role_of(name) if config.has_phases else "", []).extend(parts)
+    return max(roles.values(), key=lambda parts: sum(part.bytes for part in parts))
 
 
-def _gpu_check(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
-    needed = _needed(here)
+def _role_of(name: str) -> str:
+    """The role of a process or server on a GPU."""
+    role = name.removesuffix(_SERVER)
+    return {"generate": "generator"}.get(role, role.partition("-")[0])
+
+
+def _has_room(config: RunConfig, gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> bool:
+    return _needed(config, here) <= (gpu.total if gpu.free is None else gpu.free)
+
+
+def _gpu_check(config: RunConfig, gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
+    needed = _needed(config, here)
     listed = "; ".join(
         f"{name} {' + '.join(f'{_gib(part.bytes)} ({part.what})' for part in parts)}"
         for name, parts in here.items()
@@ -248,10 +289,11 @@ def _gpu_check(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
     has = f"{_gib(gpu.total)} GiB"
     if gpu.free is not None:
         has = f"{_gib(gpu.free)} GiB free of {_gib(gpu.total)}"
-    says = f"GPU {gpu.name}: {listed}; {_gib(needed)} GiB of {has}"
-    if _has_room(gpu, here):
+    at_a_time = " at a time" if config.has_phases and len(here) > 1 else ""
+    says = f"GPU {gpu.name}: {listed}; {_gib(needed)} GiB{at_a_time} of {has}"
+    if _has_room(config, gpu, here):
         return Check.ok("memory", says)
-    elastic = [part for parts in here.values() for part in parts if part.elastic]
+    elastic = [part for part in _at_once(config, here) if part.elastic]
     if needed - sum(part.bytes for part in elastic) > gpu.total:
         return Check.fail("memory", f"{says}: {_remedy(here)}")
     if not elastic:

@@ -44,14 +44,25 @@ _MAY_CHANGE = (
 
 def as_recorded(config: RunConfig) -> RunConfig:
     """The config, `auto` being what it was when the run was started; as it is without a record."""
-    if config.train.activation_checkpointing != "auto":
+    is_auto = config.train.activation_checkpointing == "auto"
+    if not is_auto and config.runtime.share != "auto":
         return config
     try:
-        old = recorded_config(RunLayout(config.directory)).train.activation_checkpointing
+        old = recorded_config(RunLayout(config.directory))
     except NpdError:  # opening the run reports that
         return config
-    train = config.train.model_copy(update={"activation_checkpointing": old})
-    return config.model_copy(update={"train": train})
+    train, runtime = config.train, config.runtime
+    if is_auto:
+        update = {"activation_checkpointing": old.train.activation_checkpointing}
+        train = train.model_copy(update=update)
+    if runtime.share == "auto":
+        runtime = runtime.model_copy(update={"share": _share(old)})
+    return config.model_copy(update={"train": train, "runtime": runtime})
+
+
+def _share(config: RunConfig) -> str:
+    """How a run shares its device. Runs from before there was a choice recorded none."""
+    return "phases" if config.has_phases else "together"
 
 
 def check_resumable(config: RunConfig) -> None:
@@ -117,6 +128,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     values["teachers"] = {name: teacher.model for name, teacher in config.teachers.items()}
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
+    values["runtime.share"] = _share(config)
     return values
 
 

@@ -34,6 +34,12 @@ class Generator(Protocol):
     def generate(self, requests: Sequence[SampleRequest]) -> Sequence[Rollout | Failed]:
         """One rollout or failure per request, in the order of the requests."""
 
+    def release(self) -> None:
+        """Free the model, and stop a launched server; `version` is None until the next `load`.
+
+        The model of a text's own source (a teacher, the data) is loaded again by `generate`.
+        """
+
     def close(self) -> None:
         """Free the model; no call is allowed afterwards."""
 
@@ -105,6 +111,9 @@ class DatasetGenerator:
         """
         return [self._rollout(request) for request in requests]
 
+    def release(self) -> None:
+        """A no-op."""
+
     def close(self) -> None:
         """A no-op."""
 
@@ -165,6 +174,10 @@ class TeachersGenerator:
             results = self.open(name).generate(own)
             found |= {request.sample_id: item for request, item in zip(own, results, strict=True)}
         return [found[request.sample_id] for request in requests]
+
+    def release(self) -> None:
+        """Close the generators of all teachers; the next request opens its teacher's again."""
+        self.close()
 
     def close(self) -> None:
         """Close the generators of all teachers."""

@@ -22,7 +22,7 @@ from npd.generate.decoding import Draft, decode, decode_attention
 from npd.generate.sampling import Sampling
 from npd.models.loading import check_finite, load_model, own_code, resolve_device
 from npd.models.metadata import context_of
-from npd.models.out_of_memory import Fitting
+from npd.models.out_of_memory import Fitting, free_cached
 from npd.models.packed_attention import UnsupportedAttentionError
 from npd.models.tensors import about
 from npd.types import EncodedPrompt, Rollout, SampleRequest
@@ -117,6 +117,11 @@ class TransformersGenerator:
             with_logprobs=self._is_student,
             fitting=self._fitting,
         )
+
+    def release(self) -> None:
+        """Free the model and what torch keeps of its memory; `load` loads another."""
+        self.close()
+        free_cached()
 
     def close(self) -> None:
         """Free the model."""

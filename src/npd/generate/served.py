@@ -113,6 +113,12 @@ class ServedGenerator:
         assert self._weights.served is not None, "generate() needs a snapshot: call load() first"
         return self._run(self._generate(requests)) if requests else []
 
+    def release(self) -> None:
+        """Stop our server; the next `load` launches another. Servers at `urls` stay as they are."""
+        if self._pool.is_ours:
+            self._run(self._pool.close())
+            self._weights.served = None
+
     def close(self) -> None:
         """Stop our server, or disconnect from the servers at `urls`."""
         self._run(self._pool.close())

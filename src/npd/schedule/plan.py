@@ -228,7 +228,8 @@ class Plan:
         """Whether the generators are to have the device (`runtime.share: phases`).
 
         A phase of generation begins with a new snapshot, or when the replay buffer cannot fill a
-        batch, and lasts until the window is full. One more follows if the filter emptied half of it.
+        batch, and lasts until the window is full. Another follows if the filter empties half of
+        it.
         """
         is_short = self._tracker.buffer.num_available < self.config.train.batch_size
         is_half_empty = 2 * self._tracker.num_live <= self._window()

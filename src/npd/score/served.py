@@ -133,6 +133,11 @@ class ServedTeacher:
         at_once = min(at_once, _MAX_REQUESTS)
         return self._run(self._pool.run_jobs(jobs, do, at_once=at_once)) if jobs else []
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether npd launched the server."""
+        return self._pool.is_ours
+
     def close(self) -> None:
         """Stop our server, or disconnect from the servers at `urls`."""
         self._run(self._pool.close())

@@ -53,6 +53,15 @@ class Teachers:
         """Free the models of this process; a later use loads again."""
         self._loaded.clear()
 
+    def release(self) -> None:
+        """Free the models and stop launched servers; a later use loads or launches again."""
+        self.unload()
+        ours = {n: t for n, t in self._served.items() if t is not None and t.is_ours}
+        with ExitStack() as stack:
+            for name, teacher in ours.items():
+                stack.callback(teacher.close)
+                del self._served[name]
+
     def close(self) -> None:
         """Free the models and close the servers."""
         self.unload()

@@ -1,12 +1,13 @@
 """The student and its loss as one module, and the optimiser.
 
 `Objective` takes a packed row and returns the row's share of the step's loss. `build_optimizer` and
-`clip` work on sharded parameters too. Does not decide the learning rate.
+`clip` work on sharded parameters too. `move` takes both off a device and back. Does not decide the
+learning rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,3 +81,29 @@ def clip(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
     norm = gather(nn.utils.get_total_norm(grads))
     nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def move(
+    model: nn.Module, optimizer: torch.optim.Optimizer, to: Callable[[Tensor], Tensor]
+) -> None:
+    """Replace the data of every parameter, buffer and optimiser tensor by `to` of it.
+
+    Parameters stay the same objects, so the optimiser, hooks and compiled layers that refer to them
+    stay valid. Only between steps, since gradients are not moved, and not for sharded parameters.
+    """
+    assert all(parameter.grad is None for parameter in model.parameters()), "between steps only"
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = to(tensor.data)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = to(value)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in page-locked host memory, from which copies to a device are fastest."""
+    try:
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:  # the system limits how much memory may be locked
+        copy = torch.empty_like(tensor, device="cpu")
+    return copy.copy_(tensor)

@@ -28,14 +28,14 @@ from npd.errors import ModelError, RunError
 from npd.models import lora
 from npd.models.distributed import DistContext
 from npd.models.loading import load_model, resolve_device
-from npd.models.out_of_memory import Fitting
+from npd.models.out_of_memory import Fitting, free_cached
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
 from npd.train.checkpoint import check_adapter, check_alike, check_written
 from npd.train.compile import compile_layers, uncompiled
 from npd.train.fsdp import gather_all, shard, to_meta, with_params
-from npd.train.objective import Objective, build_optimizer, clip
+from npd.train.objective import Objective, build_optimizer, clip, move, to_host
 from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report
 from npd.types import Segment, SegmentReport, StepReport
 
@@ -102,6 +102,20 @@ class Trainer:
         self._is_proven = False
         self._read, self._seed = read, seed
         self._fitting = Fitting("train.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
+        self._is_away = False
+
+    def off_device(self) -> None:
+        """Move the student and the optimiser's state to host memory; a no-op on a CPU."""
+        if not self._is_away and self.device != "cpu":
+            move(self.model, self.optimizer, to_host)
+            self._is_away = True
+            free_cached()
+
+    def to_device(self) -> None:
+        """Undo `off_device`."""
+        if self._is_away:
+            move(self.model, self.optimizer, lambda tensor: tensor.to(self.device))
+            self._is_away = False
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None

@@ -82,6 +82,10 @@ class GeneratorWorker:
             verify(snapshot)
             self._engine.load(snapshot, version)
 
+    def release(self) -> None:
+        """Free the model for other workers on the device; the next call loads what it needs."""
+        self._engine.release()
+
     def ready(self) -> None:
         """No-op. The first call constructs the worker; loading gets its own span in traces."""
 
@@ -128,8 +132,8 @@ def generator_for(
     """The generator of a run's samples: the student, the data, or each prompt's own teacher.
 
     With `model`, that model is loaded and generates every sample. A single teacher is loaded at
-    once; several are loaded at their first request. `serving` returns the context of the teacher
-    with that name, or of the student (None).
+    once, unless phases share the device; several are loaded at their first request. `serving`
+    returns the context of the teacher with that name, or of the student (None).
 
     Raises:
         InputError, RunError: a model cannot be loaded or served.
@@ -162,7 +166,7 @@ def generator_for(
         name = min(models, key=lambda name: name != DEFAULT_TEACHER)
         return build(config.generate_of(name), name, model)
     writers = TeachersGenerator(lambda name: build(config.generate_of(name), name, models[name]))
-    if len(models) == 1:
+    if len(models) == 1 and not config.has_phases:
         writers.open(*models)
     return writers
 

@@ -23,6 +23,7 @@ from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding, load_model, resolve_device
+from npd.models.out_of_memory import free_cached
 from npd.score.base import Key, LogprobRequest, Logprobs, Scorer, Support
 from npd.score.in_process import PrefillModel
 from npd.score.tensor_parallel import Command, RankZeroTeachers, TeacherReplica
@@ -186,6 +187,14 @@ class ScorerWorker:
     def _log_of(self, teacher: str) -> Path:
         name = "" if teacher == DEFAULT_TEACHER else f"-{teacher}"
         return self._layout.logs / f"server-{self._config.score.engine}-teacher{name}.log"
+
+    def release(self) -> None:
+        """Free the models for other workers on the device; the next call loads what it needs."""
+        if self._scorer is not None:
+            self._scorer.close()
+        self._scorer = self._loaded = None
+        self._teachers.release()
+        free_cached()
 
     def ready(self) -> None:
         """No-op. The first call constructs the worker; loading gets its own span in traces."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
@@ -24,6 +24,9 @@ from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
 from npd.store.snapshots import is_whole, publish
 from npd.types import EncodedPrompt, EvalReport, SampleRequest, Segment, SegmentReport, StepReport
+
+if TYPE_CHECKING:
+    from npd.train.trainer import Trainer
 
 
 class TrainerWorker:
@@ -67,7 +70,7 @@ class TrainerWorker:
     def _load(self) -> None:
         from npd.train.trainer import Trainer
 
-        self._trainer = Trainer(
+        self._loaded = Trainer(
             self._config.train,
             self._config.loss,
             student=self._config.student,
@@ -78,6 +81,16 @@ class TrainerWorker:
             dist=self._dist,
             stop_ids=self._chat.stop_ids,
         )
+
+    @property
+    def _trainer(self) -> Trainer:
+        """The trainer, on its device."""
+        self._loaded.to_device()
+        return self._loaded
+
+    def release(self) -> None:
+        """Move the student and the moments off the device; the next call moves them back."""
+        self._loaded.off_device()
 
     def restore(self, step: int) -> None:
         """Load the checkpoint of `step`; 0 is the initial student."""
