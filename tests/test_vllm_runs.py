@@ -232,6 +232,33 @@ def test_a_whole_run_of_a_lora_student_whose_server_is_killed(vllm_venv, models,
     assert not [line for line in view.messages if "canary" in line]
 
 
+def test_in_phases_the_server_is_stopped_while_others_have_the_device(vllm_venv, models, tmp_path):
+    config = make_run(
+        models,
+        tmp_path,
+        generate={"launch": launch(vllm_venv).model_dump()},
+        schedule={"epochs": 2, "refresh": {"at_epochs": [1]}},
+        runtime={"share": "phases"},
+    )
+    layout = RunLayout(config.directory)
+    view = KeepingView(layout, tmp_path / "kept")
+    gone: list[int] = []
+
+    def look(version: int) -> None:
+        """While the trainer publishes."""
+        if version == 1:
+            assert_gone(layout.logs)
+            gone.append(version)
+
+    view.when_published = look
+    assert npd.run(config, view=view).is_done
+    assert gone == [1]
+    assert check_books(layout, reuse=1)[Outcome.FAILED] == 0
+    assert set(check_who_wrote(layout, tmp_path / "kept")) == {0, 1}
+    assert len(list(layout.logs.glob("server-*.log"))) == 2
+    assert_gone(layout.logs)
+
+
 def test_a_run_whose_server_did_not_load_says_so_and_goes_on_with_another(server, models, tmp_path):
     """The run ends with one line that names the server; nothing stale was trained on."""
     with Proxy(server, passes=1) as proxy:
