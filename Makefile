@@ -8,8 +8,10 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 # `make newest TORCH=torch` takes the newest torch too, which on Linux brings gigabytes of CUDA.
 TORCH ?= $(shell grep ^torch== constraints.txt)
-# Test files run side by side, each whole; `make test WORKERS=` runs them one after another.
-WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Test files run side by side, each whole; `make test WORKERS=` runs them one after another. One
+# more than there are cores, because many tests wait: for servers to end, for time limits.
+CORES := $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 7) + 1)")
+WORKERS ?= -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install vllm demo unit test test-benchmarks newest lint types check bench gpu bench-loss soak ladder filter-study rl real peers peers-sum docs clean
 
