@@ -164,6 +164,7 @@ def test_a_call_waits_for_the_calls_and_the_release_of_other_roles(seed):
 
     async def release(worker):
         assert not running.total(), "released in the middle of a call"
+        assert worker.name in loaded or worker.name.startswith("generator"), "it had no turn"
         await asyncio.sleep(0)
         loaded.discard(worker.name)
 

@@ -27,7 +27,7 @@ class DeviceTurns:
     def __init__(self, workers: WorkerSet, release: Callable[[Worker], Awaitable[None]]) -> None:
         roles = (workers.generators, workers.scorers, (workers.trainer,))
         self._role = {worker.name: role for role in roles for worker in role}
-        self._holder: tuple[Worker, ...] = (workers.trainer,)
+        self._holder: tuple[Worker, ...] = roles[-1]
         self._release = release
         self._num_calls = 0
         self._changed = asyncio.Condition()
