@@ -386,6 +386,8 @@ def test_a_machine_that_is_not_here(shell):
     assert [(c["status"], c["says"][:14]) for c in memory] == [
         ("ok", "each of 3 proc"), ("ok", "GPU 0: trainer"), ("ok", "GPU 1: scorer-")
     ]  # fmt: skip
+    (forecast,) = (c["says"] for c in checks if c["what"] == "forecast")
+    assert "on one GPU" in forecast, "not on this machine's cores"
     done = shell.npd("doctor", "run.yaml", "--gpus", "1x80GB", *arguments)
     assert "score.gpus names GPU 1, but npd sees 1 GPU" in done.out
     on_cpu = ("--set", "runtime.device=cpu")

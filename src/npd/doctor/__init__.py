@@ -57,7 +57,8 @@ def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
     yield from preflight.checks()
     failed = preflight.failed
     if preflight.inputs is not None:
-        yield from forecast_checks(config, preflight.inputs)
+        has_gpu = None if gpus is None else config.runtime.device != "cpu"
+        yield from forecast_checks(config, preflight.inputs, has_gpu=has_gpu)
     if "run directory" not in failed:
         yield from disk_checks(config)
     if failed.isdisjoint(("device", "gpus", "weights: student")):

@@ -43,14 +43,22 @@ class Length:
     trained: int
 
 
-def forecast_checks(config: RunConfig, prepared: RunInputs) -> Iterator[Check]:
-    """What the run will be, in numbers, and what is to be said of them."""
+def forecast_checks(
+    config: RunConfig, prepared: RunInputs, *, has_gpu: bool | None = None
+) -> Iterator[Check]:
+    """What the run will be, in numbers, and what is to be said of them.
+
+    `has_gpu` is about another machine (None: this one).
+    """
+    if has_gpu is None:
+        has_gpu = resolve_device(config.runtime.device).startswith("cuda")
     length = length_of(config, prepared)
     tokens = f"some {_millions(length.written)} written, {_millions(length.trained)} trained on"
     says = f"{counted(length.steps, 'step')} of {config.train.batch_size} samples, {tokens}"
-    seconds = seconds_of(config, length)
+    seconds = seconds_of(config, length, has_gpu=has_gpu)
     if seconds is not None:
-        where = _device_text(config)
+        cores = counted(os.cpu_count() or 1, "CPU core")
+        where = "one GPU (by counting: never measured)" if has_gpu else cores
         says += f"; very roughly {clock_text(seconds)} on {where}, a factor of three either way"
     disk = disk_bytes(config)
     if disk is not None:
@@ -78,7 +86,7 @@ def length_of(config: RunConfig, prepared: RunInputs) -> Length:
     return Length(steps, requests, written, trained)
 
 
-def seconds_of(config: RunConfig, length: Length) -> float | None:
+def seconds_of(config: RunConfig, length: Length, *, has_gpu: bool) -> float | None:
     """Rough seconds, stages one after another; None where the student's size is not known."""
     student = size_of(config.student)
     if student is None:
@@ -88,7 +96,7 @@ def seconds_of(config: RunConfig, length: Length) -> float | None:
     writer = teacher if config.generate.source == "teacher" else student.parameters
     scored = length.trained / config.schedule.reuse if config.needs_scores else 0.0
     readers = teacher + (student.parameters if config.needs_ifd else 0)
-    speeds = _GPU if resolve_device(config.runtime.device).startswith("cuda") else _cpu_speeds()
+    speeds = _GPU if has_gpu else _cpu_speeds()
     return (
         _FORWARD * writer * length.written / speeds["generate"]
         + _FORWARD * readers * scored / speeds["score"]
@@ -142,12 +150,6 @@ def _context(student: str) -> int | None:
 def _cpu_speeds() -> dict[str, float]:
     cores = os.cpu_count() or 1
     return {stage: cores * speed for stage, speed in _CORE.items()}
-
-
-def _device_text(config: RunConfig) -> str:
-    if resolve_device(config.runtime.device).startswith("cuda"):
-        return "one GPU (by counting: never measured)"
-    return counted(os.cpu_count() or 1, "CPU core")
 
 
 def _millions(tokens: int) -> str:
