@@ -24,7 +24,8 @@ from npd.data.inputs import RunInputs, check_names, for_workers
 from npd.data.vocabulary import compare_ends
 from npd.errors import ConfigError, DataError, InputError, RunError, StoreError
 from npd.filters import build_filter, prefilter
-from npd.models.loading import read_config, resolve_device
+from npd.models.device import resolve_device
+from npd.models.loading import read_config
 from npd.schedule.plan import make_step
 from npd.schedule.replay_buffer import ReplayBuffer
 from npd.schedule.requests import hash64, make_requests

@@ -16,7 +16,7 @@ from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.data.inputs import RunInputs
 from npd.errors import NpdError
-from npd.models.loading import resolve_device
+from npd.models.device import is_gpu, resolve_device
 from npd.models.metadata import GIB, model_settings, size_of
 from npd.observe.findings import RunFacts, findings
 from npd.observe.live import clock_text
@@ -88,7 +88,7 @@ def seconds_of(config: RunConfig, length: Length) -> float | None:
     writer = teacher if config.generate.source == "teacher" else student.parameters
     scored = length.trained / config.schedule.reuse if config.needs_scores else 0.0
     readers = teacher + (student.parameters if config.needs_ifd else 0)
-    speeds = _GPU if resolve_device(config.runtime.device).startswith("cuda") else _cpu_speeds()
+    speeds = _GPU if is_gpu(resolve_device(config.runtime.device)) else _cpu_speeds()
     return (
         _FORWARD * writer * length.written / speeds["generate"]
         + _FORWARD * readers * scored / speeds["score"]
@@ -145,7 +145,7 @@ def _cpu_speeds() -> dict[str, float]:
 
 
 def _device_text(config: RunConfig) -> str:
-    if resolve_device(config.runtime.device).startswith("cuda"):
+    if is_gpu(resolve_device(config.runtime.device)):
         return "one GPU (by counting: never measured)"
     return counted(os.cpu_count() or 1, "CPU core")
 
