@@ -479,8 +479,8 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the student's layers with torch.compile; needs a compiler, and on GPUs Triton."""
     deterministic: bool = False
-    """On a GPU, train with deterministic algorithms only, so that the same rows give the same
-    weights, bit for bit; slower there, and without effect on a CPU, where they always do."""
+    """Train with deterministic algorithms only, so that on a GPU too the same rows give the same
+    weights, bit for bit. Not yet run on a GPU; on a CPU no digit changes."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
     ranks: Processes = 1

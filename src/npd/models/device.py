@@ -80,7 +80,7 @@ def untested(device: str) -> str | None:
     if kind == CPU or (kind == CUDA and not is_rocm()):
         return None
     name = "ROCm" if kind == CUDA else kind
-    return f"npd has been run on CPUs and NVIDIA's GPUs, never on {name}: check its first results"
+    return f"tried on CPUs and NVIDIA's GPUs only, never on {name}: check the first steps"
 
 
 def check_kind(device: str) -> None:

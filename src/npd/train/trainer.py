@@ -3,7 +3,7 @@
 A step's loss is a mean over its response tokens, so packing and row order do not change it (to
 float noise). Only response positions reach the LM head. A step with a loss or gradient that is not
 finite changes nothing. A step's random numbers follow from the seed and its index, so a resumed run
-repeats an uninterrupted one.
+repeats an uninterrupted one: bit for bit on a CPU, on a GPU to float noise without `deterministic`.
 
 With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
 reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
