@@ -388,7 +388,12 @@ def check_device(config: RunConfig) -> str:
         ConfigError: it is not, or torch knows no such kind.
     """
     device = config.runtime.device
-    if device in ("auto", CPU) or config.runtime.kind == "ray":
+    return f"runtime.device is {device}" if config.runtime.kind == "ray" else device_here(device)
+
+
+def device_here(device: str) -> str:
+    """As `check_device`, for what runs in this process whatever `runtime.kind` is."""
+    if device in ("auto", CPU):
         return f"runtime.device is {device}"
     check_kind(device)
     there, index = num_gpus(device), device.partition(":")[2]
