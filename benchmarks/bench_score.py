@@ -52,13 +52,13 @@ from common import (
     take_turns,
 )
 from npd.config import ScoreConfig
+from npd.models.device import resolve_device
 from npd.models.lm_head import head_of
 from npd.models.loading import (
     PackedBatch,
     hidden_states,
     load_model,
     pack_documents,
-    resolve_device,
 )
 from npd.models.packed_attention import Boundaries
 from npd.pack import pack

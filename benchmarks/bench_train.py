@@ -14,8 +14,9 @@ metrics, and checks that all is finite. The others find their tensors ready in m
   differs. How much of such a batch is real depends on luck: the details say what it is here and on
   average over shuffles.
 
-With `--compile` npd's Trainer runs a second time, its layers compiled, against itself without. They
-take turns, in changing order; the ratio is of paired rounds, by default of CPU time, on one thread.
+With `--compile` npd's Trainer runs a second time, its layers compiled, against itself without; with
+`--deterministic` once more, with `train.deterministic`. They take turns, in changing order; the
+ratio is of paired rounds, by default of CPU time, on one thread.
 The bound is the matrix products the model needs (no padding, head at responses only) at the rate of
 the best matrix product measured beside them: its share is what GPU people call MFU.
 
@@ -86,6 +87,8 @@ def make_loops(
     loops: dict[str, Callable[[], Any]] = {"npd": own}
     if args.compile:
         loops["compiled"] = make(config.model_copy(update={"compile": True}))[1]
+    if args.deterministic:
+        loops["deterministic"] = make(config.model_copy(update={"deterministic": True}))[1]
     rows = build_rows(segment, shards.read, args.device)
     for name in ("lean", "full") if args.full else ("lean",):
         model = load_model(directory, device=args.device).train()
@@ -102,16 +105,21 @@ def figures_of(seconds: dict[str, list[float]], tokens: int, bound: float) -> li
         "full": ("bare packed SFT, logits everywhere", None),
         "padded": ("npd's loss on padded batches", Bar("ratio", ">=", 2.0)),
     }
-    compiled = seconds.get("compiled")
-    own = [] if compiled is None else [
+    variants = {
+        "compiled": ("the same, layers compiled", "not compiled"),
+        "deterministic": ("the same, deterministic algorithms", "without"),
+    }
+    own = [
         Figure(
-            "the same, layers compiled",
+            what,
             "tokens/s",
-            speeds(tokens, compiled),
-            *("not compiled", speeds(tokens, seconds["npd"]), faster(compiled, seconds["npd"])),
+            speeds(tokens, seconds[name]),
+            *(without, speeds(tokens, seconds["npd"]), faster(seconds[name], seconds["npd"])),
             bound=bound,
         )
-    ]  # fmt: skip
+        for name, (what, without) in variants.items()
+        if name in seconds
+    ]
     return own + [
         Figure(
             "near-policy training, CE + top-10 KD",
@@ -140,6 +148,7 @@ def parse_args() -> Any:
     parser.add_argument("--clock", choices=["wall", "cpu"], help="default: cpu on a CPU")
     parser.add_argument("--full", action="store_true", help="the `full` bare loop too")
     parser.add_argument("--compile", action="store_true", help="train.compile too")
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic too")
     args = parse(parser, {"layers": 2, "samples": 4, "response": 128, "rounds": 1})
     args.clock = args.clock or ("cpu" if args.device == "cpu" else "wall")
     return args

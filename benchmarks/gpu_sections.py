@@ -6,6 +6,7 @@ student. It begins with what tells the most. What is marked CUDA never ran.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ from npd.generate.sampling import Sampling
 from npd.models.lm_head import Head, read_hidden
 from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
-from npd.models.packed_attention import Boundaries, _shares_heads, packed_attention, varlen_kernel
+from npd.models.packed_attention import Boundaries, packed_attention, varlen_kernel
 from npd.score import in_process
 from npd.score.scorer import TeacherStudentScorer
 from npd.store.snapshots import publish, verify
@@ -378,7 +379,8 @@ def _grouped_queries(meter: Meter) -> None:
     )
     where = (bounds, bounds, LONGEST, LONGEST)
     repeated = [tensor.repeat_interleave(6, dim=1) for tensor in (k, v)]
-    options = {"enable_gqa": True} if _shares_heads(kernel) else {}
+    has_option = "enable_gqa" in inspect.signature(kernel).parameters
+    options = {"enable_gqa": True} if has_option else {}
     try:
         out = kernel(q, k, v, *where, window_size=(-1, 0), **options)
         whole = kernel(q, *repeated, *where, window_size=(-1, 0))

@@ -166,6 +166,15 @@ def served(shell):
         yield server
 
 
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_stage_wants_its_device(shell, kind):
+    """Each stage is in this process, whatever `runtime.kind` is."""
+    device = ("--set", "runtime.device=xpu", "--set", f"runtime.kind={kind}")
+    for verb in (("score", "--rollouts", "r.arrow"), ("train", "--data", "r.arrow")):
+        told = shell.npd(verb[0], "run.yaml", *verb[1:], "--out", "new", *device)
+        assert "no device of kind xpu that torch can use: set runtime" in told.complaint(2)
+
+
 def test_a_stage_tells_what_servers_hold_and_which_samples_failed(shell, served):
     prompts = [p.prompt_ids.tolist() for p in prepare(load_config("run.yaml").config).prompts]
     served.faults.refuses = lambda ids: any(ids[: len(p)] == p for p in prompts[3:5])

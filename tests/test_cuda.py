@@ -18,7 +18,8 @@ from torch._inductor import config as inductor
 import npd
 from npd.config import GenerateConfig, LoraConfig, LossConfig, ScoreConfig, TrainConfig
 from npd.generate.in_process import TransformersGenerator
-from npd.models.loading import load_model, on_device
+from npd.models.device import on_device
+from npd.models.loading import load_model
 from npd.models.packed_attention import _on_device
 from npd.score import build_scorer
 from npd.train.batch import build_row

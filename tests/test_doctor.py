@@ -578,7 +578,9 @@ def two_gpus(tmp_path, monkeypatch):
     """A machine whose driver lists two GPUs."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa\\n1, GPU-bbbb\\n'\n")
+    program.write_text(
+        "#!/bin/sh\nprintf '0, GPU-aaaa, 81559, 80000\\n1, GPU-bbbb, 81559, 80000\\n'\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

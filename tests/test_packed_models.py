@@ -24,9 +24,14 @@ from npd.models.loading import (
     pack_documents,
 )
 from npd.models.packed_attention import (
+    Ability,
     Boundaries,
+    Kernel,
+    Request,
     Window,
     _on_device,
+    choose,
+    kernel_for,
     packed_attention,
     varlen_kernel,
 )
@@ -323,6 +328,28 @@ def family_dir(family, settings, path, std):
     return save(model, path)
 
 
+@pytest.mark.parametrize("family", PACKABLE)
+def test_float32_models_are_checked_under_autocast_too(family, tmp_path):
+    """As a trainer's is on a GPU, whose kernels differ by type."""
+    model = load_model(family_dir(family, PACKABLE[family], tmp_path, 0.2))
+    check_packable(model, compute_dtype="bfloat16")
+
+
+def test_what_goes_wrong_under_autocast_only_is_refused(tmp_path):
+    model = load_model(family_dir("Llama", TINY, tmp_path, 0.2))
+
+    def forward(own, *args, **kwargs):
+        is_packed = kwargs.get("cu_seqlens") is not None and kwargs["cu_seqlens"].shared is None
+        if torch.is_autocast_enabled("cpu") and is_packed:
+            raise RuntimeError("no kernel for these heads")
+        return own(*args, **kwargs)
+
+    model = patched(model, "self_attn", forward)
+    check_packable(model)
+    with pytest.raises(ModelError, match="no kernel for these heads"):
+        check_packable(model, compute_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", PACKABLE)
 def test_models_whose_documents_stay_apart_load(family, dtype, tmp_path):
@@ -420,8 +447,8 @@ def test_kernels_get_autocasts_type_once_a_row(packed, monkeypatch, has_gqa):
 
     with torch.autocast("cpu", torch.bfloat16):
         expected = hidden_states(packed, row)
-        kernel = newer if has_gqa else older
-        monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda device: kernel)
+        kernel = Kernel(newer if has_gqa else older, shares_heads=has_gqa)
+        monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda request: kernel)
         got = hidden_states(packed, row)
     assert calls == [(torch.bfloat16,) * 3] * packed.config.num_hidden_layers
     torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
@@ -452,21 +479,84 @@ def test_a_kernel_is_told_windows_and_given_wide_values(window, width, monkeypat
     shapes = ((4, 16), (2, 16), (2, width))
     qkv = [torch.randn(1, heads, bounds[-1], size).bfloat16() for heads, size in shapes]
     expected, _ = packed_attention(nn.Module(), *qkv, window, cu_seqlens=at(*bounds))
-    monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda device: banded)
+    kernel = Kernel(banded, shares_heads=True)
+    monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda request: kernel)
     got, _ = packed_attention(nn.Module(), *qkv, window, cu_seqlens=at(*bounds))
     assert got.shape == (1, bounds[-1], 4, width)
     torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
 
 
-def test_attention_with_dropout_goes_without_a_kernel(monkeypatch):
-    def kernel(*_, **__):
-        raise AssertionError("a kernel has no dropout")
-
-    monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda device: kernel)
+def test_attention_with_dropout_drops():
     qkv = [torch.ones(1, 2, 6, 8).bfloat16() for _ in range(3)]
     torch.manual_seed(0)
     out, _ = packed_attention(nn.Module(), *qkv, None, dropout=0.5, cu_seqlens=at(0, 6))
     assert not torch.equal(out, torch.ones_like(out)), "something was dropped"
+
+
+OPTIONS = frozenset({"window_size", "scale"})
+GQA = OPTIONS | {"enable_gqa"}
+FAST, PLAIN, COPIED = (True, True), (False, True), (False, False)
+
+
+@pytest.mark.parametrize(
+    ("request_", "capability", "options", "expected", "why"),
+    [
+        ({}, (8, 0), GQA, FAST, None),
+        ({}, (9, 0), GQA, FAST, None),
+        ({}, (12, 0), GQA, FAST, None),
+        ({"dtype": torch.float16}, (8, 6), GQA, FAST, None),
+        ({"has_window": True}, (8, 0), GQA, FAST, None),
+        ({"head_size": 256, "value_size": 256}, (9, 0), GQA, FAST, None),
+        # DeepSeek's multi-head latent attention: values are padded.
+        ({"head_size": 192, "value_size": 128}, (9, 0), GQA, FAST, None),
+        # torch 2.11 has windows, and no heads that are shared.
+        ({}, (9, 0), OPTIONS, (True, False), None),
+        # torch 2.9 and 2.10
+        ({}, (9, 0), frozenset(), PLAIN, "no variable-length kernel with windows"),
+        ({}, (9, 0), frozenset({"is_causal"}), PLAIN, "no variable-length kernel with windows"),
+        # T4 and V100: no flash attention either
+        ({"dtype": torch.float16}, (7, 5), GQA, COPIED, "capability 7.5, and the kernel needs 8.0"),
+        ({}, (7, 0), GQA, COPIED, "capability 7.0"),
+        ({"dtype": torch.float32}, (9, 0), GQA, COPIED, "no torch.float32"),
+        ({"head_size": 320, "value_size": 320}, (9, 0), GQA, COPIED, "heads have 320 values"),
+        ({"head_size": 36, "value_size": 36}, (9, 0), GQA, PLAIN, "heads have 36 values"),
+        ({"head_size": 64, "value_size": 128}, (9, 0), GQA, COPIED, "wider (128) than keys (64)"),
+        ({"has_dropout": True}, (9, 0), GQA, PLAIN, "attention dropout"),
+        ({"has_dropout": True, "has_window": True}, (9, 0), GQA, COPIED, "attention dropout"),
+        # ROCm calls its GPUs cuda too, and has no compute capability.
+        ({}, None, GQA, COPIED, "NVIDIA's GPUs only, not on this cuda"),
+        ({"device": "xpu:0"}, None, GQA, COPIED, "not on this xpu"),
+        ({"device": "cpu", "has_dropout": True}, None, GQA, PLAIN, None),
+        ({"device": "cpu", "dtype": torch.float32}, None, GQA, PLAIN, None),
+    ],
+)
+def test_kernels_are_chosen_by_what_they_can_do(request_, capability, options, expected, why):
+    usual = {"device": "cuda:0", "dtype": torch.bfloat16, "head_size": 128, "value_size": 128}
+    found = choose(Request(**{**usual, **request_}), Ability(capability, options))
+    assert (found.is_varlen, found.shares_heads) == expected
+    assert (found.why is None) == (why is None)
+    assert why is None or why in found.why
+
+
+def test_the_reason_against_the_fast_kernel_is_said_once(caplog):
+    """Asked as on a GPU that is none of NVIDIA's; sizes that no other test asks for."""
+    for size in (24, 40):
+        request = Request("xpu:7", torch.bfloat16, size, size)
+        assert kernel_for(request) == kernel_for(request) == Kernel(None, shares_heads=False)
+    assert caplog.text.count("document by document, which is slower: torch's variable-length") == 1
+    kernel_for(Request("hpu:7", torch.float32, 24, 24))
+    assert "hpu" not in caplog.text, "float32 is the user's choice"
+
+
+@pytest.mark.parametrize("window", [None, Window(3)])
+def test_keys_that_are_copied_for_each_head_give_the_same(window, monkeypatch):
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, heads, 20, 8) for heads in (6, 2, 2)]
+    expected, _ = packed_attention(nn.Module(), *qkv, window, cu_seqlens=at(0, 1, 8, 20))
+    kernel = Kernel(None, shares_heads=False)
+    monkeypatch.setattr("npd.models.packed_attention.kernel_for", lambda request: kernel)
+    got, _ = packed_attention(nn.Module(), *qkv, window, cu_seqlens=at(0, 1, 8, 20))
+    torch.testing.assert_close(got, expected)
 
 
 def test_tied_and_untied_models_load(tmp_path):

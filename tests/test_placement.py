@@ -150,7 +150,7 @@ def sees(monkeypatch):
 
     def set_gpus(names, count):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
-        monkeypatch.setattr("npd.control.placement.num_gpus", lambda: count)
+        monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: count)
 
     return set_gpus
 
@@ -342,7 +342,7 @@ def test_the_drivers_numbers_are_those_of_the_gpus_that_are_seen(tmp_path, monke
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb,0")
-    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 2)
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: 2)
     first, second = gpus_here(make(device="cuda"))
     assert (first.total, first.free) == (24564 * 2**20, 1000 * 2**20)
     assert (second.name, second.total, second.free) == ("0", 81559 * 2**20, 80000 * 2**20)
@@ -367,7 +367,7 @@ def test_memory_that_the_driver_does_not_tell_is_not_known(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
-    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 1)
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: 1)
     config = make(device="cuda", student=str(models / "7b"))
     assert gpus_here(config) is None
     assert with_defaults(config).train.activation_checkpointing is False
@@ -379,7 +379,7 @@ def test_the_beginning_of_an_id_is_enough(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa")
-    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 1)
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: 1)
     (gpu,) = gpus_here(make(device="cuda"))
     assert gpu.total == 81559 * 2**20
 

@@ -58,6 +58,8 @@ BAD: list[tuple[Callable[[Shell], object] | None, list[str], str, str]] = [
     (None, ["run_dir=student/run"], "run directory", "student"),
     (None, ["runtime.shared=nope://bucket"], "shared files", "nope://bucket"),
     (None, ["runtime.device=cuda:99"], "device", "runtime.device"),
+    (None, ["runtime.device=npu"], "device", "torch here knows no such kind of device"),
+    (None, ["runtime.device=xpu"], "device", "no device of kind xpu that torch can use"),
     (None, ["student=./nowhere"], "student", "./nowhere"),
     (None, ["student=./nowhere", "teacher=./neither", "data.train=no.jsonl"], "student", "nowhere"),
     (lambda s: cut(s.student / "config.json"), [], "student", "config.json"),

@@ -445,7 +445,7 @@ class FakeRuntime:
 
 def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6")
-    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 7)
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: 7)
     runtime = FakeRuntime()
     config = RunConfig.model_validate(
         {**SETTINGS, "train": {"ranks": 2}, "score": {"ranks": 2, "workers": 2},

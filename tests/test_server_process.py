@@ -649,12 +649,27 @@ def test_the_guard_does_not_work_without_a_key(monkeypatch):
         RequireKey(None)
 
 
+def environment_of(pid):
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+
+
+def test_what_a_worker_set_for_itself_is_not_its_servers(started, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("NPD_SET", "PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")  # the user's own
+    _, pids = started(gpus=("2,3",))
+    environment = environment_of(pids[0])
+    assert not {b"PYTORCH_ALLOC_CONF", b"NPD_SET"} & set(environment)
+    assert environment[b"NCCL_DEBUG"] == b"WARN"
+    assert environment[b"CUDA_VISIBLE_DEVICES"] == b"2,3"
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_an_engine_leaves_behind_goes_with_it(started, killed):
     """Its sockets and temporary files lie in a folder of its own, gone once it has ended."""
     process, pids = started()
-    entries = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
-    environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+    environment = environment_of(pids[0])
     place = Path(environment[b"VLLM_RPC_BASE_PATH"].decode())
     (place / "left-behind").touch()
     assert environment[b"TMPDIR"].decode() == str(place)

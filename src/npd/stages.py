@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Literal, overload
 from npd.config import RunConfig
 from npd.config.paths import why_unmakeable, why_unreadable
 from npd.control.memory import with_defaults
-from npd.control.preflight import check_model, prepare
+from npd.control.preflight import check_model, device_here, prepare
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs, check_names, for_workers
 from npd.data.vocabulary import compare_ends
 from npd.errors import ConfigError, DataError, InputError, RunError, StoreError
 from npd.filters import build_filter, prefilter
-from npd.models.loading import read_config, resolve_device
+from npd.models.device import resolve_device, use
+from npd.models.loading import read_config
 from npd.schedule.plan import make_step
 from npd.schedule.replay_buffer import ReplayBuffer
 from npd.schedule.requests import hash64, make_requests
@@ -90,6 +91,7 @@ def generate(
     for note in (*prepared.notes, *prepared.remarks):
         notify(note)
     config = for_workers(config, prepared)
+    _device(config)
     chat = ChatTokenizer.of_student(config)
     is_teacher = config.generate.source == "teacher"
     model = snapshot or (None if is_teacher else config.student)
@@ -122,6 +124,7 @@ def score(
     _check_new(out)
     if not config.teacher_models:
         raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
+    device = _device(config)
     student = snapshot or config.student
     check_model("--snapshot" if snapshot else "student", student, config)
     found = _read(rollouts, "rollouts", "--rollouts", "npd generate")
@@ -132,7 +135,6 @@ def score(
     if config.needs_ifd:
         chat.check_alone(f"filter.name {config.filter.name}")
     kept = [r for r in found if prefilter(generated_stats(r), config.filter).keep]
-    device = resolve_device(config.runtime.device)
     log = partial(_server_log, out)
     teachers = open_teachers(config, chat.vocab_size, device=device, log=log, notify=notify)
     with closing(teachers):
@@ -160,6 +162,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     """Filter, pack and train on a file; writes a model directory. Yields progress lines."""
     from npd.train.trainer import Trainer
 
+    device = _device(config)
     config = with_defaults(config, alone=True)
     _check_new(out)
     check_model("student", config.student, config)
@@ -183,7 +186,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
         config.loss,
         student=config.student,
         read=lambda ref: by_id[ref.sample_id],
-        device=resolve_device(config.runtime.device),
+        device=device,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
         stop_ids=stop_ids,
@@ -193,6 +196,17 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
         yield f"step {report.step}  loss {report.loss:.4f}  ce {report.ce:.4f}  lr {report.lr:.2e}"
     trainer.save_pretrained(out)
     yield f"model directory {out}"
+
+
+def _device(config: RunConfig) -> str:
+    """The device of a stage, which this process uses from now on.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    device_here(config.runtime.device)
+    use(config.runtime.device)
+    return resolve_device(config.runtime.device)
 
 
 def _failed(found: Sequence[object], what: str, *, num_made: int) -> tuple[Failed, ...]:

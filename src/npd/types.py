@@ -338,7 +338,8 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class SegmentReport:
-    """A trained segment: one report for each step, and the trainer's peak memory in MiB."""
+    """A trained segment: one report for each step, and the trainer's peak memory in MiB
+    (on a GPU within the segment, elsewhere of the process so far)."""
 
     segment: int
     steps: tuple[StepReport, ...]

@@ -76,7 +76,6 @@ TORCH_AT_IMPORT |= {
         "lm_head",
         "lora",
         "packed_attention",
-        "quantisation",
         "replica",
         "response_states",
         "tensors",
@@ -88,6 +87,7 @@ MAX_FOLDER, MAX_TOUR = 14, 6_000
 # Folder -> how many files it has beside its __init__, and why these belong together.
 LARGE_FOLDERS: dict[str, tuple[int, str]] = {
     "": (15, "the entry points, and what every room uses"),
+    "models": (15, "what depends on the kind of device is in one file, for everything else"),
 }
 # A file shorter than MIN_FILE that is no protocol and no record -> why it is one.
 SHORT_FILES: dict[str, str] = {
@@ -121,6 +121,14 @@ RETIRED: dict[str, str] = {
 }
 # Those that still are, until their rooms are rebuilt.
 STILL_NAMED: set[str] = set()
+
+# Files that name CUDA in their code, beside `models/device.py` -> what only CUDA has there. Others
+# ask `npd.models.device`, so that another kind of device is a port and not a rewrite.
+KNOWS_CUDA: dict[str, str] = {
+    "config/server_checks.py": "what runtime.device is usually set to",
+    "generate/decoding.py": "cuDNN as a kernel of SDPA",
+    "train/triton_passes.py": "Triton's kernels and the device they start on",
+}
 
 # Pairs that import each other, one of them inside a function: a builder beside its own nouns.
 LAZY_CYCLES = {
@@ -267,6 +275,27 @@ def test_imports_are_light(module, absent):
     code = f"import sys, {module}; print(*sorted({absent!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_cuda_is_named_in_few_files():
+    named = {str(path.relative_to(PACKAGE)) for name, path in modules().items() if _is_cuda(name)}
+    assert named == {"models/device.py", *KNOWS_CUDA}, "name the kind in npd.models.device"
+
+
+def _is_cuda(name: str) -> bool:
+    """Whether a module's code, docstrings aside, has an attribute or a text with CUDA's name."""
+    docs = {
+        node.value
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute) and node.attr == "cuda":
+            return True
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and node not in docs and re.search(r"cuda|CUDA_", node.value):
+            return True
+    return False
 
 
 def test_every_module_says_what_it_is():

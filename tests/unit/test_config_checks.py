@@ -33,6 +33,13 @@ REFUSED = {
     "skipping after all": ({"loss": {"skip_after": 1.0}}, "less than 1"),
     "skipping nothing": ({"loss": {"skip_after": 0.1, "skip_tokens": 0}}, "at least 1"),
     "unknown device": ({"runtime": {"device": "gpu"}}, "must be auto, cpu, cuda or cuda:N"),
+    "device by its maker": ({"runtime": {"device": "rocm"}}, "cuda:N (AMD's GPUs too)"),
+    "numbered CPU": ({"runtime": {"device": "cpu:0"}}, "must be auto, cpu, cuda or cuda:N"),
+    "deterministic in a process that does all at once": (
+        {"train": {"deterministic": True}, "runtime": {"kind": "inline"},
+         "schedule": {"overlap": True}},
+        "set schedule.overlap: false",
+    ),
     "device without its number": ({"runtime": {"device": "cuda:"}}, "cuda:N"),
     "infinite number": ({"filter": {"high": math.inf}}, "finite number"),
     "no number": ({"train": {"lr": math.nan}}, "finite number"),
@@ -61,6 +68,8 @@ ALLOWED = {
     "reverse of tail": {"loss": {"divergence": "reverse", "target": "tail"}},
     "jsd of renorm": {"loss": {"divergence": "jsd", "target": "renorm"}},
     "skipping by a filter's teacher": {"loss": {"kd_weight": 0.0, "skip_after": 0.01}},
+    "another kind of device": {"runtime": {"device": "npu:1"}},
+    "deterministic in turn": {"train": {"deterministic": True}, "runtime": {"kind": "inline"}},
     "numbered device": {"runtime": {"device": "cuda:1"}},
     "beta of 0": {"train": {"betas": (0.0, 0.999)}},
     "name with dots": {"name": "run.2"},
@@ -99,7 +108,8 @@ def test_what_is_near_a_rule_and_can_be_is_allowed(sections):
 @pytest.mark.parametrize(
     ("runtime", "problem"),
     [
-        ({"kind": "ray", "device": "cuda:1"}, "Ray, which assigns GPUs to workers"),
+        ({"kind": "ray", "device": "cuda:1"}, "Ray, which assigns GPUs to workers: set cuda"),
+        ({"kind": "ray", "device": "xpu:1"}, "Ray, which assigns GPUs to workers: set xpu"),
         ({"kind": "ray", "ray": {"address": "ray://head:10001"}}, "ray job submit"),
         ({"kind": "ray", "ray": {"address": "local"}}, "runtime.kind: local"),
         ({"kind": "ray", "ray": {"gpus": {"judge": 1}}}, "generator"),

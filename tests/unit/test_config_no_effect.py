@@ -36,6 +36,7 @@ IDLE = {
     "generate.temperature=0": "generate.temperature 0 is greedy decoding",
     "loss.kd_weight=0": "loss.kd_weight 0 trains the student on its own text without",
     "train.warmup=1.0": "train.warmup 1 is the whole run",
+    "train.deterministic=true": "train.deterministic cannot decide which samples a step gets",
     "loss.kd_weight=0 filter.name=none eval.source=none": "teacher has no effect, as nothing in",
 }
 

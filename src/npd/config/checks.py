@@ -37,7 +37,8 @@ def problems(c: RunValues) -> list[str]:
         *(_length_problems, _window_problems, _share_problems),
         *(_refresh_problems, _at_epochs_problems, _at_steps_problems, in_flight_problems),
         *(_token_limit_problems, _sampling_problems, _heldout_problems),
-        *(_teacher_problems, _rate_problems, _filter_problems, _loss_problems, _name_problems),
+        *(_teacher_problems, _rate_problems, _determinism_problems, _filter_problems),
+        *(_loss_problems, _name_problems),
         *(_shared_problems, servers_problems, engine_problems),
         *(ranks_problems, device_problems, ray_problems),
     )
@@ -280,6 +281,15 @@ def _rate_problems(c: RunValues) -> Iterator[str]:
         yield (
             f"train.min_lr ({c.train.min_lr}) is above train.lr ({c.train.lr}): "
             f"{_set(train__min_lr=f'{c.train.lr / 10:.3g}')}"
+        )
+
+
+def _determinism_problems(c: RunValues) -> Iterator[str]:
+    """torch has one such setting for a process, and drawing text on a GPU has no such algorithm."""
+    if c.train.deterministic and c.runtime.kind == "inline" and c.is_overlapped:
+        yield (
+            "train.deterministic concerns a whole process, and with runtime.kind inline all stages "
+            "are in one: set schedule.overlap: false, or runtime.kind: local"
         )
 
 

@@ -47,6 +47,12 @@ def doubts(c: RunValues) -> Iterator[tuple[str, str]]:
             "0 trains the student on its own text without the teacher: set generate.source to "
             "teacher or dataset, or the weight above 0",
         )
+    if c.train.deterministic and c.is_overlapped:
+        yield (
+            "train.deterministic",
+            "cannot decide which samples a step gets, as that depends on timing while stages "
+            "overlap: set schedule.overlap: false for runs that are equal bit for bit",
+        )
     if c.train.warmup == 1.0:
         yield "train.warmup", "1 is the whole run: only the last step has the full train.lr"
 
@@ -118,6 +124,7 @@ def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     yield c.data.heldout is None, "data.heldout_split", "data.heldout is not set"
     gpus = "train.gpus score.gpus generate.gpus"
     yield c.runtime.kind != "local", gpus, f"runtime.kind is {c.runtime.kind}"
-    yield c.runtime.device not in ("auto", "cuda"), gpus, f"runtime.device is {c.runtime.device}"
+    is_fixed = c.runtime.device == "cpu" or c.runtime.names_one_gpu
+    yield is_fixed, gpus, f"runtime.device is {c.runtime.device}"
     ray = "runtime.ray.address runtime.ray.gpus runtime.ray.start_timeout"
     yield c.runtime.kind != "ray", ray, f"runtime.kind is {c.runtime.kind}"

@@ -343,7 +343,9 @@ class RuntimeConfig(Section):
     `phases` keeps one role's: the window is generated, then scored, then trained on, and between
     phases the models leave the device. `auto` is `phases` where all use the same one GPU."""
     device: Text = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto` (`cuda` if there is one, else `cpu`), `cpu`, `cuda` or `cuda:N` (AMD's GPUs too, by
+    ROCm), or another kind of device that torch knows, such as `xpu`. npd has been run on CPUs and
+    NVIDIA's GPUs only."""
     threads: Processes | None = None
     """CPU threads per worker; None divides the machine's cores among workers."""
     call_timeout: Seconds = 3600.0
@@ -354,6 +356,21 @@ class RuntimeConfig(Section):
     scratch: Directory | None = None
     """With `shared`, the folder for each machine's local copies; None uses its temporary
     directory."""
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of `device`: `cuda` of `cuda:1`."""
+        return self.device.partition(":")[0]
+
+    @property
+    def names_one_gpu(self) -> bool:
+        """Whether `device` is one GPU, by its number, for every worker."""
+        return ":" in self.device
+
+    @property
+    def assigns_gpus(self) -> bool:
+        """Whether each process on this machine is given GPUs of its own, if there are any."""
+        return self.kind == "local" and self.device != "cpu" and not self.names_one_gpu
 
 
 class CheckpointConfig(Section):
@@ -465,6 +482,9 @@ class TrainConfig(Section):
     full row would not fit the trainer's GPU beside what else is there. Never on CPUs or Ray."""
     compile: bool = False
     """Compile the student's layers with torch.compile; needs a compiler, and on GPUs Triton."""
+    deterministic: bool = False
+    """Train with deterministic algorithms only, so that on a GPU too the same rows give the same
+    weights, bit for bit. Not yet run on a GPU; on a CPU no digit changes."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only; null trains every weight."""
     ranks: Processes = 1

@@ -23,6 +23,8 @@ from npd.types import DEFAULT_TEACHER
 _OUR_FLAGS = {"--host", "--port", "--api-key", "--model", "--model-path", "--served-model-name"}
 _OUR_FLAGS |= {"--uds"}
 _OUR_VARIABLES = {"VLLM_API_KEY", "VLLM_SERVER_DEV_MODE"}
+# What a user may call a GPU, and torch does not.
+_NO_KINDS = {"gpu", "nvidia", "rocm", "hip", "amd", "ascend", "metal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +299,14 @@ def _process_problems(section: str, count: int, gpus: float | None, c: RunValues
         yield (
             f"{ranks} needs a process for each rank: set runtime.kind: local, or {section}.ranks: 1"
         )
-    if runtime.device.startswith("cuda:"):
+    if runtime.names_one_gpu:
         yield (
             f"{ranks} needs a GPU for each rank, but runtime.device {runtime.device} is one GPU: "
-            "set runtime.device: cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+            f"set runtime.device: {runtime.device_kind}, and choose GPUs with {section}.gpus"
         )
     named = len({*c.named_gpus.get(section, ())})
     needed = count * (c.score.workers if section == "score" else 1)
-    is_placed = runtime.kind == "local" and runtime.device in ("auto", "cuda")
-    if is_placed and 0 < named < needed:
+    if runtime.assigns_gpus and 0 < named < needed:
         yield (
             f"{ranks} needs {needed} GPUs, one for each rank, but {section}.gpus names {named}: "
             f"name as many, or leave {section}.gpus out"
@@ -320,12 +321,16 @@ def _process_problems(section: str, count: int, gpus: float | None, c: RunValues
 def device_problems(c: RunValues) -> Iterator[str]:
     """`runtime.device`."""
     device = c.runtime.device
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
-        yield f"runtime.device ({device!r}) must be auto, cpu, cuda or cuda:N"
-    if c.runtime.kind == "ray" and device.startswith("cuda:"):
+    is_kind = re.fullmatch(r"auto|cpu|(?!cpu|auto)[a-z]+(:\d+)?", device) is not None
+    if not is_kind or c.runtime.device_kind in _NO_KINDS:
+        yield (
+            f"runtime.device ({device!r}) must be auto, cpu, cuda or cuda:N (AMD's GPUs too), or "
+            "another kind of device that torch knows, such as xpu"
+        )
+    if c.runtime.kind == "ray" and c.runtime.names_one_gpu:
         yield (
             f"runtime.device {device} does not apply to Ray, which assigns GPUs to workers: set "
-            "cuda, or auto"
+            f"{c.runtime.device_kind}, or auto"
         )
 
 

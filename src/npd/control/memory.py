@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from npd.control.placement import (
     visible_gpus,
 )
 from npd.errors import InputError
-from npd.models.loading import resolve_device
+from npd.models.device import CUDA, driver_gpus, free_and_total, is_gpu, kind_of, resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
 from npd.types import Check
 
@@ -42,8 +41,6 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 _CONTEXT_BYTES = GIB // 2
 # vLLM's share of a GPU unless --gpu-memory-utilization says otherwise.
 _SERVER_SHARE = 0.9
-# The most an answer of the driver is waited for.
-_DRIVER_SECONDS = 60.0
 # Cards have somewhat less than their name says: an "80 GB" one 79.6 GiB.
 _CARD_SHARE = 0.99
 
@@ -83,19 +80,20 @@ def gpus_here(config: RunConfig, *, may_open: bool = False) -> tuple[Gpu, ...] |
     None if their memory is not known. It is asked of the driver, because torch would leave a
     context on each GPU in this process for good; `may_open` allows that where the driver is silent.
     """
-    if not resolve_device(config.runtime.device).startswith("cuda"):
+    device = resolve_device(config.runtime.device)
+    if not is_gpu(device):
         return ()
-    rows = _ask_driver("index", "uuid", "memory.total", "memory.free")
+    rows = driver_gpus() if kind_of(device) == CUDA else []
     found: list[Gpu] = []
-    for name in visible_gpus():
-        row = next((row for row in rows if row[0] == name or _begins(row[1], name)), None)
-        numbers = row[2:] if row is not None else ["", ""]
-        if all(number.isdigit() for number in numbers):
-            total, free = (int(number) * 2**20 for number in numbers)
-        elif may_open:
-            free, total = device_bytes(f"cuda:{len(found)}")
-        else:
+    for name in visible_gpus(device):
+        row = next((row for row in rows if row.number == name or _begins(row.uuid, name)), None)
+        if row is not None and row.total is not None and row.free is not None:
+            found.append(Gpu(name, row.total, row.free))
+            continue
+        asked = free_and_total(f"{kind_of(device)}:{len(found)}") if may_open else None
+        if asked is None:
             return None
+        free, total = asked
         found.append(Gpu(name, total, free))
     return tuple(found)
 
@@ -106,18 +104,7 @@ def _begins(uuid: str, name: str) -> bool:
 
 def gpu_ids() -> dict[str, str]:
     """Unique ids of the GPUs that the driver lists, by index; empty where there is no driver."""
-    return {row[0]: row[1] for row in _ask_driver("index", "uuid")}
-
-
-def _ask_driver(*fields: str) -> list[list[str]]:
-    """These fields of each GPU, by nvidia-smi; none where there is none."""
-    ask = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if done.returncode == 0 and len(row) == len(fields)]
+    return {gpu.number: gpu.uuid for gpu in driver_gpus()}
 
 
 def with_defaults(
@@ -325,7 +312,7 @@ _SMALLER = {
 def processes_by_gpu(config: RunConfig, gpus: Sequence[str]) -> dict[str, list[str]]:
     """The names of npd's processes on each of `gpus`, as placement assigns them."""
     device = config.runtime.device
-    if config.runtime.kind == "inline" or device.startswith("cuda:"):
+    if config.runtime.kind == "inline" or config.runtime.names_one_gpu:
         index = int(device.partition(":")[2] or 0)
         return {gpu: process_names(config) for gpu in gpus[index : index + 1]}
     found: dict[str, list[str]] = {}
@@ -493,12 +480,9 @@ def _teacher_size(config: RunConfig) -> int:
 
 
 def device_bytes(device: str) -> tuple[int, int]:
-    """Free and total memory of a device (of the machine, for the CPU)."""
-    if device.startswith("cuda"):
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free), int(total)
+    """Free and total memory of a device (of the machine, for the CPU and where it is shared)."""
+    if is_gpu(device) and (asked := free_and_total(device)) is not None:
+        return asked
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     return _available() or page * os.sysconf("SC_AVPHYS_PAGES"), total

@@ -17,14 +17,13 @@ from npd.config import LaunchConfig, RunConfig, ServedConfig, TeacherConfig
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import for_workers
 from npd.errors import ConfigError
-from npd.models.loading import num_gpus
+from npd.models.device import CUDA, num_gpus, seeing, visible_names
 from npd.runtime import Resources, Runtime, Worker
 from npd.runtime.rank_group import RankGroup
 from npd.text import counted
 from npd.workers import Factory
 
 Role: TypeAlias = Literal["generator", "scorer", "trainer"]
-_SEES_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +76,9 @@ def share_of_servers(config: RunConfig, role: str, index: int) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def visible_names() -> tuple[str, ...]:
-    """The GPUs that this process is told of, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(part.strip() for part in visible.split(",") if part.strip())
-    return tuple(map(str, range(num_gpus())))
-
-
-def visible_gpus() -> tuple[str, ...]:
+def visible_gpus(device: str = "auto") -> tuple[str, ...]:
     """Those of `visible_names` that are there: CUDA ignores all from the first wrong one on."""
-    return visible_names()[: num_gpus()]
+    return visible_names(device)[: num_gpus(device)]
 
 
 def check_gpus(config: RunConfig, gpus: Sequence[str] | None = None) -> str:
@@ -98,9 +89,9 @@ def check_gpus(config: RunConfig, gpus: Sequence[str] | None = None) -> str:
     Raises:
         ConfigError: one is missing.
     """
-    if config.runtime.kind != "local" or config.runtime.device not in ("auto", "cuda"):
+    if not config.runtime.assigns_gpus:
         return "no GPUs are assigned here"
-    seen = visible_gpus() if gpus is None else gpus
+    seen = visible_gpus(config.runtime.device) if gpus is None else gpus
     has = f"{counted(len(seen), 'GPU')}, numbered from 0" if len(seen) else "none"
     for section, indices in config.named_gpus.items():
         missing = [index for index in indices if index >= len(seen)]
@@ -123,7 +114,7 @@ def check_gpus(config: RunConfig, gpus: Sequence[str] | None = None) -> str:
 
 
 def assign_gpus(config: RunConfig, gpus: Sequence[str]) -> dict[str, str]:
-    """The CUDA_VISIBLE_DEVICES of each local process that needs a GPU, by its name.
+    """The names of the GPUs of each local process that needs one, with commas, by its name.
 
     The trainer comes first and shares its GPUs last: scorers, then generators, take the others in
     turn, and the trainer's too only if there are no others. GPUs that `launch.gpus` gives to
@@ -132,7 +123,7 @@ def assign_gpus(config: RunConfig, gpus: Sequence[str]) -> dict[str, str]:
     none sees none. A server that npd starts is on its worker's GPUs, unless its `launch.gpus` names
     others; one over more GPUs than there are is left to itself.
     """
-    if config.runtime.kind != "local" or not gpus or config.runtime.device.startswith("cuda:"):
+    if config.runtime.kind != "local" or not gpus or config.runtime.names_one_gpu:
         return {}
     own, every = config.named_gpus, [*range(len(gpus))]
     served = {index for index in every if is_given_to_server(config, gpus[index])}
@@ -264,7 +255,7 @@ def start_ranks(
             f"{name}-{rank}",
             factory,
             threads=each,
-            environment=gpus.get(f"{name}-{rank}", _SEES_NO_GPU if is_on_cpu else None),
+            environment=gpus.get(f"{name}-{rank}", seeing("") if is_on_cpu else None),
             needs=replace(needs, team=name, size=ranks),
         )
         for rank in range(ranks)
@@ -307,7 +298,7 @@ def _on_gpu(config: RunConfig) -> RunConfig:
     """The config for a worker: where this process found GPUs, `auto` is no CPU in the worker."""
     if config.runtime.kind != "local" or config.runtime.device != "auto" or not visible_gpus():
         return config
-    runtime = config.runtime.model_copy(update={"device": "cuda"})
+    runtime = config.runtime.model_copy(update={"device": CUDA})
     return config.model_copy(update={"runtime": runtime})
 
 
@@ -315,5 +306,6 @@ def _environments(config: RunConfig) -> dict[str, dict[str, str]]:
     """The environment variables that give each local process its GPUs."""
     if config.runtime.kind != "local" or config.runtime.device == "cpu":
         return {}
-    placed = assign_gpus(config, visible_gpus())
-    return {name: {"CUDA_VISIBLE_DEVICES": gpus} for name, gpus in placed.items()}
+    device = config.runtime.device
+    placed = assign_gpus(config, visible_gpus(device))
+    return {name: seeing(gpus, device) for name, gpus in placed.items()}

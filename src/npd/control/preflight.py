@@ -35,14 +35,13 @@ from npd.engines.server_process import check_program
 from npd.errors import ConfigError, ModelError, NpdError
 from npd.generate.in_process import check_decoding
 from npd.models import lora
+from npd.models.device import CPU, CUDA, check_kind, kind_of, num_gpus, resolve_device, untested
 from npd.models.files import check_files, check_generation_settings
 from npd.models.loading import (
     check_context,
     check_weights,
-    num_gpus,
     outline,
     read_config,
-    resolve_device,
 )
 from npd.models.metadata import model_settings, size_of
 from npd.models.quantisation import check_loadable, check_numbers, check_trainable
@@ -181,10 +180,11 @@ class Preflight:
             yield _Rule("cluster", partial(check_cluster, config))
         if config.observe.trackers:
             yield _Rule("trackers", self._trackers)
-        if config.runtime.device.startswith("cuda") and self._gpus is None:
-            yield _Rule("device", partial(check_device, config))
-        is_placed = config.runtime.kind == "local" and config.runtime.device in ("auto", "cuda")
-        if is_placed and (self._gpus or num_gpus() or config.named_gpus):
+        device = config.runtime.device
+        if self._gpus is None and (device not in ("auto", CPU) or untested(device)):
+            yield _Rule("device", self._device)
+        is_placed = config.runtime.assigns_gpus
+        if is_placed and (self._gpus or num_gpus(device) or config.named_gpus):
             yield _Rule("gpus", partial(check_gpus, config, self._gpus), ["device"])
 
     def _rules_of_models(self) -> Iterator[_Rule]:
@@ -225,6 +225,13 @@ class Preflight:
             yield _Rule(f"vocabulary: {role}", look, ["tokenizer", role])
         yield _Rule("end tokens", self._end_tokens, ["tokenizer", *teachers])
         yield _Rule("data", self._read_data)
+
+    def _device(self) -> list[Check]:
+        checks = [Check.ok("device", check_device(self._config))]
+        if (why := untested(self._config.runtime.device)) is not None:
+            self._notes.append(why)
+            checks.append(Check.warn("device", why))
+        return checks
 
     def _run_directory(self) -> str | list[Check]:
         config, start, root = self._config, self._start, self._config.directory.absolute()
@@ -378,14 +385,21 @@ def check_device(config: RunConfig) -> str:
     """Check that the GPU that `runtime.device` names is there, if workers are to be here.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or torch knows no such kind.
     """
     device = config.runtime.device
-    if not device.startswith("cuda") or config.runtime.kind == "ray":
+    return f"runtime.device is {device}" if config.runtime.kind == "ray" else device_here(device)
+
+
+def device_here(device: str) -> str:
+    """As `check_device`, for what runs in this process whatever `runtime.kind` is."""
+    if device in ("auto", CPU):
         return f"runtime.device is {device}"
-    there, index = num_gpus(), device.partition(":")[2]
+    check_kind(device)
+    there, index = num_gpus(device), device.partition(":")[2]
     if there <= int(index or 0):
-        has = counted(there, "GPU") if there else "no GPU that torch can use"
+        kind = "GPU" if kind_of(device) == CUDA else f"device of kind {kind_of(device)}"
+        has = counted(there, kind) if there else f"no {kind} that torch can use"
         raise ConfigError(
             f"runtime.device {device}, but this machine has {has}: set runtime.device: auto"
         )

@@ -8,7 +8,8 @@ A changed setting, data or model was refused before (`npd.control.resume_checks`
 3. `regenerate`: repeats the actions that produced these files, oldest snapshot first.
 
 A shard follows from its seeds and its snapshot, so regenerating it gives the same samples. A
-snapshot comes from the trainer, which repeats recorded segments exactly. Text that a server
+snapshot comes from the trainer, which repeats recorded segments: exactly on a CPU, on a GPU with
+`train.deterministic`. Text that a server
 generated is not regenerated: it would differ from the lengths and versions in the ledger.
 """
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # who only reads a run loads no torch
 
 # How much is computed at a time and by which kernels: the same numbers, to float noise.
 _COMPUTATION = (
-    *("train.activation_checkpointing", "train.compile", "loss.impl", "loss.chunk"),
+    *("train.activation_checkpointing", "train.compile", "train.deterministic"),
+    *("loss.impl", "loss.chunk"),
     *("score.row_tokens", "score.head_chunk", "generate.batch_size"),
     "eval.batch_size",
 )

@@ -16,7 +16,7 @@ from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.data.inputs import RunInputs
 from npd.errors import NpdError
-from npd.models.loading import resolve_device
+from npd.models.device import is_gpu, resolve_device
 from npd.models.metadata import GIB, model_settings, size_of
 from npd.observe.findings import RunFacts, findings
 from npd.observe.live import clock_text
@@ -51,7 +51,7 @@ def forecast_checks(
     `has_gpu` is about another machine (None: this one).
     """
     if has_gpu is None:
-        has_gpu = resolve_device(config.runtime.device).startswith("cuda")
+        has_gpu = is_gpu(resolve_device(config.runtime.device))
     length = length_of(config, prepared)
     tokens = f"some {_millions(length.written)} written, {_millions(length.trained)} trained on"
     says = f"{counted(length.steps, 'step')} of {config.train.batch_size} samples, {tokens}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from npd.config import LaunchConfig, RunConfig
 from npd.control.memory import gpu_ids
-from npd.control.placement import assign_gpus, visible_names
+from npd.control.placement import assign_gpus
+from npd.models.device import hides_gpus, is_gpu, resolve_device, visible_names
 from npd.types import Check
 
 
@@ -62,26 +62,21 @@ def _shared_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterat
 def own_gpus(config: RunConfig) -> dict[str, str]:
     """The GPU, as the driver names it, of each process that shares it with no other rank.
 
-    `CUDA_VISIBLE_DEVICES` renumbers GPUs for npd, not for the servers it starts.
+    The variable that hides GPUs renumbers them for npd, not for the servers it starts.
     """
-    named, device = _visible(), config.runtime.device
-    if not _uses_gpus(config):
+    device = config.runtime.device
+    if not is_gpu(resolve_device(device)):
         return {}
-    if device.startswith("cuda:") or config.runtime.kind == "inline":
+    named = _visible(device)
+    if config.runtime.names_one_gpu or config.runtime.kind == "inline":
         index = int(device.partition(":")[2] or 0)
         return {"trainer": named[index]} if index < len(named) else {}
     kinds = _HAS_ITS_OWN[config.score.ranks > 1]
     return {n: gpu for n, gpu in assign_gpus(config, named).items() if n.startswith(kinds)}
 
 
-def _uses_gpus(config: RunConfig) -> bool:
-    from npd.models.loading import resolve_device
-
-    return resolve_device(config.runtime.device).startswith("cuda")
-
-
-def _visible() -> list[str]:
+def _visible(device: str) -> list[str]:
     """The GPUs that npd sees, as the driver names them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") is None and (listed := list(gpu_ids())):
+    if not hides_gpus() and (listed := list(gpu_ids())):
         return listed
-    return list(visible_names())
+    return list(visible_names(device))

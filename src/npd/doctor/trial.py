@@ -20,7 +20,7 @@ from npd.control.memory import device_bytes
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.environment import untested
 from npd.errors import NpdError
-from npd.models.loading import resolve_device
+from npd.models.device import resolve_device
 from npd.models.metadata import GIB, size_of
 from npd.text import counted
 from npd.types import Check, EncodedPrompt, FinishReason, Prompt, Rollout, SampleRequest, role_of

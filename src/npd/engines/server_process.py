@@ -27,6 +27,7 @@ from npd.config.base import LaunchConfig
 from npd.engines import auth_middleware, supervisor
 from npd.errors import ConfigError, RunError, WorkerLostError
 from npd.models import fingerprint
+from npd.models.device import seeing, without_ours
 from npd.models.metadata import model_settings
 from npd.redaction import known_secrets, learn, learn_environment, remember, split_secret_flags
 
@@ -181,7 +182,8 @@ class ServerProcess:
                 supervisor.end_marked(self._mark)
 
     def _environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        inherited = without_ours(os.environ)
+        inherited.pop("PYTHONPATH", None)
         ours = {
             "VLLM_API_KEY": self.key,
             "VLLM_SERVER_DEV_MODE": "1",
@@ -195,7 +197,7 @@ class ServerProcess:
             # may be a script that imports its neighbours.
             ours["PYTHONSAFEPATH"] = "1"
         if self._config.gpus:
-            ours["CUDA_VISIBLE_DEVICES"] = self._config.gpus[0]
+            ours |= seeing(self._config.gpus[0])
         return inherited | ours | self._config.env
 
     def _answers(self) -> bool:

@@ -20,9 +20,10 @@ from npd.config import GenerateConfig
 from npd.errors import InputError, ModelError, RunError, StoreError
 from npd.generate.decoding import Draft, decode, decode_attention
 from npd.generate.sampling import Sampling
-from npd.models.loading import check_finite, load_model, own_code, resolve_device
+from npd.models.device import free_cached, resolve_device
+from npd.models.loading import check_finite, load_model, own_code
 from npd.models.metadata import context_of
-from npd.models.out_of_memory import Fitting, free_cached
+from npd.models.out_of_memory import Fitting
 from npd.models.packed_attention import UnsupportedAttentionError
 from npd.models.tensors import about
 from npd.types import EncodedPrompt, Rollout, SampleRequest

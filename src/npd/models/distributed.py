@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.errors import ConfigError, InputError
+from npd.models.device import CPU, collective_backend, num_gpus
 from npd.store.files import remove
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ def connect(
     An address can be used only once. `setting` names the setting of `size`, for messages.
 
     Raises:
-        ConfigError: a rank has no GPU although it needs one.
+        ConfigError: a rank has no GPU although it needs one, or torch has no collectives for it.
     """
     import torch
 
@@ -150,12 +151,11 @@ def connect(
     _check_devices(store, kind, rank, size, setting)
     is_remote = address.startswith(_TCP)
     interface = _interface(os.environ.get(ADDRESS, _LOOPBACK)) if is_remote else _loopback()
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"):
         if interface is not None:
             os.environ.setdefault(variable, interface)
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     torch.distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=limit
+        collective_backend(kind), store=store, rank=rank, world_size=size, timeout=limit
     )
     return DistContext(rank, size)
 
@@ -170,13 +170,11 @@ def _store(address: str, size: int, timeout: timedelta) -> Any:
 
 
 def _check_devices(store: Any, kind: str, rank: int, size: int, setting: str) -> None:
-    import torch
-
-    is_there = kind == "cpu" or torch.cuda.is_available()
-    store.set(f"device-{rank}", kind if is_there else "cpu")
+    is_there = kind == CPU or num_gpus(kind) > 0
+    store.set(f"device-{rank}", kind if is_there else CPU)
     kinds = [store.get(f"device-{other}").decode() for other in range(size)]
     if len(set(kinds)) > 1 or not is_there:
-        without = ", ".join(str(other) for other, found in enumerate(kinds) if found == "cpu")
+        without = ", ".join(str(other) for other, found in enumerate(kinds) if found == CPU)
         raise ConfigError(
             f"{setting} {size} needs a GPU for each rank, but there is none for rank {without}: "
             f"lower {setting}, or set runtime.device: cpu"

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from npd.errors import ModelError
 from npd.models import lora
+from npd.models.device import is_gpu, on_device
 from npd.models.distributed import DistContext
 from npd.models.files import code_refusal, explained, in_one_line, is_code_refused
 from npd.models.lm_head import head_of
@@ -86,14 +87,6 @@ def pack_documents(documents: Sequence[IntArray], device: str | torch.device) ->
     return PackedBatch(on_device(ids[None], device), on_device(positions[None], device), bounds)
 
 
-def on_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """`tensor` on `device`, without blocking the host until a GPU has finished earlier work."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    # A copy from pageable memory would block the host.
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def autocast(
     device: torch.device, *, is_on: bool, keeps_casts: bool = True
 ) -> AbstractContextManager[object]:
@@ -112,12 +105,14 @@ def load_model(
     packed: bool = True,
     trust_remote_code: bool = False,
     dist: DistContext = _ALONE,
+    compute_dtype: str | None = None,
 ) -> Any:
     """A causal LM from a Hugging Face directory or name, in eval mode.
 
     The directory of a LoRA adapter gives its base with the adapter merged. `packed=True` sets the
     packed attention (no cache) and checks the architecture; False keeps SDPA for decoding, where a
-    model need not be packable. `role` is the model's role in the run, for messages. Threads load
+    model need not be packable. `compute_dtype` is autocast's, where the model will run under it: a
+    GPU's kernels depend on it. `role` is the model's role in the run, for messages. Threads load
     one after the other. In a `dist` of several ranks each gets its part of every layer, or all
     fail.
 
@@ -138,7 +133,8 @@ def load_model(
     model = dist.all_or_raise(load)
     if packed:
         with about(role, path):
-            check_packable(model)
+            is_on_gpu = is_gpu(str(model.device))
+            check_packable(model, compute_dtype=compute_dtype if is_on_gpu else None)
     return model
 
 
@@ -428,20 +424,10 @@ def _architecture(config: Any, *, trust: bool) -> Any | None:
     return type(model)
 
 
-def num_gpus() -> int:
-    """The number of CUDA devices that torch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes cuda if available, else cpu."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_packable(model: Any) -> None:
+def check_packable(model: Any, *, compute_dtype: str | None = None) -> None:
     """Check on a few tokens that a loaded packed model computes what its architecture computes.
+
+    With `compute_dtype` bfloat16 also under autocast.
 
     Raises:
         ModelError: documents in a row influence each other, or the head differs.
@@ -450,6 +436,9 @@ def check_packable(model: Any) -> None:
         with torch.no_grad():
             _check_documents(model)
             _check_head(model)
+            if compute_dtype == "bfloat16" and model.dtype == torch.float32:
+                with autocast(model.device, is_on=True):
+                    _check_documents(model)
     except UnsupportedAttentionError as error:
         raise _refusal(model, str(error)) from error
     except (ModelError, torch.OutOfMemoryError):
@@ -473,16 +462,22 @@ def _check_documents(model: Any) -> None:
     beside = hidden_states(model, pack_documents([c, b], model.device))
     alone = _alone(model, np.stack([a, b, c]))
     together = hidden_states(model, _shared_row(a, c, model.device))
-    dtype = torch.float32 if back.dtype == torch.float32 else torch.bfloat16
+    is_exact = back.dtype == torch.float32 and not _is_autocast(model.device.type)
+    dtype = torch.float32 if is_exact else torch.bfloat16
     tight, wide = _PLACE_TOLERANCE[dtype], _ALONE_TOLERANCE[dtype]
     if _farthest(forth, back) > tight or _farthest(forth[5:], beside[5:]) > tight:
         raise _refusal(model, _why_mixed(model, row, forth))
     if _farthest(forth[:3], beside[:3]) > tight:
         raise _refusal(model, "lets a token attend to later tokens")
-    if max(_typical(forth[:5], alone[0]), _typical(forth[5:], alone[1])) > wide:
+    typical = _farthest_token if is_exact else _median_token
+    if max(typical(forth[:5], alone[0]), typical(forth[5:], alone[1])) > wide:
         raise _refusal(model, _why_mixed(model, row, forth))
-    if max(_typical(together[:5], alone[0]), _typical(together[5:], alone[2][3:])) > wide:
+    if max(typical(together[:5], alone[0]), typical(together[5:], alone[2][3:])) > wide:
         raise _refusal(model, "gives other results if documents share a prefix")
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _alone(model: Any, documents: IntArray) -> Tensor:
@@ -538,9 +533,12 @@ def _farthest(states: Tensor, expected: Tensor) -> float:
     return float(apart.max())
 
 
-def _typical(states: Tensor, expected: Tensor) -> float:
-    apart = _relative(states, expected, expected.float().norm(dim=-1))
-    return float(apart.max() if states.dtype == torch.float32 else apart.median())
+def _farthest_token(states: Tensor, expected: Tensor) -> float:
+    return float(_relative(states, expected, expected.float().norm(dim=-1)).max())
+
+
+def _median_token(states: Tensor, expected: Tensor) -> float:
+    return float(_relative(states, expected, expected.float().norm(dim=-1)).median())
 
 
 def _relative(states: Tensor, expected: Tensor, size: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from npd.errors import RunError
+from npd.models.device import free_cached
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class Fitting:
                     ) from error
             # Here, where the traceback no longer holds what the attempt had allocated.
             self.divisor *= 2
+            gc.collect()
             free_cached()
             _log.warning(
                 "%sout of memory with %s %d: going on with %d",
@@ -88,15 +90,6 @@ class Fitting:
 
     def _may_repeat(self) -> bool:
         return self._is_alone or not _is_in_group()
-
-
-def free_cached() -> None:
-    """Give back what torch keeps of freed memory, so that another size can be allocated."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _is_in_group() -> bool:

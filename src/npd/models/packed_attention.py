@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -21,18 +22,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npd.errors import ModelError
+from npd.models.device import CPU, CUDA, capability, is_pinnable, kind_of
 
 ATTENTION = "npd_packed"
 """The name of the packed attention in transformers."""
 WINDOWED = "npd_packed_windowed"
 """The name for models with windows, for which transformers passes the window in place of a mask."""
 _VARLEN = "torch.nn.attention.varlen"
+# What torch's kernel, FlashAttention-2, can do: types, head sizes, GPUs from Ampere on; and what of
+# its arguments causal attention needs. They came with torch 2.11, and `enable_gqa` with 2.12.
+_HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD, _HEAD_MULTIPLE, _LEAST_CAPABILITY = 256, 8, (8, 0)
+_NEEDED_OPTIONS = frozenset({"window_size", "scale"})
 # Optional arguments of transformers' layers besides scale and mask.
 _NOT_PLAIN = {
     "softcap": "attention scores that are capped (softcap)",
     "s_aux": "attention sinks (s_aux)",
     "position_bias": "an attention bias by position (position_bias)",
 }
+
+
+_log = logging.getLogger(__name__)
 
 
 class UnsupportedAttentionError(ModelError):
@@ -78,6 +88,44 @@ def registered_attention() -> Callable[..., Any]:
     """`packed_attention` for transformers, always the same object, excluded from torch.compile."""
     disabled: Callable[..., Any] = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
     return disabled
+
+
+class Request(NamedTuple):
+    """What decides how a layer's attention is computed. `has_window`: it cuts a document."""
+
+    device: str
+    dtype: torch.dtype
+    head_size: int
+    value_size: int
+    has_window: bool = False
+    has_dropout: bool = False
+
+
+class Ability(NamedTuple):
+    """What a device and this torch have: the compute capability of one of NVIDIA's GPUs (None of
+    other devices), and the options of torch's variable-length attention (none: there is no such).
+    """
+
+    capability: tuple[int, int] | None
+    options: frozenset[str] = frozenset()
+
+
+class Choice(NamedTuple):
+    """One variable-length kernel for all documents, or one SDPA call for each, and `why`.
+
+    `shares_heads`: several query heads may have one key head, without a copy for each.
+    """
+
+    is_varlen: bool
+    shares_heads: bool
+    why: str | None = None
+
+
+class Kernel(NamedTuple):
+    """A `Choice` and its kernel; None is SDPA."""
+
+    varlen: Callable[..., Any] | None
+    shares_heads: bool
 
 
 def window_of(*, config: Any, local_size: int | None = None, **_: Any) -> Window | None:
@@ -132,8 +180,8 @@ def packed_attention(
     `attention_mask` is a result of `window_of`. A model that builds no masks passes its window as
     `sliding_window`.
 
-    Uses variable-length kernels on CUDA (half precision, if torch has them), and one SDPA call for
-    each document elsewhere. Raises if the boundaries are missing, so documents never mix silently.
+    Uses variable-length kernels where they can do it (see `choose`), and one SDPA call for each
+    document elsewhere. Raises if the boundaries are missing, so documents never mix silently.
     """
     bounds: Boundaries | None = kwargs.get("cu_seqlens")
     assert bounds is not None, "packed attention was called without document boundaries"
@@ -181,10 +229,14 @@ def _within_documents(
     query, key, value = _narrowed(query, key, value)
     if window is not None and window.is_chunked:
         cu_seqlens, window = _chunks(cu_seqlens, window.size), None
-    # Variable-length kernels have no dropout.
-    kernel = None if dropout else kernel_for(query.device)
-    if kernel is not None and query.dtype != torch.float32:
-        return _varlen(kernel, query, key, value, cu_seqlens, window, scaling)
+    is_cut = window is not None and _longest(cu_seqlens) > window.size
+    sizes = query.shape[-1], value.shape[-1]
+    kernel = kernel_for(Request(str(query.device), query.dtype, *sizes, is_cut, dropout > 0))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and not kernel.shares_heads:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if kernel.varlen is not None:
+        return _varlen(kernel.varlen, query, key, value, cu_seqlens, window, scaling)
     outputs = []
     for start, end in pairwise(cu_seqlens):
         band = _band(end - start, window, query.device)
@@ -219,10 +271,67 @@ def _band(length: int, window: Window | None, device: torch.device) -> Tensor | 
     return (distance >= 0) & (distance < window.size)
 
 
-def kernel_for(device: torch.device) -> Callable[..., Any] | None:
-    """The variable-length attention for half precision on `device`; None if documents are
-    processed one by one."""
-    return varlen_kernel() if device.type == "cuda" else None
+@lru_cache(maxsize=64)
+def kernel_for(request: Request) -> Kernel:
+    """The kernel for a request here; a reason against the fast one is logged once.
+
+    Not for float32, which the user chose.
+    """
+    varlen = varlen_kernel()
+    options = frozenset() if varlen is None else frozenset(inspect.signature(varlen).parameters)
+    choice = choose(request, Ability(capability(request.device), options))
+    if choice.why is not None and request.dtype != torch.float32:
+        _warn(choice.why)
+    return Kernel(varlen if choice.is_varlen else None, choice.shares_heads)
+
+
+@cache
+def _warn(why: str) -> None:
+    _log.warning("attention is computed document by document, which is slower: %s", why)
+
+
+def choose(request: Request, ability: Ability) -> Choice:
+    """How attention is computed, by what the kernels can do.
+
+    Capped scores, sinks and position biases are refused before (`check_plain`).
+
+    >>> a100 = Ability((8, 0), frozenset({"window_size", "scale", "enable_gqa"}))
+    >>> choose(Request("cuda:0", torch.bfloat16, 128, 128), a100)
+    Choice(is_varlen=True, shares_heads=True, why=None)
+    """
+    if kind_of(request.device) == CPU:
+        return Choice(is_varlen=False, shares_heads=True)
+    why = _why_not_varlen(request, ability)
+    if why is None:
+        return Choice(is_varlen=True, shares_heads="enable_gqa" in ability.options)
+    # Of SDPA's kernels only flash attention shares heads. The one that is next best does not, and
+    # the plain one that does holds all scores at once.
+    is_flash = (
+        (ability.capability or (0, 0)) >= _LEAST_CAPABILITY
+        and request.dtype in _HALF
+        and request.head_size == request.value_size <= _LARGEST_HEAD
+        and not request.has_window
+    )
+    return Choice(is_varlen=False, shares_heads=is_flash, why=why)
+
+
+def _why_not_varlen(request: Request, ability: Ability) -> str | None:
+    kind, size, width = kind_of(request.device), request.head_size, request.value_size
+    if kind != CUDA or ability.capability is None:
+        return f"torch's variable-length kernel was tried on NVIDIA's GPUs only, not on this {kind}"
+    if ability.capability < _LEAST_CAPABILITY:
+        found, least = (".".join(map(str, c)) for c in (ability.capability, _LEAST_CAPABILITY))
+        return f"the GPU has compute capability {found}, and the kernel needs {least}"
+    if not ability.options >= _NEEDED_OPTIONS:
+        return f"torch {torch.__version__} has no variable-length kernel with windows, 2.11 has"
+    if request.dtype not in _HALF:
+        return f"the kernel has no {request.dtype}"
+    if request.has_dropout:
+        return "the model has attention dropout, and the kernel has none"
+    if size > _LARGEST_HEAD or size % _HEAD_MULTIPLE:
+        return f"heads have {size} values, and the kernel takes multiples of 8 up to 256"
+    # Narrower values are padded, as DeepSeek's.
+    return f"values are wider ({width}) than keys ({size})" if width > size else None
 
 
 def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -247,7 +356,7 @@ def varlen_kernel(module: str = _VARLEN) -> Callable[..., Any] | None:
         kernel: Callable[..., Any] = importlib.import_module(module).varlen_attn
     except (ImportError, AttributeError):
         return None
-    return kernel if {"window_size", "scale"} <= set(inspect.signature(kernel).parameters) else None
+    return kernel if set(inspect.signature(kernel).parameters) >= _NEEDED_OPTIONS else None
 
 
 def _varlen(
@@ -262,12 +371,7 @@ def _varlen(
     longest = _longest(cu_seqlens)
     bounds = _on_device(cu_seqlens, str(query.device))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    repeats = q.shape[1] // k.shape[1]
-    options: dict[str, Any] = {}
-    if repeats > 1 and _shares_heads(kernel):
-        options["enable_gqa"] = True
-    elif repeats > 1:  # older releases of torch lack this option
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     # window_size is how many tokens to the left and to the right are seen beside the token itself,
     # -1 for all; the default (-1, -1) is not causal.
     left = -1 if window is None or longest <= window.size else window.size - 1
@@ -281,15 +385,10 @@ def _varlen(
 
 
 @lru_cache(maxsize=4)
-def _shares_heads(kernel: Callable[..., Any]) -> bool:
-    return "enable_gqa" in inspect.signature(kernel).parameters
-
-
-@lru_cache(maxsize=4)
 def _on_device(cu_seqlens: tuple[int, ...], device: str) -> Tensor:
     # All layers of a forward pass use the same boundaries, so one copy to the device serves all.
     # From pageable memory the copy would wait until the device has finished earlier work. A tensor
     # made in inference mode, as by an evaluation, could not be used in training afterwards.
     with torch.inference_mode(False):
-        bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=device.startswith("cuda"))
+        bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=is_pinnable(device))
         return bounds.to(device, non_blocking=True)

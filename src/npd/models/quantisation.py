@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from npd.errors import ModelError
+from npd.models.device import capability, num_gpus
 from npd.models.files import explained
 
 # The package that each method needs besides transformers: (name for pip, import name).
@@ -133,14 +133,14 @@ def _method(settings: dict[str, Any]) -> str:
 
 def _missing(method: str, device: str) -> list[str]:
     needed = list(_PACKAGES.get(method, ()))
-    if method in _BY_KERNELS and device.startswith("cuda") and _has_narrow_floats():
+    if method in _BY_KERNELS and _has_narrow_floats(device):
         needed.append(_KERNELS)
     return [package for package, name in needed if not _is_installed(name)]
 
 
-def _has_narrow_floats() -> bool:
-    """Whether the GPU has FP8 units."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+def _has_narrow_floats(device: str) -> bool:
+    """Whether the device is a GPU here with FP8 units."""
+    return num_gpus(device) > 0 and (capability(device) or (0, 0)) >= (8, 9)
 
 
 def _is_installed(name: str) -> bool:

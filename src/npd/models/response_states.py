@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npd.models.loading import PackedBatch, hidden_states, on_device, pack_documents
+from npd.models.device import on_device
+from npd.models.loading import PackedBatch, hidden_states, pack_documents
 from npd.models.packed_attention import Shared
 from npd.types import IntArray
 

@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
     # the run as a whole
     "tokens_per_second": Metric("tokens/s", "a stage's tokens divided by its busy seconds"),
     "samples_per_hour": Metric("samples/h", "samples trained out per hour of wall time"),
-    "peak_memory": Metric("MiB", "peak memory of a worker"),
+    "peak_memory": Metric("MiB", "peak memory of a worker (on a GPU: within the segment)"),
     "window_live": Metric("samples", "live samples: requested and not yet finalized"),
     "version": Metric("versions", "newest published snapshot"),
     "asked": Metric("samples", "samples requested so far"),

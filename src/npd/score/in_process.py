@@ -21,8 +21,9 @@ from torch import Tensor
 
 from npd.config import ScoreConfig
 from npd.errors import ModelError, RunError
+from npd.models.device import is_pinnable, on_device, resolve_device, synchronize
 from npd.models.lm_head import Head, head_of, read_hidden, top_k
-from npd.models.loading import load_model, on_device, resolve_device
+from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
 from npd.models.response_states import response_hidden
 from npd.score.base import Key, LogprobRequest, Logprobs
@@ -58,7 +59,7 @@ class PrefillModel:
         keys = list(documents)
         pairs = [(document.context, document.response) for document in documents.values()]
         found: list[tuple[list[Key], Tensor, Tensor]] = []
-        is_cuda = self._model.device.type == "cuda"
+        device = self._model.device
         row_tokens = self._fitting.of(self._row_tokens)
         for row, hidden in response_hidden(self._model, pairs, row_tokens, share=True):
             states = torch.split(hidden, [len(pairs[i][1]) for i in row])
@@ -68,10 +69,9 @@ class PrefillModel:
             for group in by_outputs.values():
                 members = [documents[key] for key, _ in group]
                 given = self._read_head(members, torch.cat([state for _, state in group]))
-                ids, logprobs = (x.to("cpu", non_blocking=is_cuda) for x in given)
+                ids, logprobs = (x.to("cpu", non_blocking=is_pinnable(device)) for x in given)
                 found.append(([key for key, _ in group], ids, logprobs))
-        if is_cuda:
-            torch.cuda.synchronize(self._model.device)
+        synchronize(device)
         readings: dict[Key, Logprobs] = {}
         for group_keys, ids, logprobs in found:
             lengths = [len(documents[key].response) for key in group_keys]

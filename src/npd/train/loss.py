@@ -26,6 +26,7 @@ from torch.amp import is_autocast_available
 
 from npd.config.sections import chunk_for
 from npd.errors import ConfigError
+from npd.models.device import capability
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
 from npd.train.compile import check_compilers
@@ -205,7 +206,7 @@ def _builds_kernels(device: str) -> bool:
         check_compilers(device)
     except ConfigError:
         return False
-    return device == "cuda" and torch.cuda.get_device_capability()[0] >= _LEAST_CAPABILITY
+    return (capability(device) or (0, 0))[0] >= _LEAST_CAPABILITY
 
 
 @cache

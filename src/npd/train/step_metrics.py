@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from npd.errors import RunError
+from npd.models.device import peak_bytes
 from npd.train.loss_targets import Support, Targets
 from npd.types import Step, StepReport
 
@@ -189,11 +190,5 @@ def report(
 
 
 def peak_memory_mib(device: str) -> float:
-    """Peak memory in MiB: of the device on CUDA, of the whole process elsewhere."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    """Peak memory in MiB: of a GPU since `reset_peak`, of the whole process elsewhere."""
+    return peak_bytes(device) / 2**20

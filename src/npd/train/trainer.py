@@ -3,7 +3,7 @@
 A step's loss is a mean over its response tokens, so packing and row order do not change it (to
 float noise). Only response positions reach the LM head. A step with a loss or gradient that is not
 finite changes nothing. A step's random numbers follow from the seed and its index, so a resumed run
-repeats an uninterrupted one.
+repeats an uninterrupted one: bit for bit on a CPU, on a GPU to float noise without `deterministic`.
 
 With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
 reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
@@ -26,9 +26,18 @@ from torch import Tensor
 from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
 from npd.models import lora
+from npd.models.device import (
+    deterministic,
+    free_cached,
+    generators_of,
+    is_pinnable,
+    reset_peak,
+    resolve_device,
+    set_cublas,
+)
 from npd.models.distributed import DistContext
-from npd.models.loading import load_model, resolve_device
-from npd.models.out_of_memory import Fitting, free_cached
+from npd.models.loading import load_model
+from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
@@ -76,11 +85,17 @@ class Trainer:
         self.loss = loss
         self.student = str(student)
         self.device = resolve_device(device)
+        if config.deterministic:
+            set_cublas()
         self.dist = DistContext() if dist is None else dist
         # A student to be sharded may not fit the device, so sharding moves it there.
         first_device = self.device if self.dist.size == 1 else "cpu"
         self.model = load_model(
-            student, role="student", device=first_device, trust_remote_code=trust_remote_code
+            student,
+            role="student",
+            device=first_device,
+            trust_remote_code=trust_remote_code,
+            compute_dtype=config.dtype,
         )
         self._more_ends = _add_stop_ids(self.model, stop_ids)
         if config.lora is not None:
@@ -123,13 +138,15 @@ class Trainer:
         """Take the segment's steps in order; `on_step` is called after each.
 
         Raises:
-            RunError: a loss or gradient norm is not finite, or one sample (with several ranks, one
-                row) does not fit the device. Weights and optimiser are those after the last step.
+            RunError: a loss or gradient norm is not finite, one sample (with several ranks, one
+                row) does not fit the device, or an operation is not deterministic although all must
+                be. Weights and optimiser are those after the last step.
         """
         reports = []
-        is_pinned, rank = self.device.startswith("cuda"), self.dist.rank
+        reset_peak(self.device)
+        is_pinned, rank = is_pinnable(self.device), self.dist.rank
         ahead = prefetch(segment, self._read, self.loss, rank=rank, is_pinned=is_pinned)
-        with closing(ahead) as steps:
+        with deterministic(self.config.deterministic), closing(ahead) as steps:
             started = time.perf_counter()
             for step in steps:
                 reports.append(self._step(step, segment.version, started))
@@ -306,8 +323,7 @@ class Trainer:
 def step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[None]:
     """Seed dropout from (seed, step, rank) within the block, then restore the generator's state."""
     state = np.random.SeedSequence([seed % 2**63, step, rank]).generate_state(1, np.uint64)
-    devices = [torch.cuda.current_device()] if device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(**generators_of(device)):
         torch.manual_seed(int(state[0]) % 2**63)
         yield
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from npd.config import RunConfig
 from npd.errors import ModelError
+from npd.models import device
 from npd.models.files import model_fingerprint
 from npd.store.layout import RunLayout
 from npd.workers.tasks import GenerateTask, ScoreTask, generated_stats, scored_stats
@@ -58,6 +59,7 @@ class Factory:
 
     def build(self, layout: RunLayout) -> object:
         """The worker on the files of `layout`. Raises ModelError if a model was replaced."""
+        self._prepare_process()
         for model in self.models:
             model.check()
         if self.role == "generator":
@@ -76,3 +78,13 @@ class Factory:
         from npd.workers.trainer import TrainerWorker
 
         return TrainerWorker(self.config, layout)
+
+    def _prepare_process(self) -> None:
+        """Set what the process of one worker reads once, and choose the device that it names."""
+        runtime, train = self.config.runtime, self.config.train
+        if runtime.kind != "inline":
+            # On this machine `auto` means that there is no GPU; on Ray a worker finds out.
+            is_cpu = runtime.kind == "local" and runtime.device == "auto"
+            name = device.CPU if is_cpu else runtime.device
+            device.set_variables(name, is_deterministic=train.deterministic)
+        device.use(runtime.device)

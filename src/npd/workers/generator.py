@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from npd.config import GenerateConfig, RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.generate import Generator, TeachersGenerator, build_generator
-from npd.models.loading import resolve_device
+from npd.models.device import resolve_device
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
 from npd.store.snapshots import latest, verify

@@ -21,9 +21,9 @@ from npd.engines.capabilities import HELDOUT_TOP_K
 from npd.errors import NpdError, RunError
 from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
+from npd.models.device import free_cached, resolve_device
 from npd.models.distributed import DistContext, Rendezvous
-from npd.models.loading import decoding, load_model, resolve_device
-from npd.models.out_of_memory import free_cached
+from npd.models.loading import decoding, load_model
 from npd.score.base import Key, LogprobRequest, Logprobs, Scorer, Support
 from npd.score.in_process import PrefillModel
 from npd.score.tensor_parallel import Command, RankZeroTeachers, TeacherReplica
@@ -144,6 +144,7 @@ class ScorerWorker:
             scorer.close()
             if not self._config.needs_scores:
                 self._unload()  # in-process teachers are not needed for the run itself
+            free_cached()
         num_tokens = sum(len(s.rollout.response_ids) for s in read_scored(path))
         return HeldoutResult(num_tokens, self._take_notes())
 

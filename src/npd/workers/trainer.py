@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.evaluate import IF_NOTHING_FITS, Match, exact_match, heldout_kl, kl_by_teacher, row_fitting
+from npd.models.device import free_cached, resolve_device
 from npd.models.distributed import DistContext, Rendezvous
-from npd.models.loading import decoding, resolve_device
+from npd.models.loading import decoding
 from npd.models.out_of_memory import Fitting
 from npd.observe.pace import noted, write_note
 from npd.store.files import explain_write, remove
@@ -147,7 +148,9 @@ class TrainerWorker:
         decoding. With several ranks, rank 0 evaluates the gathered student; others return None.
         """
         with self._trainer.full_model() as model:
-            return None if model is None else self._evaluate(step, prompts, model)
+            found = None if model is None else self._evaluate(step, prompts, model)
+        free_cached()  # other processes may use what logits and decoding took
+        return found
 
     def _evaluate(self, step: int, prompts: tuple[EncodedPrompt, ...], model: Any) -> EvalReport:
         started = time.monotonic()
