@@ -18,7 +18,7 @@ import torch
 
 from common import random_model
 from npd.config import LossConfig, TrainConfig
-from npd.train.compile import compile_layers
+from npd.models.kernels.compile import compile_layers
 from npd.train.trainer import Trainer
 from npd.types import SampleRef, Scored, Segment
 from training import Shards, make_segment, random_samples

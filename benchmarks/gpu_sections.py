@@ -29,6 +29,7 @@ from gpu_meter import ROW_TOKENS, Meter
 from npd.config import ScoreConfig
 from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
+from npd.models.kernels.compile import uncompiled
 from npd.models.lm_head import Head, read_hidden
 from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
@@ -38,7 +39,6 @@ from npd.score.scorer import TeacherStudentScorer
 from npd.store.snapshots import publish, verify
 from npd.train import chunked
 from npd.train.batch import build_row
-from npd.train.compile import uncompiled
 from npd.train.loss import near_policy_loss
 from training import TOP_K, matmul_rate, step_flops
 

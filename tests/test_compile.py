@@ -14,8 +14,8 @@ from torch._inductor import config as inductor
 from cli_fixture import Shell
 from npd.config import LoraConfig, LossConfig
 from npd.errors import ConfigError, ModelError
+from npd.models.kernels.compile import check_compilers, compile_layers
 from npd.models.loading import decoding, load_model
-from npd.train.compile import check_compilers, compile_layers
 from npd.types import Row, Segment, Step
 from rank_bench import gradients_of, on_ranks
 from test_ranks import check_alike, check_same, factory_of, samples, segment_on  # noqa: F401
@@ -217,7 +217,7 @@ def test_a_missing_compiler_is_told(device, variable, words, monkeypatch, tmp_pa
         check_compilers(device, has_triton=True)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="install it, or leave"):
+    with pytest.raises(ConfigError, match=r"install it, or set train\.compile: false"):
         check_compilers(device, has_triton=True)
 
 

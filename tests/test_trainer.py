@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
+from npd.models.kernels.compile import layers_of
 from npd.models.loading import decoding
 from npd.train.batch import build_row
-from npd.train.fsdp import layers_of
 from npd.train.trainer import Trainer, build_optimizer, recompute_activations
 from npd.types import FinishReason, Rollout, Row, SampleRef, Scored, Segment, Step
 

@@ -102,6 +102,7 @@ def test_an_unknown_implementation_is_refused():
 def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
     """On a GPU with a compiler; elsewhere the plain passes, without a word."""
     from npd.errors import ConfigError
+    from npd.models.kernels import compile as compiling
     from npd.train import loss
     from npd.train.logits_passes import TorchPasses
     from npd.train.triton_passes import TritonPasses
@@ -113,8 +114,8 @@ def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
             if not compiler:
                 raise ConfigError("no compiler")
 
-        loss._builds_kernels.cache_clear()
-        monkeypatch.setattr(loss, "check_compilers", check)
+        compiling.builds_kernels.cache_clear()
+        monkeypatch.setattr(compiling, "check_compilers", check)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
         return type(loss._passes("auto", gpu))
 
@@ -123,5 +124,5 @@ def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
     assert passes(compiler=False) is TorchPasses
     assert type(loss._passes("auto", torch.device("cpu"))) is TorchPasses
     assert type(loss._passes("chunked", gpu)) is TorchPasses
-    loss._builds_kernels.cache_clear()
+    compiling.builds_kernels.cache_clear()
     assert not caplog.records

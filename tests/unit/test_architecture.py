@@ -72,6 +72,7 @@ TORCH_AT_IMPORT = {"generate", "score", "train", "evaluate"}
 TORCH_AT_IMPORT |= {
     f"models.{name}"
     for name in (
+        "kernels.compile",
         "loading",
         "lm_head",
         "lora",

@@ -36,6 +36,7 @@ from npd.errors import ConfigError, ModelError, NpdError
 from npd.generate.in_process import check_decoding
 from npd.models import lora
 from npd.models.files import check_files, check_generation_settings
+from npd.models.kernels.compile import check_compilers
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -52,7 +53,6 @@ from npd.observe.trackers import check_trackers
 from npd.remote.shared_folder import check_shared
 from npd.score.tensor_parallel import check_divisible
 from npd.text import counted, shown_path
-from npd.train.compile import check_compilers
 from npd.types import Check, EncodedPrompt, role_of
 
 # One thread at a time: preparing imports transformers, and of that the module of each model and

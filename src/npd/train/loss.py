@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 from npd.config.sections import chunk_for
-from npd.errors import ConfigError
+from npd.models.kernels.compile import builds_kernels
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
-from npd.train.compile import check_compilers
 from npd.train.fsdp import gathered_head
 from npd.train.kd_divergence import Divergence, LossSpec
 from npd.train.logits_passes import LogitsPasses, TorchPasses
@@ -38,8 +37,6 @@ from npd.train.reference import reference_loss
 Impl: TypeAlias = Literal["auto", "chunked", "triton", "reference"]
 
 _log = logging.getLogger(__name__)
-# Triton has no kernels for GPUs before Volta.
-_LEAST_CAPABILITY = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,7 +181,7 @@ class NearPolicyLoss(nn.Module):
 def _passes(impl: str, device: torch.device) -> LogitsPasses:
     assert impl in ("auto", "chunked", "triton"), impl
     why = ""
-    if impl == "triton" or (impl == "auto" and _builds_kernels(device.type)):
+    if impl == "triton" or (impl == "auto" and builds_kernels(device.type)):
         try:
             from npd.train import triton_passes
         except ImportError as error:
@@ -196,16 +193,6 @@ def _passes(impl: str, device: torch.device) -> LogitsPasses:
     if why and impl == "triton":
         _fall_back(why)
     return TorchPasses()
-
-
-@cache
-def _builds_kernels(device: str) -> bool:
-    """Whether kernels can be built here: for CUDA, with a C compiler and Python's headers."""
-    try:
-        check_compilers(device)
-    except ConfigError:
-        return False
-    return device == "cuda" and torch.cuda.get_device_capability()[0] >= _LEAST_CAPABILITY
 
 
 @cache

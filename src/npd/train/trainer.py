@@ -27,13 +27,13 @@ from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
 from npd.models import lora
 from npd.models.distributed import DistContext
+from npd.models.kernels.compile import compile_layers, uncompiled
 from npd.models.loading import load_model, resolve_device
 from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
 from npd.train.checkpoint import check_adapter, check_alike, check_written
-from npd.train.compile import compile_layers, uncompiled
 from npd.train.fsdp import gather_all, shard, to_meta, with_params
 from npd.train.objective import Objective, build_optimizer, clip
 from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report

@@ -1,0 +1,1 @@
+"""Code that is compiled where it runs: layers (torch.compile), Triton kernels, wide products."""
