@@ -132,6 +132,17 @@ def test_gradcheck(target, kind):
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in (hidden, weight, bias)])
 
 
+def test_every_backward_pass_of_a_kept_graph_is_exact():
+    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2, dtype=torch.bfloat16)
+    free = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    loss = near_policy_loss(*free, labels, ids, logprobs, impl="triton").loss
+    found = [torch.autograd.grad(f * loss, free, retain_graph=True) for f in (0.0, 1.0, 4.0)]
+    for zero, one, four in zip(*found, strict=True):
+        assert not zero.any()
+        assert one.any()
+        assert torch.equal(four, 4.0 * one)
+
+
 def test_kernels_are_what_ran(caplog):
     assert isinstance(_passes("triton", torch.device(DEVICE)), TritonPasses)
     assert not caplog.messages
