@@ -246,7 +246,8 @@ def test_rows_that_do_not_fit_one_block():
 
 def test_chunks_are_chosen_by_vocabulary_and_device():
     assert [chunk_for(v, is_cpu=True) for v in (304, 49_152, 151_936)] == [55_168, 320, 256]
-    assert [chunk_for(v, is_cpu=False) for v in (49_152, 151_936, 10**6)] == [3200, 1024, 256]
+    sizes = [chunk_for(v, is_cpu=False) for v in (300, 49_152, 151_936, 262_144, 10**7)]
+    assert sizes == [4096, 4096, 4096, 2432, 256]
 
 
 @pytest.mark.parametrize("head", ["scale", "softcap", "bias", "all"])

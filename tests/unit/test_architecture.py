@@ -73,6 +73,7 @@ TORCH_AT_IMPORT |= {
     f"models.{name}"
     for name in (
         "kernels.compile",
+        "kernels.products",
         "loading",
         "lm_head",
         "lora",

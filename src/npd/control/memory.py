@@ -397,7 +397,10 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
     logits = width * min(chunk, train.row_tokens) * size.vocabulary
     head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
-    row = train.row_tokens * kept + logits + head
+    # The backward pass scales a copy of that gradient, when the logits are gone (chunked.py); not on
+    # a CPU, unless ranks average.
+    copied = 0 if is_cpu and train.ranks == 1 else head
+    row = train.row_tokens * kept + max(logits, copied) + head
     if train.lora is not None:
         # Weights that stay as they are, and adapters beside four projections and three of the MLP.
         sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
