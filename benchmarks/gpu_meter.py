@@ -171,6 +171,9 @@ class Student:
         # The trainer cuts rows that are longer than it knows of.
         trainer.config = trainer.config.model_copy(update={"row_tokens": row_tokens})
         trainer._fitting.divisor = 1
+        trainer._objective.chunk = None
+        if trainer._chunks is not None:
+            trainer._chunks.divisor = 1
         return make_segment(self.samples[count], row_tokens)
 
     @property

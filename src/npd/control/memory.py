@@ -397,8 +397,8 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
     logits = width * min(chunk, train.row_tokens) * size.vocabulary
     head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
-    # The backward pass scales a copy of that gradient, when the logits are gone (chunked.py); not on
-    # a CPU, unless ranks average.
+    # The backward pass scales a copy of that gradient when the logits are gone, except on a CPU
+    # without ranks.
     copied = 0 if is_cpu and train.ranks == 1 else head
     row = train.row_tokens * kept + max(logits, copied) + head
     if train.lora is not None:

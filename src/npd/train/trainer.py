@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from npd.config import LossConfig, TrainConfig
+from npd.config.sections import chunk_for
 from npd.errors import ModelError, RunError
 from npd.models import lora
 from npd.models.distributed import DistContext
@@ -101,7 +102,14 @@ class Trainer:
         self._trust_remote_code = trust_remote_code
         self._is_proven = False
         self._read, self._seed = read, seed
-        self._fitting = Fitting("train.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
+        self._chunk = loss.chunk or chunk_for(
+            self.model.config.get_text_config().vocab_size, is_cpu=self.device == "cpu"
+        )
+        # The loss is the same for any chunk, but `reference` has none.
+        self._chunks = None if loss.impl == "reference" else Fitting("loss.chunk", self._chunk)
+        self._fitting = Fitting(
+            "train.row_tokens", config.row_tokens, _IF_NOTHING_FITS, then=self._chunks
+        )
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None
@@ -268,10 +276,13 @@ class Trainer:
     def _accumulate(self, given: StepRows, tokens: int) -> list[dict[str, Tensor]]:
         """Add the gradients of a step's rows, each in parts that fit; returns each row's numbers.
 
-        The loss is a sum over tokens, so a row in parts has the gradient of the whole row.
+        The loss is a sum over tokens, so a row in parts has the gradient of the whole row. Where
+        one sample alone does not fit, fewer of its tokens have logits at once.
         """
         self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         most, rows = self._fitting.of(self.config.row_tokens), []
+        if self._chunks is not None and self._chunks.divisor > 1:
+            self._objective.chunk = self._chunks.of(self._chunk)
         with step_randomness(self.device, self._seed, given.step.index, self.dist.rank):
             for row in given.rows:
                 parts = [self._backward(part, tokens) for part in row.parts(most)]
