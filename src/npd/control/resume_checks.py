@@ -30,6 +30,13 @@ _COMPUTATION = (
     *("score.row_tokens", "score.head_chunk", "generate.batch_size"),
     "eval.batch_size",
 )
+# What the forecast decides at the start of a run, and how the config asks for that.
+_DECIDED: tuple[tuple[str, str, str | None], ...] = (
+    ("train", "activation_checkpointing", "auto"),
+    ("loss", "chunk", None),
+    ("score", "row_tokens", "auto"),
+    ("score", "head_chunk", "auto"),
+)
 # How servers are reached.
 _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
 # What may change when a run is resumed: where it runs and what it leaves, not what it is.
@@ -44,14 +51,22 @@ _MAY_CHANGE = (
 
 def as_recorded(config: RunConfig) -> RunConfig:
     """The config, `auto` being what it was when the run was started; as it is without a record."""
-    if config.train.activation_checkpointing != "auto":
+    undecided = [
+        (section, name)
+        for section, name, auto in _DECIDED
+        if getattr(getattr(config, section), name) == auto
+    ]
+    if not undecided:
         return config
     try:
-        old = recorded_config(RunLayout(config.directory)).train.activation_checkpointing
+        old = recorded_config(RunLayout(config.directory))
     except NpdError:  # opening the run reports that
         return config
-    train = config.train.model_copy(update={"activation_checkpointing": old})
-    return config.model_copy(update={"train": train})
+    for section, name in undecided:
+        known = {name: getattr(getattr(old, section), name)}
+        filled = getattr(config, section).model_copy(update=known)
+        config = config.model_copy(update={section: filled})
+    return config
 
 
 def check_resumable(config: RunConfig) -> None:

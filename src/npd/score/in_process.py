@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npd.config import ScoreConfig
+from npd.config.sections import SIZES_ON_CPU, SIZES_ON_GPU
 from npd.errors import ModelError, RunError
 from npd.models.lm_head import Head, head_of, read_hidden, top_k
 from npd.models.loading import load_model, on_device, resolve_device
@@ -41,9 +42,10 @@ class PrefillModel:
         self._head: Head = head_of(model)
         self._num_ids = len(self._head.weight)
         self._vocab_size = min(vocab_size, self._num_ids)
-        self._row_tokens = config.row_tokens
-        self._chunk = config.head_chunk
-        self._fitting = Fitting("score.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
+        is_gpu = model.device.type != "cpu"
+        sizes = config.with_sizes(SIZES_ON_GPU if is_gpu else SIZES_ON_CPU).sizes
+        self._row_tokens, self._chunk = sizes
+        self._fitting = Fitting("score.row_tokens", sizes.row_tokens, _IF_NOTHING_FITS)
 
     def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs]:
         """The log-probs of each document, by key; synchronises with a GPU once, at the end.
