@@ -31,7 +31,7 @@ QUICK = (4, (8, 32))
 FAMILIES = {
     "gemm": ("gemm", "nvjet", "cutlass", "xmma"),
     "attention": ("flash", "fmha"),
-    "npd": ("_tail_stats", "_write_grads"),
+    "npd": ("_row_stats", "_write_grads"),
     "adam": ("multi_tensor", "adam"),
     "copy": ("memcpy", "memset"),
     "inductor": ("triton_",),

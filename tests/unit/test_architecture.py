@@ -74,6 +74,7 @@ TORCH_AT_IMPORT |= {
     for name in (
         "kernels.compile",
         "kernels.products",
+        "kernels.row_stats",
         "loading",
         "lm_head",
         "lora",

@@ -22,7 +22,7 @@ from torch import Tensor
 from npd.config import ScoreConfig
 from npd.config.sections import SIZES_ON_CPU, SIZES_ON_GPU
 from npd.errors import ModelError, RunError
-from npd.models.lm_head import Head, head_of, read_hidden, top_k
+from npd.models.lm_head import Head, Impl, head_of, read_hidden, top_k
 from npd.models.loading import load_model, on_device, resolve_device
 from npd.models.out_of_memory import Fitting
 from npd.models.response_states import response_hidden
@@ -35,10 +35,15 @@ _IF_NOTHING_FITS = (
 
 
 class PrefillModel:
-    """A model in this process, run on packed rows, with its LM head applied in chunks."""
+    """A model in this process, run on packed rows, with its LM head applied in chunks.
 
-    def __init__(self, model: Any, name: str, vocab_size: int, config: ScoreConfig) -> None:
-        self._model, self._name = model, name
+    `impl` is how logits are read (`npd.models.lm_head.read_hidden`).
+    """
+
+    def __init__(
+        self, model: Any, name: str, vocab_size: int, config: ScoreConfig, impl: Impl = "auto"
+    ) -> None:
+        self._model, self._name, self._impl = model, name, impl
         self._head: Head = head_of(model)
         self._num_ids = len(self._head.weight)
         self._vocab_size = min(vocab_size, self._num_ids)
@@ -93,16 +98,17 @@ class PrefillModel:
         uniforms = self._tensor(drawn) if drawn else None
         k, shared = min(documents[0].k, self._vocab_size), self._vocab_size
 
-        def choose(part: slice, logits: Tensor) -> Tensor:
+        def choose(part: slice, logits: Tensor, maxima: Tensor | None) -> Tensor:
             """The token itself, then the top-k, then the sampled ids; never padding."""
             columns = [targets[part, None]]
             if k:
-                columns.append(top_k(logits[:, :shared], k))
+                columns.append(top_k(logits[:, :shared], k, maxima))
             if uniforms is not None:
                 columns.append(_draw(logits[:, :shared], uniforms[part]))
             return torch.cat(columns, dim=1)
 
-        ids, logprobs = read_hidden(hidden, self._head, choose, self._fitting.of(self._chunk))
+        chunk = self._fitting.of(self._chunk)
+        ids, logprobs = read_hidden(hidden, self._head, choose, chunk, self._impl)
         return ids.int(), logprobs
 
     def _cut(self, ids: IntArray, logprobs: FloatArray, lengths: Sequence[int]) -> list[Logprobs]:

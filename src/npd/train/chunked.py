@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from npd.models.kernels import NOTHING
 from npd.models.kernels.products import add_wide_product, has_wide_products
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
 from npd.train.kd_divergence import LossSpec, kd_of_buckets
 from npd.train.logits_passes import LogitGrads, LogitsPasses, TailStats, finish
-from npd.train.loss_targets import NOTHING, Support, Targets
+from npd.train.loss_targets import Support, Targets
 from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 
 # Rows of the head per matmul of its gradient in the compute dtype, where products are not wide.

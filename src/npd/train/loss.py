@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 from npd.config.sections import chunk_for
-from npd.models.kernels.compile import builds_kernels
+from npd.models.kernels.compile import builds_kernels, why_no_kernels
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
 from npd.train.fsdp import gathered_head
@@ -180,17 +180,14 @@ class NearPolicyLoss(nn.Module):
 
 def _passes(impl: str, device: torch.device) -> LogitsPasses:
     assert impl in ("auto", "chunked", "triton"), impl
-    why = ""
-    if impl == "triton" or (impl == "auto" and builds_kernels(device.type)):
-        try:
-            from npd.train import triton_passes
-        except ImportError as error:
-            why = f"triton cannot be imported ({error})"
-        else:
-            if triton_passes.can_run(device):
-                return triton_passes.TritonPasses()
-            why = f"triton has no kernels for {device.type}"
-    if why and impl == "triton":
+    if impl == "chunked" or (impl == "auto" and not builds_kernels(device.type)):
+        return TorchPasses()
+    why = why_no_kernels(device)
+    if not why:
+        from npd.train.triton_passes import TritonPasses
+
+        return TritonPasses()
+    if impl == "triton":
         _fall_back(why)
     return TorchPasses()
 

@@ -77,6 +77,15 @@ def builds_kernels(device: str) -> bool:
     return device == "cuda" and torch.cuda.get_device_capability()[0] >= _LEAST_CAPABILITY
 
 
+def why_no_kernels(device: torch.device) -> str:
+    """Why npd's Triton kernels cannot run on `device`; empty if they can."""
+    try:
+        from npd.models.kernels import row_stats
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return "" if row_stats.can_run(device) else f"triton has no kernels for {device.type}"
+
+
 def check_compilers(
     device: str, setting: str = "train.compile", *, has_triton: bool | None = None
 ) -> None:
