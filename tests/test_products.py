@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from npd.models import lm_head
 from npd.models.kernels.products import accepts, has_wide_products
+from npd.models.lm_head import Head
 from npd.train import chunked
 from npd.train.chunked import _add_product
 from test_loss import make_case, run
@@ -73,6 +75,28 @@ def test_the_heads_gradient_is_added_up_without_rounding(monkeypatch):
     torch.testing.assert_close(wide[2], plain[2], atol=1e-3, rtol=2e-2)
     assert not torch.equal(wide[2], plain[2])
     assert error() < 1e-5 < 1e-3 < plain_error
+
+
+def test_the_scorers_logits_are_not_rounded_on_their_way_to_float32(monkeypatch):
+    """In place of CUDA's product one of the same meaning; a gradient takes the plain way."""
+
+    def mm(left, right, *, out_dtype):
+        assert left.dtype == right.dtype == BF16
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 64, dtype=BF16)
+    head = Head(torch.randn(300, 64, dtype=BF16), torch.randn(300, dtype=BF16), 0.5, 30.0)
+    exact = Head(head.weight.double(), head.bias.double(), 0.5, 30.0).logits(hidden.double())
+    plain = head.logits(hidden)
+    monkeypatch.setattr(lm_head, "has_wide_products", lambda factor: factor.dtype == BF16)
+    monkeypatch.setattr(torch, "mm", mm)
+    assert torch.equal(head.logits(hidden), plain), "with gradients"
+    with torch.no_grad():
+        wide = head.logits(hidden)
+    assert wide.shape == plain.shape
+    assert wide.dtype == torch.float32
+    assert (wide - exact).abs().max() < 1e-4 < 1e-2 < (plain - exact).abs().max()
 
 
 def test_code_that_is_compiled_has_its_own_way(monkeypatch):

@@ -114,7 +114,7 @@ def test_a_damaged_ledger_is_not_taken_for_an_empty_one(begun):
         ("train", {"compile": True}),
         ("loss", {"impl": "reference"}),
         ("loss", {"chunk": 7}),
-        ("score", {"row_tokens": 77, "head_chunk": 7}),
+        ("score", {"row_tokens": 77, "head_chunk": 7, "compile": True}),
         ("generate", {"batch_size": 3}),
         ("eval", {"batch_size": 3}),
     ],

@@ -173,6 +173,9 @@ class _Scoring(Section):
     head_chunk: Positive | Literal["auto"] = "auto"
     """Number of response positions whose logits exist at once. `auto`: 512 on a CPU, 2,048 on GPUs
     or, if by forecast that would not fit, less."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers of teachers and snapshots in process with torch.compile. `auto`: on GPUs
+    with a compiler and Triton (never measured on one). Not with `ranks`."""
     student_pass: Literal["auto", "always"] = "auto"
     """`auto` takes the student's conditional NLL from the rollout if it is there; `always` computes
     it."""

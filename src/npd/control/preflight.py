@@ -193,7 +193,7 @@ class Preflight:
             yield _Rule(role, partial(self._model, role, model))
         if config.train.lora is not None:
             yield _Rule("lora", self._lora)
-        if config.train.compile:
+        if config.train.compile or config.score.compile is True:
             yield _Rule("compiler", partial(check_compiler, config))
         if config.score.ranks > 1:
             yield _Rule("score.ranks", partial(check_ranks, config), [*self._teachers])
@@ -564,14 +564,16 @@ def lora_coverage(config: RunConfig) -> lora.Coverage | None:
 
 
 def check_compiler(config: RunConfig) -> str:
-    """Check that what `train.compile` writes can be built here, if the trainer is to be here.
+    """Check that what `compile` writes can be built here, if the workers are to be here.
 
     Raises:
         ConfigError: the compiler, or what it needs, is missing.
     """
-    if config.train.compile and config.runtime.kind != "ray":
-        check_compilers(resolve_device(config.runtime.device))
-    return "train.compile has the compiler it needs"
+    asked = {"train.compile": config.train.compile, "score.compile": config.score.compile is True}
+    named = [setting for setting, is_on in asked.items() if is_on]
+    for setting in named if config.runtime.kind != "ray" else ():
+        check_compilers(resolve_device(config.runtime.device), setting)
+    return f"{' and '.join(named)}: the compiler it needs is here"
 
 
 def check_ranks(config: RunConfig) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # who only reads a run loads no torch
 # How much is computed at a time and by which kernels: the same numbers, to float noise.
 _COMPUTATION = (
     *("train.activation_checkpointing", "train.compile", "loss.impl", "loss.chunk"),
-    *("score.row_tokens", "score.head_chunk", "generate.batch_size"),
+    *("score.row_tokens", "score.head_chunk", "score.compile", "generate.batch_size"),
     "eval.batch_size",
 )
 # What the forecast decides at the start of a run, and how the config asks for that.

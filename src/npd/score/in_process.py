@@ -22,6 +22,7 @@ from torch import Tensor
 from npd.config import ScoreConfig
 from npd.config.sections import SIZES_ON_CPU, SIZES_ON_GPU
 from npd.errors import ModelError, RunError
+from npd.models.kernels.compile import builds_kernels, compile_layers, layers_of
 from npd.models.lm_head import Head, Impl, head_of, read_hidden, top_k
 from npd.models.loading import load_model, on_device, resolve_device
 from npd.models.out_of_memory import Fitting
@@ -145,15 +146,31 @@ def load_prefill_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> PrefillModel:
-    """A PrefillModel from a model directory or name; ModelError if it cannot be loaded."""
+    """A PrefillModel from a model directory or name, its layers compiled if `config` says so.
+
+    Raises:
+        ModelError: it cannot be loaded, or names no layers to compile.
+        ConfigError: there is no compiler.
+    """
+    device = resolve_device(device)
     loaded = load_model(
         model,
         role=role,
         dtype=config.dtype,
-        device=resolve_device(device),
+        device=device,
         trust_remote_code=trust_remote_code,
     )
+    if _is_compiled(loaded, config, device):
+        compile_layers(loaded, device, "score.compile")
     return PrefillModel(loaded, str(model), vocab_size, config)
+
+
+def _is_compiled(model: Any, config: ScoreConfig, device: str) -> bool:
+    """Whether to compile: by `auto` plain weights on a GPU for which kernels can be built."""
+    if config.compile != "auto":
+        return config.compile
+    is_plain = getattr(model, "hf_quantizer", None) is None and any(layers_of(model))
+    return is_plain and builds_kernels(torch.device(device).type)
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
