@@ -351,7 +351,7 @@ def test_a_full_device_says_what_to_lower(tiny_model_dir):
 
     hook = trainer.model.model.norm.register_forward_hook(is_full)
     with pytest.raises(
-        RunError, match=r"step 0: .*a sample of 18 tokens: set train\.activation_ch"
+        RunError, match=r"step 0: .*a sample of 18 tokens and loss\.chunk 1: set train\.act"
     ):
         trainer.train(segment_of(rollouts, [[0, 1], [2, 3]]))
     hook.remove()

@@ -99,12 +99,13 @@ class Fitting:
         """The size that gets smaller now; None if none can."""
         if self.of(self._size) > least and self.divisor < _LARGEST_DIVISOR:
             return self
-        return None if self._then is None else self._then._smaller(1)
+        second = self._then
+        return second if second is not None and second.of(second._size) > 1 else None
 
     def _halve(self, below: int | None) -> None:
         """Half the size; a second one, at once so small that it is `below` the longest sample."""
         self.divisor *= 2
-        while below is not None and self._smaller(1) and self.of(self._size) >= below:
+        while below is not None and self.of(self._size) >= max(2, below):
             self.divisor *= 2
 
     def _limit(self, least: int) -> str:
