@@ -5,8 +5,8 @@ writes its lines to `measured.jsonl` at once:
 
 - `rates`: matrix products and copies, which show whether the GPU is itself;
 - `train`: a step with either loss, some chunks, rows of 8k to 32k tokens, eager and compiled;
-- `loss`: chunks, a product that adds to float32 by itself, Liger;
-- `score`: rows and head chunks, and a read of the logits by npd's kernels;
+- `loss`: chunks, the head's gradient added up in float32 and as it was, Liger;
+- `score`: rows and head chunks, logits read once in float32 and as it was, compiled layers;
 - `decode`: a step at 32 to 256 rows, and transformers' continuous batching;
 - `exact`: attention beside float32, equal steps, the cases of `tests/triton_cases.py`;
 - `neighbours`: a step while another process decodes;
@@ -39,7 +39,7 @@ SECTIONS = {
     "rates": 5,
     "train": 150,
     "loss": 30,
-    "score": 70,
+    "score": 90,
     "decode": 70,
     "exact": 45,
     "neighbours": 45,

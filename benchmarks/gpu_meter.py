@@ -18,7 +18,7 @@ import torch
 
 from common import random_model
 from npd.config import LossConfig, TrainConfig
-from npd.train.compile import compile_layers
+from npd.models.kernels.compile import compile_layers
 from npd.train.trainer import Trainer
 from npd.types import SampleRef, Scored, Segment
 from training import Shards, make_segment, random_samples
@@ -31,7 +31,7 @@ QUICK = (4, (8, 32))
 FAMILIES = {
     "gemm": ("gemm", "nvjet", "cutlass", "xmma"),
     "attention": ("flash", "fmha"),
-    "npd": ("_tail_stats", "_write_grads"),
+    "npd": ("_row_stats", "_write_grads"),
     "adam": ("multi_tensor", "adam"),
     "copy": ("memcpy", "memset"),
     "inductor": ("triton_",),
@@ -171,6 +171,9 @@ class Student:
         # The trainer cuts rows that are longer than it knows of.
         trainer.config = trainer.config.model_copy(update={"row_tokens": row_tokens})
         trainer._fitting.divisor = 1
+        trainer._objective.chunk = None
+        if trainer._chunks is not None:
+            trainer._chunks.divisor = 1
         return make_segment(self.samples[count], row_tokens)
 
     @property

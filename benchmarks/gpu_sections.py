@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bench_generate import build_asks
 from bench_score import bare_pass, make_rollouts, packed_rows
@@ -30,7 +29,8 @@ from gpu_meter import ROW_TOKENS, Meter
 from npd.config import ScoreConfig
 from npd.generate.in_process import generate_with
 from npd.generate.sampling import Sampling
-from npd.models.lm_head import Head, read_hidden
+from npd.models import lm_head
+from npd.models.kernels.compile import compile_layers, uncompiled
 from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
 from npd.models.packed_attention import Boundaries, packed_attention, varlen_kernel
@@ -39,7 +39,6 @@ from npd.score.scorer import TeacherStudentScorer
 from npd.store.snapshots import publish, verify
 from npd.train import chunked
 from npd.train.batch import build_row
-from npd.train.compile import uncompiled
 from npd.train.loss import near_policy_loss
 from training import TOP_K, matmul_rate, step_flops
 
@@ -130,26 +129,31 @@ def _train(meter: Meter, case: Case, rate: float) -> None:
 
 
 def loss(meter: Meter) -> None:
-    """The loss alone, forward and backward."""
+    """The loss alone, forward and backward; and with the sum of the head's gradient as it was."""
     one = _loss_of(meter)
     for chunk in (1024, 2048, 4096, 8192):
         spent = meter.seconds(lambda chunk=chunk: one(impl="triton", chunk=chunk))
         meter.say("loss", impl="triton", chunk=chunk, ms=1e3 * spent)
+    now = one(impl="triton", chunk=4096)
+    with patch.object(chunked, "has_wide_products", _has_none):
+        for chunk in (1024, 4096):
+            spent = meter.seconds(lambda chunk=chunk: one(impl="triton", chunk=chunk))
+            off = (one(impl="triton", chunk=chunk) - now).norm() / now.norm()
+            what = "triton, narrow sums"
+            meter.say("loss", impl=what, chunk=chunk, ms=1e3 * spent, off=off.item())
     if not meter.is_cuda:
         return
     # CUDA
-    expected = one(impl="triton", chunk=4096)
-    with patch.object(chunked, "_add_product", _add_into_float32):
-        for chunk in (1024, 4096):
-            spent = meter.seconds(lambda chunk=chunk: one(impl="triton", chunk=chunk))
-            off = (one(impl="triton", chunk=chunk) - expected).norm() / expected.norm()
-            what = "triton + addmm(out_dtype)"
-            meter.say("loss", impl=what, chunk=chunk, ms=1e3 * spent, off=off.item())
-    profile = meter.profile(lambda: one(impl="triton", chunk=1024))
-    meter.say("loss", impl="triton 1024", profile=profile)
+    profile = meter.profile(lambda: one(impl="triton", chunk=4096))
+    meter.say("loss", impl="triton 4096", profile=profile)
     spent = meter.seconds(lambda: one(impl="triton", kd_weight=0.0))
     meter.say("loss", impl="triton, ce only", ms=1e3 * spent)
     meter.say("loss", impl="liger", ms=1e3 * meter.seconds(lambda: one(impl="liger")))
+
+
+def _has_none(_: Tensor) -> bool:
+    """As on a device whose products of bfloat16 are bfloat16."""
+    return False
 
 
 def _loss_of(meter: Meter) -> Callable[..., Tensor]:
@@ -184,16 +188,11 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _add_into_float32(total_Vd: Tensor, d_logits_CV: Tensor, hidden_Cd: Tensor) -> None:
-    """CUDA: one product of narrow factors, added to a float32 sum."""
-    torch.addmm(total_Vd, d_logits_CV.t(), hidden_Cd, out_dtype=torch.float32, out=total_Vd)
-
-
 # -- Scoring -------------------------------------------------------------------------------------
 
 
 def score(meter: Meter) -> None:
-    """Teachers of two sizes, in rows of two sizes, with reads of two kinds."""
+    """Teachers of two sizes, in rows of two sizes, with reads of two kinds; then compiled."""
     for shape in (meter.shape,) if meter.is_quick else ("qwen2.5-1.5b", "qwen2.5-7b"):
         _score(meter, shape)
         free()
@@ -207,57 +206,50 @@ def _score(meter: Meter, shape: str) -> None:
         model = load_model(folder, dtype="bfloat16", device=meter.device)
     rollouts = make_rollouts(8 if meter.is_quick else 128, 64, 16 if meter.is_quick else 384)
     pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
-    reads = [("now", read_hidden), *([("fused", fused_read)] if meter.is_cuda else [])]
     for row_tokens in (4096, 16384):
-        rows = packed_rows(pairs, row_tokens, meter.device)
-        tokens = sum(batch.cu_seqlens[-1] for batch, _ in rows)
-        bare = meter.seconds(lambda rows=rows: bare_pass(model, rows, everywhere=False), repeats=2)
-        figures: dict[str, Any] = {"bare": tokens / bare}
-        for name, read in reads:
-            for chunk in (512, 2048):
-                teacher, run = _scoring(model, shape, row_tokens, chunk, rollouts)
-                with patch.object(in_process, "read_hidden", read):
-                    spent = meter.seconds(run, repeats=2)
-                figures[f"{name}, chunk {chunk}"] = {
-                    "tok_s": tokens / spent,
-                    "of_bare": bare / spent,
-                    "divisor": teacher._fitting.divisor,
-                }
-        meter.say("score", shape=shape, row_tokens=row_tokens, **figures)
+        _reads(meter, model, shape, row_tokens, rollouts, pairs)
+    _, run = _scoring(model, shape, 16384, 2048, rollouts)
     if meter.is_cuda:  # CUDA
-        _, run = _scoring(model, shape, 16384, 512, rollouts)
         meter.say("score", shape=shape, profile=meter.profile(run))
+    if shape != meter.shape:  # compiling takes its time, and is told by one model
+        return
+    compile_layers(model, meter.device, "score.compile")
+    spent = meter.seconds(run, repeats=2)
+    tokens = sum(batch.cu_seqlens[-1] for batch, _ in packed_rows(pairs, 16384, meter.device))
+    meter.say("score", shape=shape, row_tokens=16384, compiled={"tok_s": tokens / spent})
+
+
+def _reads(
+    meter: Meter, model: Any, shape: str, row_tokens: int, rollouts: Any, pairs: Any
+) -> None:
+    """A bare pass, and scoring with logits read once in float32, or as it was."""
+    rows = packed_rows(pairs, row_tokens, meter.device)
+    tokens = sum(batch.cu_seqlens[-1] for batch, _ in rows)
+    bare = meter.seconds(lambda: bare_pass(model, rows, everywhere=False), repeats=2)
+    figures: dict[str, Any] = {"bare": tokens / bare}
+    for name, impl in (("now", "auto"), ("before", "torch")):
+        products = lm_head.has_wide_products if name == "now" else _has_none
+        for chunk in (512, 2048):
+            teacher, run = _scoring(model, shape, row_tokens, chunk, rollouts, impl)
+            with patch.object(lm_head, "has_wide_products", products):
+                spent = meter.seconds(run, repeats=2)
+            figures[f"{name}, chunk {chunk}"] = {
+                "tok_s": tokens / spent,
+                "of_bare": bare / spent,
+                "divisor": teacher._fitting.divisor,
+            }
+    meter.say("score", shape=shape, row_tokens=row_tokens, **figures)
 
 
 def _scoring(
-    model: Any, shape: str, row_tokens: int, chunk: int, rollouts: Any
+    model: Any, shape: str, row_tokens: int, chunk: int, rollouts: Any, impl: Any = "auto"
 ) -> tuple[in_process.PrefillModel, Callable[[], object]]:
     config = ScoreConfig(row_tokens=row_tokens, head_chunk=chunk)
-    teacher = in_process.PrefillModel(model, "teacher", SHAPES[shape][0], config)
+    teacher = in_process.PrefillModel(model, "teacher", SHAPES[shape][0], config, impl)
     scorer = TeacherStudentScorer(
         teacher, lambda _: teacher, top_k=TOP_K, needs_ifd=False, needs_student_pass=False
     )
     return teacher, lambda: scorer.score(rollouts)
-
-
-def fused_read(
-    hidden_Nd: Tensor, head: Head, choose: Callable[[slice, Tensor], Tensor], chunk: int
-) -> tuple[Tensor, Tensor]:
-    """CUDA: as `read_hidden`, from logits of the model's own type, each read once by a kernel.
-
-    For heads without bias, scale and softcap.
-    """
-    from npd.train.triton_passes import TritonPasses
-
-    passes, found = TritonPasses(), []
-    for start in range(0, len(hidden_Nd), chunk):
-        part = slice(start, start + chunk)
-        logits_CV = F.linear(hidden_Nd[part].to(head.weight.dtype), head.weight)
-        nothing_C0 = logits_CV.new_empty((len(logits_CV), 0), dtype=torch.float32)
-        sums_C = passes.tail_stats(logits_CV, head, None, nothing_C0).log_sum_C
-        ids = choose(part, logits_CV)
-        found.append((ids, logits_CV.gather(1, ids).float() - sums_C[:, None]))
-    return torch.cat([ids for ids, _ in found]), torch.cat([logprobs for _, logprobs in found])
 
 
 # -- Decoding ------------------------------------------------------------------------------------

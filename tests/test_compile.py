@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from cli_fixture import Shell
-from npd.config import LoraConfig, LossConfig
+from npd.config import LoraConfig, LossConfig, ScoreConfig
 from npd.errors import ConfigError, ModelError
+from npd.models.kernels import compile as compiling
+from npd.models.kernels.compile import check_compilers, compile_layers
 from npd.models.loading import decoding, load_model
-from npd.train.compile import check_compilers, compile_layers
+from npd.score import build_scorer, in_process
 from npd.types import Row, Segment, Step
 from rank_bench import gradients_of, on_ranks
 from test_ranks import check_alike, check_same, factory_of, samples, segment_on  # noqa: F401
@@ -199,6 +204,62 @@ def test_evaluating_and_decoding_compile_nothing(samples, tiny_model_dir):  # no
     assert num_graphs() > 0
 
 
+def scorer_of(teacher_dir, student_dir, **settings):
+    scorer = build_scorer(
+        ScoreConfig(**{"top_k": 6, "row_tokens": 64, "dtype": "float32", **settings}),
+        teacher=teacher_dir, vocab_size=300, needs_ifd=True, needs_student_pass=True,
+        support="topk", device="cpu", trust_remote_code=False, seed=0,
+    )  # fmt: skip
+    scorer.load_student(student_dir, 0)
+    return scorer
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_compiled_scorers_give_the_same_scores(tiny_model_dir, tiny_teacher_dir):
+    """Few compilations, whatever the rows; those of a snapshot serve the next, which is let go."""
+    rng = np.random.default_rng(0)
+    rollouts = make_rollouts(lengths=[tuple(rng.integers(1, 30, 2)) for _ in range(40)])
+    same_prompt = [replace(r, sample_id=90 + i, prompt_ids=rollouts[0].prompt_ids,
+                           header_ids=rollouts[0].header_ids)
+                   for i, r in enumerate(rollouts[1:9])]  # fmt: skip
+    plain = scorer_of(tiny_teacher_dir, tiny_model_dir, compile=False)
+    expected = plain.score(rollouts)
+    assert num_graphs() == 0
+    scorer = scorer_of(tiny_teacher_dir, tiny_model_dir, compile=True)
+    for kernel, want in zip(scorer.score(rollouts), expected, strict=True):
+        assert kernel.topk_ids.tolist() == want.topk_ids.tolist()
+        np.testing.assert_allclose(kernel.topk_logprobs, want.topk_logprobs, atol=1e-4)
+        for name in ("nll_teacher", "nll_teacher_alone", "nll_student", "nll_student_alone"):
+            assert getattr(kernel, name) == pytest.approx(getattr(want, name), abs=1e-4)
+    first = num_graphs()
+    assert 0 < first <= 3 * GRAPHS, "teacher and student have other sizes"
+    scorer.score(same_prompt)
+    for count in range(1, 9):
+        scorer.score(rollouts[:count])
+    let_go = weakref.ref(scorer._student._model)
+    for version in range(1, 4):
+        scorer.load_student(tiny_model_dir, version)
+        scorer.score(rollouts[:5])
+    gc.collect()
+    assert let_go() is None
+    assert num_graphs() == first
+
+
+def test_auto_compiles_where_a_gpu_has_a_compiler(tiny_model_dir, monkeypatch):
+    model, auto = load_model(tiny_model_dir), ScoreConfig()
+    assert not in_process._is_compiled(model, auto, "cpu")
+    assert in_process._is_compiled(model, ScoreConfig(compile=True), "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(compiling, "check_compilers", lambda device: None)
+    compiling.builds_kernels.cache_clear()
+    assert in_process._is_compiled(model, auto, "cuda:1")
+    assert not in_process._is_compiled(model, ScoreConfig(compile=False), "cuda")
+    model._no_split_modules = None
+    assert not in_process._is_compiled(model, auto, "cuda"), "it names no layers"
+    compiling.builds_kernels.cache_clear()
+
+
 @pytest.mark.usefixtures("compiler")
 def test_a_model_without_named_layers_is_refused(tiny_model_dir):
     model = load_model(tiny_model_dir)
@@ -217,7 +278,7 @@ def test_a_missing_compiler_is_told(device, variable, words, monkeypatch, tmp_pa
         check_compilers(device, has_triton=True)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="install it, or leave"):
+    with pytest.raises(ConfigError, match=r"install it, or set train\.compile: false"):
         check_compilers(device, has_triton=True)
 
 
@@ -241,3 +302,9 @@ def test_it_is_told_before_anything_starts(
     assert "FAIL  compiler" in found.out
     assert "train.compile needs a C++ compiler" in shell.npd("run", "run.yaml").complaint(2)
     assert not shell.layout.root.exists()
+    shell.write(score={"compile": True})
+    assert "score.compile needs a C++ compiler" in shell.npd("run", "run.yaml").complaint(2)
+    shell.write(score={"compile": "auto"})
+    assert "FAIL  compiler" not in shell.npd("doctor", "run.yaml").out
+    ranks = ("--set", "score.compile=true", "--set", "score.ranks=2", "--set", "runtime.kind=local")
+    assert "set score.compile: auto" in shell.npd("run", "run.yaml", *ranks).complaint(2)

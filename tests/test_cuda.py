@@ -19,6 +19,7 @@ import npd
 from npd.config import GenerateConfig, LoraConfig, LossConfig, ScoreConfig, TrainConfig
 from npd.generate.in_process import TransformersGenerator
 from npd.models.device import on_device
+from npd.models.kernels.products import add_wide_product, has_wide_products, wide_product
 from npd.models.loading import load_model
 from npd.models.packed_attention import _on_device
 from npd.score import build_scorer
@@ -61,6 +62,19 @@ def test_kernels_are_the_chunked_loss():
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_products_are_not_rounded(dtype):
+    left, right = (torch.randn(100, 100, device="cuda", dtype=dtype) for _ in range(2))
+    if not has_wide_products(left):
+        pytest.skip(f"torch {torch.__version__} has no float32 products of {dtype} here")
+    total = torch.randn(100, 100, device="cuda")
+    expected = left.double() @ right.double()
+    torch.testing.assert_close(wide_product(left, right), expected.float())
+    expected += total.double()
+    add_wide_product(total, left, right)
+    torch.testing.assert_close(total, expected.float())
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("bfloat16", 0.15)])

@@ -342,6 +342,34 @@ def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, voc
     assert 0.8 < forecast / peak_of(work, tmp_path / "trace.json") < 1.45
 
 
+@pytest.mark.parametrize(("dtype", "vocabulary"), [("bfloat16", 512), ("float32", 32_768)])
+def test_a_prefills_forecast_is_what_the_scorer_allocates(tmp_path, dtype, vocabulary):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from npd.control.memory import parts_by_process
+    from npd.score.base import LogprobRequest
+    from npd.score.in_process import load_prefill_model
+
+    shape = LlamaConfig(hidden_size=256, intermediate_size=1408, num_hidden_layers=4,
+        vocab_size=vocabulary, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
+    config = RunConfig(
+        student=str(tmp_path / "model"),
+        teacher=str(tmp_path / "model"),
+        schedule={"epochs": 10, "refresh": "never"},
+        score={"row_tokens": 4096, "head_chunk": 64, "dtype": dtype},
+        data={"max_prompt_tokens": 512},
+        filter={"name": "none"},
+    )
+    teacher = load_prefill_model(config.score, tmp_path / "model", 300, device="cpu")
+    ids = np.arange(128, dtype=np.int32) % 300
+    documents = {i: LogprobRequest(ids[: 1 + i], ids, 10) for i in range(28)}
+    parts = parts_by_process(config, size_of(config.student))["scorer-0"]
+    forecast = {part.what.split()[0]: part.bytes for part in parts}
+    found = peak_of(lambda: teacher.read(documents), tmp_path / "trace.json")
+    assert 0.7 < max(forecast["prefill"], forecast["logits"]) / found < 1.6, (forecast, found)
+
+
 def test_what_the_heap_keeps_is_of_cpus_checkpointing_and_small_blocks(tmp_path):
     make_model(0).save_pretrained(tmp_path)
     size = size_of(str(tmp_path))

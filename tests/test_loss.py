@@ -246,7 +246,8 @@ def test_rows_that_do_not_fit_one_block():
 
 def test_chunks_are_chosen_by_vocabulary_and_device():
     assert [chunk_for(v, is_cpu=True) for v in (304, 49_152, 151_936)] == [55_168, 320, 256]
-    assert [chunk_for(v, is_cpu=False) for v in (49_152, 151_936, 10**6)] == [3200, 1024, 256]
+    sizes = [chunk_for(v, is_cpu=False) for v in (300, 49_152, 151_936, 262_144, 10**7)]
+    assert sizes == [4096, 4096, 4096, 2432, 256]
 
 
 @pytest.mark.parametrize("head", ["scale", "softcap", "bias", "all"])
@@ -538,16 +539,30 @@ def test_a_kept_graph_gives_the_same_gradient_again():
         torch.testing.assert_close(free.grad, times * run(hidden, weight, labels, ids, logprobs)[1])
 
 
-def test_a_second_backward_pass_leaves_the_first_ones_gradients_alone():
-    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2)
-    want = run(hidden, weight, labels, ids, logprobs)[1:3]
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_every_backward_pass_of_a_kept_graph_is_exact(impl, dtype):
+    """Whatever the factors of the passes before it, 0 included; and theirs stay as they are."""
+    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2, dtype=dtype)
+    want = run(hidden, weight, labels, ids, logprobs, impl=impl)[1:3]
     free = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    loss = near_policy_loss(free[0], free[1], labels, ids, logprobs).loss
-    factors = (-2.5, 1.0, 4.0)  # not 1 at first, so that gradients are scaled in place
+    loss = near_policy_loss(*free, labels, ids, logprobs, impl=impl).loss
+    factors = (0.0, 1.0, -2.0, 0.0, 1.0, 4.0)  # powers of two are exact in every type
     found = [torch.autograd.grad(factor * loss, free, retain_graph=True) for factor in factors]
     for factor, got in zip(factors, found, strict=True):
         for gradient, whole in zip(got, want, strict=True):
-            torch.testing.assert_close(gradient, factor * whole)
+            torch.testing.assert_close(gradient, factor * whole, atol=0, rtol=0)
+
+
+def test_the_usual_backward_pass_copies_no_gradient():
+    """On a CPU the head's gradient is handed on as it is."""
+    case = make_case(3, 1003, 2, dim=64, dtype=torch.float32)
+    free = [tensor.requires_grad_() for tensor in case[:2]]
+    for factor, most in ((1.0, 1), (2.0, free[1].numel())):
+        loss = near_policy_loss(*free, *case[2:]).loss
+        with _Largest() as largest:
+            torch.autograd.grad(loss, free, torch.tensor(factor))
+        assert largest.numel == most
 
 
 def test_only_what_is_asked_for_gets_a_gradient():

@@ -202,6 +202,59 @@ def test_a_step_in_parts_is_the_step(tiny_model_dir, teacher, small_device, capl
     assert said[-1] == "step 0: out of memory with train.row_tokens 64: going on with 32"
 
 
+@pytest.mark.parametrize("where", ["loss", "everywhere"])
+def test_a_sample_that_does_not_fit_gets_smaller_chunks(
+    tiny_model_dir, teacher, caplog, where  # noqa: F811
+):  # fmt: skip
+    """First rows down to single samples, then the loss's chunks: the numbers are the step's."""
+    samples = [score(teacher, own(teacher, r)) for r in make_rollouts(lengths=LENGTHS)]
+    rows, loss = [[0], [1, 2, 3, 4, 5, 6, 7]], LossConfig(target="tail", chunk=256)
+    expected = make_trainer(tiny_model_dir, samples, loss=loss)
+    steps = expected.train(segment_of(samples, rows, steps=3)).steps
+    trainer = make_trainer(tiny_model_dir, samples, loss=loss)
+    tried = []
+
+    def is_full(module, given):
+        parts = np.diff(given[0].packed.cu_seqlens)
+        tried.append((sum(parts), module.chunk))
+        if where == "everywhere" or (module.chunk or 256) > 5:
+            raise FULL[0]
+
+    hook = trainer._objective.register_forward_pre_hook(is_full)
+    with caplog.at_level(logging.WARNING):
+        if where == "everywhere":
+            segment = segment_of(samples, rows, steps=3)
+            with pytest.raises(
+                RunError, match=r"with a sample of 18 tokens and loss\.chunk 1: set"
+            ):
+                trainer.train(segment)
+            return
+        found = trainer.train(segment_of(samples, rows, steps=3)).steps
+    said = [record.message.removeprefix("step 0: out of memory with ") for record in caplog.records]
+    assert said == [
+        *(f"train.row_tokens {256 // n}: going on with {128 // n}" for n in (1, 2, 4, 8)),
+        "loss.chunk 256: going on with 16",  # at once below the longest sample, of 18 tokens
+        "loss.chunk 16: going on with 8",
+        "loss.chunk 8: going on with 4",
+    ]
+    assert {chunk for _, chunk in tried[-3:]} == {4}, "it is remembered"
+    for a, b in zip(steps, found, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+    for name, weights in weights_of(expected).items():
+        torch.testing.assert_close(weights_of(trainer)[name], weights, rtol=1e-3, atol=1e-5)
+    hook.remove()
+
+
+def test_the_whole_logits_have_no_chunks(tiny_model_dir, small_device):
+    rollouts = make_rollouts()
+    loss = LossConfig(impl="reference", kd_weight=0.0)
+    trainer = make_trainer(tiny_model_dir, rollouts, FP32, loss=loss)
+    small_device(trainer.model.get_input_embeddings(), 0)
+    with pytest.raises(RunError, match=r"with a sample of \d+ tokens: set train"):
+        trainer.train(segment_of(rollouts, [[0, 1], [2, 3]]))
+
+
 def test_moments_that_do_not_fit_are_named(tiny_model_dir, monkeypatch):
     rollouts = make_rollouts()
     trainer = make_trainer(tiny_model_dir, rollouts, FP32)

@@ -309,7 +309,10 @@ def test_a_forecast_lists_what_is_where(models):
         trainer.says
     )
     assert "(row of 32,768 tokens)" in trainer.says
-    assert "scorer-0 14.2 (teacher) + 2.9 (snapshot) + 0.6 (logits)" in scorer.says
+    assert (
+        "scorer-0 14.2 (teacher) + 2.9 (snapshot) + 2.2 (prefill of 16,384 tokens)" in scorer.says
+    )
+    assert " + 2.3 (logits)" in scorer.says
     assert "generator-0 2.9 (weights) + 1.3 (KV cache of 32 x 1,536 tokens)" in generator.says
     assert trainer.says.endswith("or lower train.row_tokens or loss.chunk")
     (alone,) = forecast(models, "24GB", student="7b", train={"activation_checkpointing": True})
@@ -407,10 +410,89 @@ def test_activations_are_recomputed_where_a_row_would_not_fit(models, machine, s
     config = with_defaults(make(**paths, **settings), parse_gpus(machine))
     assert config.train.activation_checkpointing is is_on
     notes = chosen(make(**paths, **settings), config)
-    assert any("recomputed" in note for note in notes) is is_on
+    assert any("activations are recomputed" in note for note in notes) is is_on
     # The preset's default fits the cards that the documentation names.
     if is_on:
         assert all(check.status == "ok" for check in memory_checks(config, parse_gpus(machine)))
+
+
+CPU, SMALL, LARGE = (4096, 512), (8192, 1024), (16_384, 2048)
+ON_GPU_1 = {"score": {"gpus": [1]}}
+NEVER = {"schedule": {"epochs": 10, "refresh": "never"}}
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "sizes"),
+    [
+        ("1x141GB", {}, LARGE),
+        ("8x80GB", {}, LARGE),
+        # What the trainer lacks elsewhere is no reason to score in small rows.
+        ("3x24GB", {"student": "7b", "teacher": "0.5b"}, LARGE),
+        # Beside a trainer the scorer gives way before activations are recomputed.
+        ("1x80GB", {"train": {"activation_checkpointing": False}}, CPU),
+        ("1x40GB", {"student": "0.5b", "teacher": "1.5b"}, LARGE),
+        ("3x24GB", {"student": "0.5b", **ON_GPU_1}, LARGE),
+        ("3x20GB", {"student": "0.5b", **ON_GPU_1}, SMALL),
+        ("3x18GB", {"student": "0.5b", **ON_GPU_1}, CPU),
+        ("3x8GB", {"student": "0.5b", **ON_GPU_1}, CPU),
+        ("1x141GB", {"score": {"head_chunk": 7}}, (16_384, 7)),
+        ("1x141GB", {"score": {"row_tokens": 5000}}, (5000, 2048)),
+        ("1x141GB", {"score": {"engine": "vllm", "urls": ["http://a:1"]}}, CPU),
+        ("1x141GB", {"student": "nowhere"}, LARGE),
+        # Rows bound completions, which must not depend on the machine.
+        ("1x141GB", {"generate": {"source": "dataset"}, **NEVER}, (4096, 2048)),
+        ("1x141GB", {"generate": {"source": "dataset"}, **NEVER,
+                     "data": {"max_completion_tokens": 99}}, LARGE),
+    ],
+)  # fmt: skip
+def test_the_scorers_rows_are_what_fits(models, machine, settings, sizes):
+    settings = {"student": "1.5b", "teacher": "7b", **settings}
+    paths = {role: str(models / settings.pop(role)) for role in ("student", "teacher")}
+    config = with_defaults(make(**paths, **settings), parse_gpus(machine))
+    assert config.score.sizes == sizes
+    # What is recorded loads again.
+    assert RunConfig.model_validate(config.model_dump()).score == config.score
+
+
+def test_on_a_cpu_the_sizes_are_those_they_were(models):
+    asked = make(student=str(models / "1.5b"), device="cpu")
+    config = with_defaults(asked)
+    assert config.score.sizes == CPU
+    assert config.loss.chunk is None
+    assert chosen(asked, config) == ()
+    assert with_defaults(config) is not asked
+    everything = config.model_copy(update={"loss": config.loss.model_copy(update={"chunk": 9})})
+    assert with_defaults(everything) is everything
+
+
+def test_on_ray_each_scorer_decides_by_its_device():
+    config = with_defaults(make(kind="ray", runtime={"ray": {"address": "auto"}}))
+    assert (config.score.row_tokens, config.score.head_chunk) == ("auto", "auto")
+
+
+def test_the_losss_chunk_is_what_fits(models):
+    """A fourth, before activations are recomputed; a chunk that was asked for stays."""
+    paths = {"student": str(models / "0.5b"), "teacher": str(models / "0.5b")}
+    alone = {**paths, **ON_GPU_1}
+    for size, rows, expected in ((80, 8192, (None, False)), (24, 8400, (1024, False)),
+                                 (24, 16_384, (None, True))):  # fmt: skip
+        asked = make(**alone, train={"row_tokens": rows})
+        config = with_defaults(asked, parse_gpus(f"2x{size}GB"))
+        assert (config.loss.chunk, config.train.activation_checkpointing) == expected, size
+        notes = chosen(asked, config)
+        assert len(notes) == (expected != (None, False))
+        if expected[0]:
+            assert "the loss takes 1,024 tokens at once" in notes[0]
+    fixed = make(**alone, train={"row_tokens": 8400}, loss={"chunk": 4096})
+    assert with_defaults(fixed, parse_gpus("2x24GB")).loss.chunk == 4096
+
+
+def test_a_lone_scorer_has_the_gpu_to_itself(models):
+    """As in `npd score`."""
+    config = make(student=str(models / "1.5b"), teacher=str(models / "7b"), scorers=4)
+    gpus = parse_gpus("1x22GB")
+    assert with_defaults(config, gpus).score.sizes == CPU
+    assert with_defaults(config, gpus, alone="scorer").score.sizes == SMALL
 
 
 def test_a_lone_trainer_has_the_gpu_to_itself(models):
@@ -420,9 +502,9 @@ def test_a_lone_trainer_has_the_gpu_to_itself(models):
     config = make(**paths, **rows, score={"dtype": "float32"})
     gpus = parse_gpus("1x80GB")
     assert with_defaults(config, gpus).train.activation_checkpointing is True
-    assert with_defaults(config, gpus, alone=True).train.activation_checkpointing is False
+    assert with_defaults(config, gpus, alone="trainer").train.activation_checkpointing is False
     spread = make(**paths, ranks=4, score={"gpus": [0]})
-    assert with_defaults(spread, gpus, alone=True).train.activation_checkpointing is True
+    assert with_defaults(spread, gpus, alone="trainer").train.activation_checkpointing is True
 
 
 def test_a_servers_share_is_all_it_takes(models):

@@ -138,6 +138,14 @@ def test_a_run_ends_with_a_student_a_report_and_balanced_books(whole, tiny_model
         assert [row.version for row in ledger.snapshots()] == [0, 1]
 
 
+def test_the_record_has_what_auto_came_to(whole):
+    layout = RunLayout(whole[0].directory)
+    record = json.loads(layout.config_json.read_text())["config"]
+    assert record["score"]["row_tokens"] == 256, "as it was asked for"
+    assert record["score"]["head_chunk"] == 512
+    assert record["train"]["activation_checkpointing"] is False
+
+
 def test_the_student_moves_towards_the_teacher(make):
     schedule = {"epochs": 24, "reuse": 4, "refresh": {"at_epochs": [8, 16]}}
     result = npd.run(make(schedule=schedule, loss={"target": "tail"}), view=QuietView())

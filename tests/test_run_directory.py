@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from npd.control.resume_checks import as_recorded
 from npd.control.run_directory import missing_folder, open_directory, remove_unless_started
 from npd.control.run_record import load_run
 from npd.data.inputs import RunInputs
@@ -113,7 +114,7 @@ def test_a_damaged_ledger_is_not_taken_for_an_empty_one(begun):
         ("train", {"compile": True}),
         ("loss", {"impl": "reference"}),
         ("loss", {"chunk": 7}),
-        ("score", {"row_tokens": 77, "head_chunk": 7}),
+        ("score", {"row_tokens": 77, "head_chunk": 7, "compile": True}),
         ("generate", {"batch_size": 3}),
         ("eval", {"batch_size": 3}),
     ],
@@ -124,6 +125,27 @@ def test_what_decides_nothing_may_change(make, section, changes):
     opened(config, resume=False)
     changed = getattr(config, section).model_copy(update=changes)
     opened(config.model_copy(update={section: changed}), resume=True)
+
+
+def test_what_was_decided_at_the_start_stays_so(make):
+    """`auto` is what the record says, whatever this machine would make of it; numbers are not."""
+    asked = make()
+    assert as_recorded(asked) is asked, "there is no record yet"
+    started = asked.model_copy(
+        update={
+            "score": asked.score.model_copy(update={"row_tokens": 8192, "head_chunk": 1024}),
+            "train": asked.train.model_copy(update={"activation_checkpointing": True}),
+            "loss": asked.loss.model_copy(update={"chunk": 77}),
+        }
+    )
+    opened(started, resume=False)
+    auto = asked.score.model_copy(update={"row_tokens": "auto"})
+    found = as_recorded(asked.model_copy(update={"score": auto}))
+    assert found.score.sizes == (8192, 1024)
+    assert found.train.activation_checkpointing is True
+    assert found.loss.chunk == 77
+    free = started.score.model_copy(update={"head_chunk": 5})
+    assert as_recorded(started.model_copy(update={"score": free})).score.sizes == (8192, 5)
 
 
 @pytest.mark.parametrize(

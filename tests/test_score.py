@@ -433,7 +433,7 @@ def test_the_loss_can_be_fed_from_hidden_states(make_scorer, tiny_teacher_dir):
     shipping = HiddenScorer(tiny_teacher_dir)
     hidden = torch.cat(shipping.score(rollouts))
     ids, logprobs = read_hidden(
-        hidden, shipping.head, lambda _, logits: top_k(logits[:, :VOCAB], 6), 7
+        hidden, shipping.head, lambda _, logits, maxima: top_k(logits[:, :VOCAB], 6, maxima), 7
     )
     assert ids.tolist() == np.concatenate([s.topk_ids for s in stored]).tolist()
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npd.config import LossConfig, TrainConfig
 from npd.errors import ModelError, RunError
+from npd.models.kernels.compile import layers_of
 from npd.models.loading import decoding
 from npd.train.batch import build_row
-from npd.train.fsdp import layers_of
 from npd.train.trainer import Trainer, build_optimizer, recompute_activations
 from npd.types import FinishReason, Rollout, Row, SampleRef, Scored, Segment, Step
 
@@ -351,7 +351,7 @@ def test_a_full_device_says_what_to_lower(tiny_model_dir):
 
     hook = trainer.model.model.norm.register_forward_hook(is_full)
     with pytest.raises(
-        RunError, match=r"step 0: .*a sample of 18 tokens: set train\.activation_ch"
+        RunError, match=r"step 0: .*a sample of 18 tokens and loss\.chunk 1: set train\.act"
     ):
         trainer.train(segment_of(rollouts, [[0, 1], [2, 3]]))
     hook.remove()

@@ -18,6 +18,7 @@ COMPILE = """
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from npd.models.kernels import row_stats as stats
 from npd.train import triton_passes as fused
 
 for is_wide in (False, True):
@@ -27,14 +28,18 @@ for is_wide in (False, True):
     }
     logits = "*fp32" if is_wide else "*bf16"
     rows = {
-        fused._tail_stats: {"top_out": "*fp32", "total_out": "*fp32", "moment_out": "*fp32"},
+        stats._row_stats: {"top_out": "*fp32", "total_out": "*fp32", "moment_out": "*fp32",
+                           "maxima_out": "*fp32"},
         fused._write_grads: {"log_sums": "*fp32", "outside": "*fp32", "labels": "*i64",
                         "label_slopes": "*fp32"},
     }
     for kernel, types in rows.items():
+        own = constants
+        if kernel is stats._row_stats:  # of the scorer, and of the loss
+            own = constants | {"GROUP": 64 if is_wide else 1, "HAS_MAXIMA": is_wide}
         signature = {"logits": logits, **types, "bias": logits}
-        signature |= dict.fromkeys(constants, "constexpr")
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        signature |= dict.fromkeys(own, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in own.items()}
         source = triton.compiler.ASTSource(kernel, signature, constexprs=places)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         assert ".entry" in made.asm["ptx"]
@@ -81,8 +86,9 @@ def test_without_kernels_it_is_chunked_and_says_so_once(is_there, caplog, monkey
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     else:
         monkeypatch.setitem(sys.modules, "triton", None)
-        monkeypatch.delitem(sys.modules, "npd.train.triton_passes", raising=False)
-    monkeypatch.delattr("npd.train.triton_passes", raising=False)
+        for name in ("npd.train.triton_passes", "npd.models.kernels.row_stats"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+            monkeypatch.delattr(name, raising=False)
     module._fall_back.cache_clear()
     case = make_case(4, 11, 3)
     want = run(*case, impl="chunked")
@@ -102,6 +108,7 @@ def test_an_unknown_implementation_is_refused():
 def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
     """On a GPU with a compiler; elsewhere the plain passes, without a word."""
     from npd.errors import ConfigError
+    from npd.models.kernels import compile as compiling
     from npd.train import loss
     from npd.train.logits_passes import TorchPasses
     from npd.train.triton_passes import TritonPasses
@@ -113,8 +120,8 @@ def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
             if not compiler:
                 raise ConfigError("no compiler")
 
-        loss._builds_kernels.cache_clear()
-        monkeypatch.setattr(loss, "check_compilers", check)
+        compiling.builds_kernels.cache_clear()
+        monkeypatch.setattr(compiling, "check_compilers", check)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
         return type(loss._passes("auto", gpu))
 
@@ -123,5 +130,5 @@ def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
     assert passes(compiler=False) is TorchPasses
     assert type(loss._passes("auto", torch.device("cpu"))) is TorchPasses
     assert type(loss._passes("chunked", gpu)) is TorchPasses
-    loss._builds_kernels.cache_clear()
+    compiling.builds_kernels.cache_clear()
     assert not caplog.records

@@ -12,11 +12,17 @@ import os
 import pytest
 import torch
 
-from npd.models.lm_head import Head
+from npd.config import ScoreConfig
+from npd.models.kernels.row_stats import row_stats
+from npd.models.lm_head import Head, read_hidden, top_k
+from npd.models.loading import load_model
+from npd.score.in_process import PrefillModel
+from npd.score.scorer import TeacherStudentScorer
 from npd.train.loss import _passes, near_policy_loss
 from npd.train.triton_passes import TritonPasses
 from test_loss import KINDS, run
 from test_loss import make_case as make_cpu_case
+from test_score import SHAPES, VOCAB, random_rollouts
 
 DEVICE = os.environ.get("FUSED_DEVICE", "cpu")
 assert os.environ["TRITON_INTERPRET"] == ("1" if DEVICE == "cpu" else "0")
@@ -130,6 +136,93 @@ def test_gradcheck(target, kind):
         return near_policy_loss(hidden, head, labels, ids, logprobs, impl="triton", **options).loss
 
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in (hidden, weight, bias)])
+
+
+def test_every_backward_pass_of_a_kept_graph_is_exact():
+    hidden, weight, labels, ids, logprobs = make_case(5, 9, 2, dtype=torch.bfloat16)
+    free = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    loss = near_policy_loss(*free, labels, ids, logprobs, impl="triton").loss
+    found = [torch.autograd.grad(f * loss, free, retain_graph=True) for f in (0.0, 1.0, 4.0)]
+    for zero, one, four in zip(*found, strict=True):
+        assert not zero.any()
+        assert one.any()
+        assert torch.equal(four, 4.0 * one)
+
+
+# The scorer's read.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [40, 64, 1003, 4096, 9000])
+def test_one_read_gives_sums_and_maxima(width, dtype):
+    logits = 5 * torch.randn(7, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    logits[1, ::3] = -math.inf
+    logits[2] *= 1e4
+    logits[3] = logits[3, 0]
+    stats = row_stats(logits, torch.float32, group=64)
+    wide = logits.float()
+    torch.testing.assert_close(stats.log_sum_C, wide.logsumexp(dim=1), rtol=1e-6, atol=1e-5)
+    assert torch.equal(stats.top_C, wide.amax(dim=1))
+    if stats.maxima_CG is None:
+        assert width < 64
+        return
+    parts = [part.amax(dim=1) for part in wide.split(64, dim=1)]
+    assert torch.equal(stats.maxima_CG, torch.stack(parts, dim=1))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_broken_and_masked_rows_are_seen():
+    logits = torch.zeros(3, 300, device=DEVICE)
+    logits[0, 7], logits[1, 299], logits[2] = math.nan, math.inf, -math.inf
+    sums = row_stats(logits, torch.float32, group=64).log_sum_C
+    assert not sums.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "shared", "k"), [(1003, 1003, 10), (9000, 8500, 10),
+                                                     (1003, 700, 1), (300, 290, 200)])  # fmt: skip
+def test_the_scorers_read_is_that_of_torch(width, shared, k, dtype):
+    """The same ids, and log-probabilities to float noise; padding ids are never among them."""
+    maker = torch.Generator().manual_seed(1)
+    weight = torch.randn(width, 32, generator=maker).to(DEVICE, dtype)
+    hidden = torch.randn(50, 32, generator=maker).to(DEVICE, dtype)
+    found = []
+    with torch.no_grad():
+        for impl in ("triton", "torch"):
+            seen = []
+
+            def choose(part, logits, maxima, seen=seen):
+                seen.append(maxima is not None)
+                return top_k(logits[:, :shared], k, maxima)
+
+            found.append(read_hidden(hidden, Head(weight), choose, 16, impl))
+            assert all(seen) is any(seen) is (impl == "triton")
+    (ids, logprobs), (expected_ids, expected) = found
+    assert torch.equal(ids, expected_ids)
+    assert ids.max() < shared
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_scores_are_those_of_torch(tiny_teacher_dir, support):
+    config = ScoreConfig(top_k=6, row_tokens=64, head_chunk=5, dtype="float32")
+    model = load_model(tiny_teacher_dir, dtype="float32", device=DEVICE)
+    found = []
+    for impl in ("triton", "torch"):
+        teacher = PrefillModel(model, "teacher", VOCAB, config, impl)
+        scorer = TeacherStudentScorer(
+            teacher, lambda _, t=teacher: t, top_k=6, needs_ifd=True, needs_student_pass=True,
+            support=support,
+        )  # fmt: skip
+        scorer.load_student(tiny_teacher_dir, 0)
+        found.append(scorer.score(random_rollouts(SHAPES)))
+    for kernel, torchs in zip(*found, strict=True):
+        assert kernel.topk_ids.tolist() == torchs.topk_ids.tolist()
+        for name in ("topk_logprobs", "teacher_logprobs"):
+            want = torch.from_numpy(getattr(torchs, name))
+            torch.testing.assert_close(torch.from_numpy(getattr(kernel, name)), want)
+        assert kernel.nll_student_alone == pytest.approx(torchs.nll_student_alone, abs=1e-5)
+        assert kernel.overlap == torchs.overlap == 1.0
 
 
 def test_kernels_are_what_ran(caplog):

@@ -121,6 +121,7 @@ def score(
     """
     from npd.score import build_scorer, open_teachers
 
+    config = with_defaults(config, alone="scorer")
     _check_new(out)
     if not config.teacher_models:
         raise ConfigError("npd score needs a teacher: set `teacher` in the config or with --set")
@@ -163,7 +164,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
     from npd.train.trainer import Trainer
 
     device = _device(config)
-    config = with_defaults(config, alone=True)
+    config = with_defaults(config, alone="trainer")
     _check_new(out)
     check_model("student", config.student, config)
     samples: Sequence[Scored | Rollout] = (

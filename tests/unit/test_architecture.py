@@ -72,6 +72,9 @@ TORCH_AT_IMPORT = {"generate", "score", "train", "evaluate"}
 TORCH_AT_IMPORT |= {
     f"models.{name}"
     for name in (
+        "kernels.compile",
+        "kernels.products",
+        "kernels.row_stats",
         "loading",
         "lm_head",
         "lora",

@@ -24,6 +24,12 @@ IDLE = {
     "loss.chunk=64 loss.impl=reference": "loss.chunk has no effect, as loss.impl is reference",
     "generate.temperature=0 generate.top_p=0.9": "generate.top_p has no effect",
     "generate.request_timeout=9": "generate.request_timeout has no effect, as generate.engine is",
+    "score.head_chunk=9 score.engine=vllm score.urls=[http://a:1]": (
+        "score.head_chunk has no effect, as score.engine is vllm"
+    ),
+    "score.compile=true score.engine=vllm score.urls=[http://a:1]": (
+        "score.compile has no effect, as score.engine is vllm"
+    ),
     "score.api_key_env=K": "score.api_key_env has no effect, as score.engine is transformers",
     "schedule.refresh.min_steps=5": "schedule.refresh.min_steps has no effect",
     "schedule.refresh=never schedule.max_lag=3": "schedule.max_lag has no effect",

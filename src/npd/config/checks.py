@@ -198,7 +198,7 @@ def _token_limit_problems(c: RunValues) -> Iterator[str]:
     longest = c.max_sample_tokens
     rows = {"train": c.train.row_tokens}
     if c.needs_scores:
-        rows["score"] = c.score.row_tokens
+        rows["score"] = c.score.least_row_tokens
     for section, row_tokens in rows.items():
         if longest > row_tokens:
             yield (

@@ -104,6 +104,8 @@ def _generate(c: RunValues) -> Iterator[tuple[bool, str, str]]:
         keys = " ".join(f"{name}.{key}" for key in _CLIENT.split())
         yield not section.is_served, keys, f"{name}.engine is transformers"
     yield not g.is_served, "generate.refresh_timeout", "generate.engine is transformers"
+    here = "score.head_chunk score.compile"
+    yield c.score.is_served, here, f"score.engine is {c.score.engine}"
 
 
 def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:

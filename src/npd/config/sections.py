@@ -6,7 +6,7 @@ Each section is validated alone; `npd.config.checks` validates across sections. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -148,16 +148,34 @@ class GenerateConfig(ServedConfig, _Generation):
     """The source of the responses, how they are sampled, and the engine that decodes."""
 
 
+class ScoreSizes(NamedTuple):
+    """How much a scorer reads at once: tokens of a row, and positions with logits."""
+
+    row_tokens: int
+    head_chunk: int
+
+
+# What `auto` comes to on a GPU: the first that fits by forecast. On a CPU, and for servers, it is
+# the last. On GPUs not measured.
+SCORE_SIZES = (ScoreSizes(16_384, 2048), ScoreSizes(8192, 1024), ScoreSizes(4096, 512))
+SIZES_ON_GPU, SIZES_ON_CPU = SCORE_SIZES[0], SCORE_SIZES[-1]
+
+
 class _Scoring(Section):
     """The teacher's outputs to store, and how the teacher scores."""
 
     top_k: Positive = 10
     """Teacher token ids stored per position: the top k, or k sampled ids with
     `loss.target: sampled`."""
-    row_tokens: Positive = 4096
-    """Tokens in one packed prefill; with a server, concurrent prompt tokens."""
-    head_chunk: Positive = 512
-    """Number of response positions whose logits exist at once."""
+    row_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens in one packed prefill; with a server, concurrent prompt tokens. `auto`: 4,096 on a CPU
+    and for a server, 16,384 on GPUs or, if by forecast that would not fit, less."""
+    head_chunk: Positive | Literal["auto"] = "auto"
+    """Number of response positions whose logits exist at once. `auto`: 512 on a CPU, 2,048 on GPUs
+    or, if by forecast that would not fit, less."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers of teachers and snapshots in process with torch.compile. `auto`: on GPUs
+    with a compiler and Triton (never measured on one). Not with `ranks`."""
     student_pass: Literal["auto", "always"] = "auto"
     """`auto` takes the student's conditional NLL from the rollout if it is there; `always` computes
     it."""
@@ -175,6 +193,23 @@ class _Scoring(Section):
 
 class ScoreConfig(ServedConfig, _Scoring):
     """The teacher's outputs to store at each response position, and the engine that scores."""
+
+    @property
+    def least_row_tokens(self) -> int:
+        """Tokens that a row holds wherever it is; the least that `auto` comes to."""
+        return SIZES_ON_CPU.row_tokens if self.row_tokens == "auto" else self.row_tokens
+
+    @property
+    def sizes(self) -> ScoreSizes:
+        """Rows and head chunks, `auto` being decided."""
+        assert self.row_tokens != "auto"
+        assert self.head_chunk != "auto"
+        return ScoreSizes(self.row_tokens, self.head_chunk)
+
+    def with_sizes(self, sizes: ScoreSizes) -> Self:
+        """The section with these in place of `auto`."""
+        autos = {name: n for name, n in sizes._asdict().items() if getattr(self, name) == "auto"}
+        return self.model_copy(update=autos) if autos else self
 
 
 class FilterConfig(Section):
@@ -393,17 +428,19 @@ class ObserveConfig(Section):
     """Write trace.json for Perfetto (trace.jsonl is written in any case)."""
 
 
-# Logits that exist at once: 32 MiB of bfloat16 on a CPU, 304 MiB elsewhere. Chunks smaller than the
-# minimum slow down matmuls and the sum of the head's gradient (us/token, CPU: 64 tokens 614, 128
-# 472, 256 408, 512 396, 1,024 391; H200 with kernels, V = 151,936: 128 27.4, 832 5.7, 1,024 4.6).
-# The size does not change the result.
-_LOGITS, _LOGITS_ON_CPU, _LEAST_CHUNK = 152 * 2**20, 2**24, 256
+# Logits that exist at once: 32 MiB of bfloat16 on a CPU, at most 1.2 GiB elsewhere. Chunks smaller
+# than the minimum slow down matmuls and the sum of the head's gradient (us/token, CPU: 64 tokens
+# 614, 128 472, 256 408, 512 396, 1,024 391; H200 with kernels, V = 151,936: 128 27.4, 832 5.7,
+# 1,024 4.6). Each chunk reads and writes that sum once, so on a GPU four times as many tokens at
+# once move a quarter (not measured beyond 1,024). The size does not change the result.
+_LOGITS, _LOGITS_ON_CPU = 608 * 2**20, 2**24
+_LEAST_CHUNK, _LARGEST_CHUNK = 256, 4096
 
 
 def chunk_for(vocabulary: int, *, is_cpu: bool) -> int:
-    """The default number of tokens whose logits exist at once: at least 256."""
-    tokens = (_LOGITS_ON_CPU if is_cpu else _LOGITS) // vocabulary
-    return max(_LEAST_CHUNK, tokens // 64 * 64)
+    """The default number of tokens whose logits exist at once: at least 256, on GPUs to 4,096."""
+    tokens = (_LOGITS_ON_CPU if is_cpu else _LOGITS) // max(1, vocabulary) // 64 * 64
+    return max(_LEAST_CHUNK, tokens if is_cpu else min(_LARGEST_CHUNK, tokens))
 
 
 class LossConfig(Section):
@@ -424,7 +461,8 @@ class LossConfig(Section):
     runs); `auto` is `triton` where it runs; `reference` holds full logits and is for tests."""
     chunk: Positive | None = None
     """Number of response positions whose logits exist at once; null chooses by vocabulary and
-    device."""
+    device: at least 256 on a CPU, up to 4,096 on GPUs, or less if by forecast that would not
+    fit."""
     skip_after: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Exclude from the loss the `skip_tokens` tokens after a token whose teacher probability is
     below this, e.g. 0.01 (docs/method.md). Metrics cover the tokens trained on. 0 excludes none."""

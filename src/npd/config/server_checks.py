@@ -283,6 +283,10 @@ def ranks_problems(c: RunValues) -> Iterator[str]:
             f"{ranks} is for a teacher in process, but score.engine {c.score.engine} is a server: "
             "set score.ranks: 1 and score.launch.tensor_parallel"
         )
+    if c.score.compile is True:
+        yield (
+            f"{ranks} splits layers, which score.compile does not compile: set score.compile: auto"
+        )
     if c.generate.source == "teacher" and not c.generate.is_served:
         yield (
             f"{ranks} does not apply to generate.source teacher, which decodes in one process: set "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from npd.config import LaunchConfig, RunConfig, ServedConfig, TeacherConfig, TrainConfig
-from npd.config.sections import chunk_for
+from npd.config.sections import SCORE_SIZES, SIZES_ON_CPU, SIZES_ON_GPU, ScoreSizes, chunk_for
 from npd.control.placement import (
     assign_gpus,
     is_given_to_server,
@@ -37,6 +37,10 @@ _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 19, 4
 # `hidden` a layer. (One backward pass: 3.6 GiB resident, 2.0 with MALLOC_MMAP_THRESHOLD_=2097152.)
 _HEAP_BLOCK, _LEFT_IN_HEAP = 32 * 2**20, 4
 _BYTES = {"bfloat16": 2, "float32": 4}
+# Values of size `hidden` and `intermediate` that a token of a prefill has in its layer at once.
+_READ_HIDDEN, _READ_INTERMEDIATE = 4, 3
+# The share of the usual chunk that the loss takes where memory is short: a fourth.
+_FEWER = 4
 # What a process holds on a GPU besides its tensors: a context, kernels, the allocator's slack.
 _CONTEXT_BYTES = GIB // 2
 # vLLM's share of a GPU unless --gpu-memory-utilization says otherwise.
@@ -107,35 +111,107 @@ def gpu_ids() -> dict[str, str]:
     return {gpu.number: gpu.uuid for gpu in driver_gpus()}
 
 
+class _Choice(NamedTuple):
+    """What `auto` comes to; a `chunk` of None is the loss's usual one."""
+
+    recomputes: bool
+    chunk: int | None
+    sizes: ScoreSizes
+
+
+_Places = Sequence[tuple[Gpu, dict[str, list[Part]]]]
+
+
 def with_defaults(
-    config: RunConfig, gpus: Sequence[Gpu] | None = None, *, alone: bool = False
+    config: RunConfig, gpus: Sequence[Gpu] | None = None, *, alone: str = ""
 ) -> RunConfig:
     """The config with `auto` decided, where devices and the forecast decide. Raises nothing.
 
-    `runtime.share` is `phases` if all models of the run are on one GPU.
-    `train.activation_checkpointing` is on if a full row would take the trainer's GPU above what it
-    has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`. `alone`: the
-    trainer is one process, on the first GPU, with nothing beside it.
+    `runtime.share` is `phases` if all models of the run are on one GPU. Of the sizes that fit the
+    GPUs it takes what costs the least time: large rows of the scorer and chunks of the loss,
+    activations that are kept. Without knowing it takes that too; on Ray each scorer decides by its
+    own device. `gpus` as for `memory_checks`. `alone`, `trainer` or `scorer`: it is one process, on
+    the first GPU, with nothing beside it.
     """
-    is_asked = "auto" in (config.runtime.share, config.train.activation_checkpointing)
-    if is_asked and gpus is None:
-        gpus = gpus_here(config) if config.runtime.kind != "ray" else ()
-    config = _with_share(config, () if alone else gpus or ())
-    if config.train.activation_checkpointing != "auto":
+    is_decided = _filled(config, _Choice(False, None, SIZES_ON_CPU)) is config and config.loss.chunk
+    if is_decided and config.runtime.share != "auto":
         return config
-    off, size = _recomputing(config, False), size_of(config.student)
-    if size is None or config.runtime.kind == "ray" or not gpus:
-        return off
-    if alone:
-        lone = off.model_copy(update={"train": off.train.model_copy(update={"ranks": 1})})
-        places = [(gpus[0], {"trainer": _trainer_parts(lone, size, is_first=True)})]
-    else:
-        places = [*_on_gpus(off, size, gpus)]
-    for gpu, here in places:
-        is_trainers = any(name.startswith("trainer") for name in here)
-        if is_trainers and not _has_room(off, gpu, here):
-            return _recomputing(config, True)
-    return off
+    if config.runtime.kind == "ray" and not alone:
+        config = _with_share(config, ())
+        return _filled(config, _Choice(False, None, SIZES_ON_CPU), is_on_ray=True)
+    gpus = gpus_here(config) if gpus is None else gpus
+    config = _with_share(config, () if alone else gpus or ())
+    is_cpu, size = gpus is not None and not gpus, size_of(config.student)
+    usual = _Choice(False, None, SIZES_ON_CPU if is_cpu else _score_ladder(config)[0])
+    if size is None or not gpus:
+        return _filled(config, usual)
+    return _that_fits(config, size, gpus, alone)
+
+
+def _that_fits(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu], alone: str) -> RunConfig:
+    """The first choice that the trainer's GPUs have room for; then the scorers' alone, if less."""
+
+    def has_room(choice: _Choice, role: str) -> bool:
+        places = _places(_filled(config, choice), size, gpus, alone)
+        of_role = [(gpu, on) for gpu, on in places if any(name.startswith(role) for name in on)]
+        return all(_has_room(config, gpu, on) for gpu, on in of_role)
+
+    ladder = _score_ladder(config)
+    fewer = max(1, chunk_for(size.vocabulary, is_cpu=False) // _FEWER)
+    choices = [
+        _Choice(recomputes, chunk, sizes)
+        for recomputes in (False, True)
+        for chunk in (None, fewer)
+        for sizes in (ladder if _is_shared(_places(config, size, gpus, alone)) else ladder[:1])
+    ]
+    choice = next((c for c in choices if has_room(c, "trainer")), choices[-1])
+    smaller = [choice._replace(sizes=sizes) for sizes in ladder if sizes <= choice.sizes]
+    return _filled(config, next((c for c in smaller if has_room(c, "scorer")), smaller[-1]))
+
+
+def _is_shared(places: _Places) -> bool:
+    """Whether a trainer and a scorer are on one GPU."""
+    roles = [{name.partition("-")[0] for name in here} for _, here in places]
+    return any({"trainer", "scorer"} <= on for on in roles)
+
+
+def _places(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu], alone: str) -> _Places:
+    if not alone:
+        return [*_on_gpus(config, size, gpus)]
+    section = getattr(config, "train" if alone == "trainer" else "score")
+    lone = section.model_copy(update={"ranks": 1})
+    if alone == "trainer":
+        config = config.model_copy(update={"train": lone})
+        return [(gpus[0], {alone: _trainer_parts(config, size, is_first=True)})]
+    config = config.model_copy(update={"score": lone})
+    return [(gpus[0], {alone: _scorer_parts(config, size)})]
+
+
+def _score_ladder(config: RunConfig) -> tuple[ScoreSizes, ...]:
+    """The scorer's sizes, largest first, that `auto` may come to on a GPU.
+
+    Where rows bound the data's completions, what is too long must not depend on the device.
+    """
+    bounds = config.generate.source == "dataset" and config.data.max_completion_tokens is None
+    if config.score.is_served:
+        return (SIZES_ON_CPU,)
+    if bounds and config.score.row_tokens == "auto":
+        return tuple(sizes._replace(row_tokens=SIZES_ON_CPU.row_tokens) for sizes in SCORE_SIZES)
+    return SCORE_SIZES
+
+
+def _filled(config: RunConfig, choice: _Choice, *, is_on_ray: bool = False) -> RunConfig:
+    """The config with `choice` in place of what is `auto`; itself if nothing is."""
+    train, score, loss = config.train, config.score, config.loss
+    if train.activation_checkpointing == "auto":
+        train = train.model_copy(update={"activation_checkpointing": choice.recomputes})
+    if choice.chunk is not None and loss.chunk is None and loss.impl != "reference":
+        loss = loss.model_copy(update={"chunk": choice.chunk})
+    if not is_on_ray or score.is_served:
+        score = score.with_sizes(choice.sizes)
+    if train is config.train and score is config.score and loss is config.loss:
+        return config
+    return config.model_copy(update={"train": train, "score": score, "loss": loss})
 
 
 def _with_share(config: RunConfig, gpus: Sequence[Gpu]) -> RunConfig:
@@ -157,24 +233,24 @@ def _with_share(config: RunConfig, gpus: Sequence[Gpu]) -> RunConfig:
 
 def chosen(asked: RunConfig, config: RunConfig) -> tuple[str, ...]:
     """What to say of `auto` where it became something else than usual."""
-    notes = []
+    found = []
     if asked.runtime.share == "auto" and config.has_phases:
-        notes.append(
+        found.append(
             "generation, scoring and training take turns, because they have one GPU "
             "(runtime.share: auto)"
         )
     was, now = (c.train.activation_checkpointing for c in (asked, config))
     if was == "auto" and now is True:
-        notes.append(
+        found.append(
             "activations are recomputed in the backward pass, because a full row would not fit the "
             "trainer's GPU (train.activation_checkpointing: auto)"
         )
-    return tuple(notes)
-
-
-def _recomputing(config: RunConfig, is_on: bool) -> RunConfig:
-    train = config.train.model_copy(update={"activation_checkpointing": is_on})
-    return config.model_copy(update={"train": train})
+    if asked.loss.chunk is None and config.loss.chunk is not None:
+        found.append(
+            f"the loss takes {config.loss.chunk:,} tokens at once, because more would not fit the "
+            "trainer's GPU (loss.chunk: null)"
+        )
+    return tuple(found)
 
 
 def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Iterator[Check]:
@@ -305,6 +381,7 @@ _SERVER = "'s server"
 _SMALLER = {
     "row": "set train.activation_checkpointing: true, or lower train.row_tokens or loss.chunk",
     "KV": "lower generate.batch_size, or give generators a GPU of their own (generate.gpus)",
+    "prefill": "lower score.row_tokens, or give scorers a GPU of their own (score.gpus)",
     "logits": "lower score.head_chunk, or give scorers a GPU of their own (score.gpus)",
 }
 
@@ -367,9 +444,14 @@ def _scorer_parts(config: RunConfig, size: ModelSize) -> list[Part]:
     if config.needs_scores and (config.needs_ifd or config.needs_student_pass):
         parts.append(Part("snapshot", width * size.parameters))
     if parts:
+        # Undecided on Ray: as large as on any GPU.
+        row, chunk = score.with_sizes(SIZES_ON_GPU).sizes
+        widest = max([size, *_teacher_sizes(config)], key=lambda size: size.hidden)
+        token = _READ_HIDDEN * widest.hidden + _READ_INTERMEDIATE * widest.intermediate
+        parts.append(Part(f"prefill of {row:,} tokens", width * row * token, elastic=True))
         # A block's logits and their softmax, in float32.
-        chunk = min(score.head_chunk, score.row_tokens)
-        parts.append(Part("logits", 2 * _BYTES["float32"] * chunk * size.vocabulary, elastic=True))
+        logits = 2 * _BYTES["float32"] * min(chunk, row) * size.vocabulary
+        parts.append(Part("logits", logits, elastic=True))
     return parts
 
 
@@ -380,8 +462,7 @@ def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
     width = _BYTES[generate.dtype]
     writer = size
     if generate.source == "teacher":
-        sizes = [found for m in config.teacher_models.values() if (found := size_of(m)) is not None]
-        writer = max(sizes, key=lambda found: found.parameters, default=size)
+        writer = max(_teacher_sizes(config), key=lambda found: found.parameters, default=size)
     tokens = config.data.max_prompt_tokens + generate.max_new_tokens
     cache = 2 * width * writer.layers * writer.kv_width * generate.batch_size * tokens
     return [
@@ -426,7 +507,10 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
     logits = width * min(chunk, train.row_tokens) * size.vocabulary
     head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
-    row = train.row_tokens * kept + logits + head
+    # The backward pass scales a copy of that gradient when the logits are gone, except on a CPU
+    # without ranks.
+    copied = 0 if is_cpu and train.ranks == 1 else head
+    row = train.row_tokens * kept + max(logits, copied) + head
     if train.lora is not None:
         # Weights that stay as they are, and adapters beside four projections and three of the MLP.
         sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
@@ -475,8 +559,12 @@ def other_bytes(config: RunConfig, size: ModelSize) -> int:
 
 def _teacher_size(config: RunConfig) -> int:
     """Parameters of all teachers whose directories are here."""
+    return sum(size.parameters for size in _teacher_sizes(config))
+
+
+def _teacher_sizes(config: RunConfig) -> list[ModelSize]:
     sizes = map(size_of, config.teacher_models.values())
-    return sum(size.parameters for size in sizes if size is not None)
+    return [size for size in sizes if size is not None]
 
 
 def device_bytes(device: str) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from npd.generate.in_process import check_decoding
 from npd.models import lora
 from npd.models.device import CPU, CUDA, check_kind, kind_of, num_gpus, resolve_device, untested
 from npd.models.files import check_files, check_generation_settings
+from npd.models.kernels.compile import check_compilers
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -51,7 +52,6 @@ from npd.observe.trackers import check_trackers
 from npd.remote.shared_folder import check_shared
 from npd.score.tensor_parallel import check_divisible
 from npd.text import counted, shown_path
-from npd.train.compile import check_compilers
 from npd.types import Check, EncodedPrompt, role_of
 
 # One thread at a time: preparing imports transformers, and of that the module of each model and
@@ -193,7 +193,7 @@ class Preflight:
             yield _Rule(role, partial(self._model, role, model))
         if config.train.lora is not None:
             yield _Rule("lora", self._lora)
-        if config.train.compile:
+        if config.train.compile or config.score.compile is True:
             yield _Rule("compiler", partial(check_compiler, config))
         if config.score.ranks > 1:
             yield _Rule("score.ranks", partial(check_ranks, config), [*self._teachers])
@@ -578,14 +578,16 @@ def lora_coverage(config: RunConfig) -> lora.Coverage | None:
 
 
 def check_compiler(config: RunConfig) -> str:
-    """Check that what `train.compile` writes can be built here, if the trainer is to be here.
+    """Check that what `compile` writes can be built here, if the workers are to be here.
 
     Raises:
         ConfigError: the compiler, or what it needs, is missing.
     """
-    if config.train.compile and config.runtime.kind != "ray":
-        check_compilers(resolve_device(config.runtime.device))
-    return "train.compile has the compiler it needs"
+    asked = {"train.compile": config.train.compile, "score.compile": config.score.compile is True}
+    named = [setting for setting, is_on in asked.items() if is_on]
+    for setting in named if config.runtime.kind != "ray" else ():
+        check_compilers(resolve_device(config.runtime.device), setting)
+    return f"{' and '.join(named)}: the compiler it needs is here"
 
 
 def check_ranks(config: RunConfig) -> str:

@@ -28,8 +28,16 @@ if TYPE_CHECKING:  # who only reads a run loads no torch
 _COMPUTATION = (
     *("train.activation_checkpointing", "train.compile", "train.deterministic"),
     *("loss.impl", "loss.chunk"),
-    *("score.row_tokens", "score.head_chunk", "generate.batch_size"),
+    *("score.row_tokens", "score.head_chunk", "score.compile", "generate.batch_size"),
     "eval.batch_size",
+)
+# What the forecast decides at the start of a run, and how the config asks for that.
+_DECIDED: tuple[tuple[str, str, str | None], ...] = (
+    ("train", "activation_checkpointing", "auto"),
+    ("loss", "chunk", None),
+    ("score", "row_tokens", "auto"),
+    ("score", "head_chunk", "auto"),
+    ("runtime", "share", "auto"),
 )
 # How servers are reached.
 _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
@@ -45,20 +53,23 @@ _MAY_CHANGE = (
 
 def as_recorded(config: RunConfig) -> RunConfig:
     """The config, `auto` being what it was when the run was started; as it is without a record."""
-    is_auto = config.train.activation_checkpointing == "auto"
-    if not is_auto and config.runtime.share != "auto":
+    undecided = [
+        (section, name)
+        for section, name, auto in _DECIDED
+        if getattr(getattr(config, section), name) == auto
+    ]
+    if not undecided:
         return config
     try:
         old = recorded_config(RunLayout(config.directory))
     except NpdError:  # opening the run reports that
         return config
-    train, runtime = config.train, config.runtime
-    if is_auto:
-        update = {"activation_checkpointing": old.train.activation_checkpointing}
-        train = train.model_copy(update=update)
-    if runtime.share == "auto":
-        runtime = runtime.model_copy(update={"share": _share(old)})
-    return config.model_copy(update={"train": train, "runtime": runtime})
+    old = old.model_copy(update={"runtime": old.runtime.model_copy(update={"share": _share(old)})})
+    for section, name in undecided:
+        known = {name: getattr(getattr(old, section), name)}
+        filled = getattr(config, section).model_copy(update=known)
+        config = config.model_copy(update={section: filled})
+    return config
 
 
 def _share(config: RunConfig) -> str:

@@ -84,7 +84,9 @@ def _completion_limit(config: RunConfig) -> int:
 def _rows(config: RunConfig) -> dict[str, int]:
     """The settings that bound a whole sample."""
     rows = {"train.row_tokens": config.train.row_tokens}
-    return rows | ({"score.row_tokens": config.score.row_tokens} if config.needs_scores else {})
+    return rows | (
+        {"score.row_tokens": config.score.least_row_tokens} if config.needs_scores else {}
+    )
 
 
 def _limit_name(config: RunConfig) -> str:

@@ -97,8 +97,10 @@ def _read(config: RunConfig, chat: ChatTokenizer, role: str, model: str, rollout
     from npd.score.in_process import load_prefill_model
 
     trust, device = config.trust_remote_code, resolve_device(config.runtime.device)
+    # Compiling would take longer than all the rest.
+    score = config.score.model_copy(update={"compile": False})
     reader = load_prefill_model(
-        config.score, model, chat.vocab_size, role=role, device=device, trust_remote_code=trust
+        score, model, chat.vocab_size, role=role, device=device, trust_remote_code=trust
     )
     document = LogprobRequest(rollout.prompt_ids, rollout.response_ids, config.score.top_k)
     reading = reader.read({role: document})[role]

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from npd.errors import ModelError
+from npd.models.kernels.compile import builds_kernels, why_no_kernels
+from npd.models.kernels.products import has_wide_products, wide_product
+
+# How logits are read: by a kernel or by torch's operations; `auto` as for the loss.
+Impl: TypeAlias = Literal["auto", "triton", "torch"]
+# The ids that a caller wants of a block of logits [C, V], given its slice of the positions and the
+# maxima of groups of columns, where a kernel found them.
+Choose: TypeAlias = Callable[[slice, Tensor, Tensor | None], Tensor]
 
 # 32 MiB of float32 logits. The C library maps larger blocks anew at every allocation, and the page
 # faults cost more than the matrix product (V = 49,152: 236 us/token against 430).
@@ -62,9 +70,15 @@ class Head:
         return (slice(start, start + at_most) for start in range(0, length, at_most))
 
     def _product(self, hidden: Tensor) -> Tensor:
+        """Without gradients and where torch can, in float32: not rounded to the model's type."""
         hidden = hidden.to(self.weight.dtype)
-        apply = self.layer
-        return F.linear(hidden, self.weight, self.bias) if apply is None else apply(hidden)
+        if self.layer is not None:
+            return self.layer(hidden)
+        if torch.is_grad_enabled() or not has_wide_products(hidden):
+            return F.linear(hidden, self.weight, self.bias)
+        flat = wide_product(hidden.flatten(0, -2), self.weight.t())
+        out = flat.view(*hidden.shape[:-1], len(self.weight))
+        return out if self.bias is None else out.add_(self.bias)
 
     def _finished(self, product: Tensor) -> Tensor:
         out = product.float()
@@ -115,7 +129,7 @@ def _is_plain_lora(layer: Any, name: str) -> bool:
 
 
 def read_hidden(
-    hidden_Nd: Tensor, head: Head, choose: Callable[[slice, Tensor], Tensor], chunk: int
+    hidden_Nd: Tensor, head: Head, choose: Choose, chunk: int, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The ids that `choose` selects from each block of logits [C, V], and their log-probabilities.
 
@@ -123,21 +137,35 @@ def read_hidden(
     """
     found = []
     for part, logits in head.blocks(hidden_Nd, chunk):
-        ids = choose(part, logits)
-        found.append((ids, logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)))
+        log_sums, maxima = _sums_and_maxima(logits, impl)
+        ids = choose(part, logits, maxima)
+        found.append((ids, logits.gather(1, ids) - log_sums))
     return torch.cat([ids for ids, _ in found]), torch.cat([logprobs for _, logprobs in found])
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
+def _sums_and_maxima(logits: Tensor, impl: Impl) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp [C, 1], and by a kernel, in the same read, the maxima of groups of columns."""
+    is_wanted = impl == "triton" or (impl == "auto" and builds_kernels(logits.device.type))
+    if not is_wanted or why_no_kernels(logits.device):
+        return logits.logsumexp(dim=1, keepdim=True), None
+    from npd.models.kernels.row_stats import row_stats
+
+    stats = row_stats(logits.contiguous(), torch.float32, group=_BLOCK)
+    return stats.log_sum_C[:, None], stats.maxima_CG
+
+
+def top_k(logits: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
     """Ids [C, k] of the k highest of `logits` [C, V], highest first, in two stages of torch.topk.
 
     The k highest are in the k blocks with the highest maxima, or in the rest after the last block.
+    `maxima` are those of the blocks, if known, and perhaps of more columns.
     """
     num_blocks = logits.shape[1] // _BLOCK
     if num_blocks <= k:
         return logits.topk(k, dim=1).indices
     body = logits[:, : num_blocks * _BLOCK].view(-1, num_blocks, _BLOCK)
-    best = body.amax(dim=2).topk(k, dim=1).indices
+    highest = body.amax(dim=2) if maxima is None else maxima[:, :num_blocks]
+    best = highest.topk(k, dim=1).indices
     candidates = body.gather(1, best[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
     rest = logits[:, num_blocks * _BLOCK :]
     columns = torch.cat([candidates, rest], dim=1).topk(k, dim=1).indices

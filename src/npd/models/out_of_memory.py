@@ -1,13 +1,13 @@
 """Going on with less at a time when a device is out of memory.
 
 Promises: an attempt that ran out of memory is made again with half of it at a time, as often as
-needed, and what fitted is remembered. Other errors pass. Ranks do not try again: the others would
-wait in a collective for one that begins anew. An attempt must be one that may be repeated.
+needed, and what fitted is remembered. A second size gets smaller once the first cannot. Other
+errors pass. Ranks do not try again: the others would wait in a collective for one that begins anew.
+An attempt must be one that may be repeated.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -44,13 +44,22 @@ class Fitting:
     """How large a part of the configured size fits: 1 / `divisor`.
 
     `setting` is the config's name of the size, and `remedy` what helps if no part fits. `is_alone`:
-    what is attempted needs no other rank, even where there are some.
+    what is attempted needs no other rank, even where there are some. `then` is a second size: it
+    gets smaller once this one cannot.
     """
 
-    def __init__(self, setting: str, size: int, remedy: str, *, is_alone: bool = False) -> None:
+    def __init__(
+        self,
+        setting: str,
+        size: int,
+        remedy: str = "",
+        *,
+        is_alone: bool = False,
+        then: Fitting | None = None,
+    ) -> None:
         self.divisor = 1
         self._setting, self._size, self._remedy = setting, size, remedy
-        self._is_alone = is_alone
+        self._is_alone, self._then = is_alone, then
 
     def of(self, size: int) -> int:
         """The part of `size` that is used."""
@@ -71,22 +80,44 @@ class Fitting:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                now = self.of(self._size)
-                if now <= least or self.divisor >= _LARGEST_DIVISOR or not self._may_repeat():
-                    what = f"{self._setting} {now}"
-                    if least > 1 and now <= least:
-                        what = f"a sample of {least} tokens"
+                smaller = self._smaller(least) if self._may_repeat() else None
+                if smaller is None:
                     raise RunError(
-                        f"{doing}the device is out of memory with {what}: {self._remedy}"
+                        f"{doing}the device is out of memory with {self._limit(least)}: "
+                        f"{self._remedy}"
                     ) from error
             # Here, where the traceback no longer holds what the attempt had allocated.
-            self.divisor *= 2
-            gc.collect()
+            was = smaller.of(smaller._size)
+            smaller._halve(least if smaller is self._then else None)
             free_cached()
             _log.warning(
                 "%sout of memory with %s %d: going on with %d",
-                *(doing, self._setting, now, self.of(self._size)),
+                *(doing, smaller._setting, was, smaller.of(smaller._size)),
             )
+
+    def _smaller(self, least: int) -> Fitting | None:
+        """The size that gets smaller now; None if none can."""
+        if self.of(self._size) > least and self.divisor < _LARGEST_DIVISOR:
+            return self
+        second = self._then
+        return second if second is not None and second.of(second._size) > 1 else None
+
+    def _halve(self, below: int | None) -> None:
+        """Half the size; a second one, at once so small that it is `below` the longest sample."""
+        self.divisor *= 2
+        while below is not None and self.of(self._size) >= max(2, below):
+            self.divisor *= 2
+
+    def _limit(self, least: int) -> str:
+        """What does not fit."""
+        now = self.of(self._size)
+        what = f"{self._setting} {now}"
+        if least > 1 and now <= least:
+            what = f"a sample of {least} tokens"
+        second = self._then
+        if second is None or second.divisor == 1:
+            return what
+        return f"{what} and {second._setting} {second.of(second._size)}"
 
     def _may_repeat(self) -> bool:
         return self._is_alone or not _is_in_group()

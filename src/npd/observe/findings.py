@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from npd.config.length import RULES
+from npd.config.sections import SIZES_ON_CPU, SIZES_ON_GPU, ScoreSizes
 from npd.config.sources import as_yaml
 from npd.observe.live import NEAR_POLICY_DRIFT
 from npd.text import counted
@@ -165,7 +166,7 @@ def _longer(facts: RunFacts, most: int) -> dict[str, Any]:
         return {}
     sets: dict[str, Any] = {"generate.max_new_tokens": longer}
     for section in ("score", "train"):
-        if facts.config[section]["row_tokens"] < prompt + longer:
+        if _rows(facts, section, SIZES_ON_CPU) < prompt + longer:
             sets[f"{section}.row_tokens"] = prompt + longer
     return sets
 
@@ -244,8 +245,13 @@ def _waiting(facts: RunFacts) -> Iterator[Finding]:
         size = facts.config["generate"]["batch_size"]
         yield Finding(30, text, {"generate.batch_size": 2 * size})
     elif facts.busiest == "score":
-        rows = facts.config["score"]["row_tokens"]
-        yield Finding(30, text, {"score.row_tokens": 2 * rows})
+        yield Finding(30, text, {"score.row_tokens": 2 * _rows(facts, "score", SIZES_ON_GPU)})
+
+
+def _rows(facts: RunFacts, section: str, auto: ScoreSizes) -> int:
+    """Tokens of a row; `auto` where the scorer's own device decides, as on Ray."""
+    rows: int | str = facts.config[section]["row_tokens"]
+    return rows if isinstance(rows, int) else auto.row_tokens
 
 
 _RULES = (

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npd.config import ScoreConfig
+from npd.config.sections import SIZES_ON_CPU, SIZES_ON_GPU
 from npd.errors import ModelError, RunError
 from npd.models.device import is_pinnable, on_device, resolve_device, synchronize
-from npd.models.lm_head import Head, head_of, read_hidden, top_k
+from npd.models.kernels.compile import builds_kernels, compile_layers, layers_of
+from npd.models.lm_head import Head, Impl, head_of, read_hidden, top_k
 from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
 from npd.models.response_states import response_hidden
@@ -35,16 +37,22 @@ _IF_NOTHING_FITS = (
 
 
 class PrefillModel:
-    """A model in this process, run on packed rows, with its LM head applied in chunks."""
+    """A model in this process, run on packed rows, with its LM head applied in chunks.
 
-    def __init__(self, model: Any, name: str, vocab_size: int, config: ScoreConfig) -> None:
-        self._model, self._name = model, name
+    `impl` is how logits are read (`npd.models.lm_head.read_hidden`).
+    """
+
+    def __init__(
+        self, model: Any, name: str, vocab_size: int, config: ScoreConfig, impl: Impl = "auto"
+    ) -> None:
+        self._model, self._name, self._impl = model, name, impl
         self._head: Head = head_of(model)
         self._num_ids = len(self._head.weight)
         self._vocab_size = min(vocab_size, self._num_ids)
-        self._row_tokens = config.row_tokens
-        self._chunk = config.head_chunk
-        self._fitting = Fitting("score.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
+        is_gpu = model.device.type != "cpu"
+        sizes = config.with_sizes(SIZES_ON_GPU if is_gpu else SIZES_ON_CPU).sizes
+        self._row_tokens, self._chunk = sizes
+        self._fitting = Fitting("score.row_tokens", sizes.row_tokens, _IF_NOTHING_FITS)
 
     def read(self, documents: Mapping[Key, LogprobRequest]) -> dict[Key, Logprobs]:
         """The log-probs of each document, by key; synchronises with a GPU once, at the end.
@@ -91,16 +99,17 @@ class PrefillModel:
         uniforms = self._tensor(drawn) if drawn else None
         k, shared = min(documents[0].k, self._vocab_size), self._vocab_size
 
-        def choose(part: slice, logits: Tensor) -> Tensor:
+        def choose(part: slice, logits: Tensor, maxima: Tensor | None) -> Tensor:
             """The token itself, then the top-k, then the sampled ids; never padding."""
             columns = [targets[part, None]]
             if k:
-                columns.append(top_k(logits[:, :shared], k))
+                columns.append(top_k(logits[:, :shared], k, maxima))
             if uniforms is not None:
                 columns.append(_draw(logits[:, :shared], uniforms[part]))
             return torch.cat(columns, dim=1)
 
-        ids, logprobs = read_hidden(hidden, self._head, choose, self._fitting.of(self._chunk))
+        chunk = self._fitting.of(self._chunk)
+        ids, logprobs = read_hidden(hidden, self._head, choose, chunk, self._impl)
         return ids.int(), logprobs
 
     def _cut(self, ids: IntArray, logprobs: FloatArray, lengths: Sequence[int]) -> list[Logprobs]:
@@ -137,15 +146,31 @@ def load_prefill_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> PrefillModel:
-    """A PrefillModel from a model directory or name; ModelError if it cannot be loaded."""
+    """A PrefillModel from a model directory or name, its layers compiled if `config` says so.
+
+    Raises:
+        ModelError: it cannot be loaded, or names no layers to compile.
+        ConfigError: there is no compiler.
+    """
+    device = resolve_device(device)
     loaded = load_model(
         model,
         role=role,
         dtype=config.dtype,
-        device=resolve_device(device),
+        device=device,
         trust_remote_code=trust_remote_code,
     )
+    if _is_compiled(loaded, config, device):
+        compile_layers(loaded, device, "score.compile")
     return PrefillModel(loaded, str(model), vocab_size, config)
+
+
+def _is_compiled(model: Any, config: ScoreConfig, device: str) -> bool:
+    """Whether to compile: by `auto` plain weights on a GPU for which kernels can be built."""
+    if config.compile != "auto":
+        return config.compile
+    is_plain = getattr(model, "hf_quantizer", None) is None and any(layers_of(model))
+    return is_plain and builds_kernels(torch.device(device).type)
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:

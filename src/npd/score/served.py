@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from npd.config import ScoreConfig
+from npd.config.sections import SIZES_ON_CPU
 from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.capabilities import check_context, check_vocabulary, widest_support
 from npd.engines.pool import ServerPool
@@ -69,7 +70,8 @@ class ServedTeacher:
         widest: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        self._config, self._vocab_size, self._context = config, vocab_size, context
+        self._config = config.with_sizes(SIZES_ON_CPU)
+        self._vocab_size, self._context = vocab_size, context
         self._teacher, self._tolerance = teacher, tolerance
         self._trust_remote_code = trust_remote_code
         self.notes: tuple[str, ...] = ()
@@ -100,7 +102,8 @@ class ServedTeacher:
         """
         assert all(document.uniforms is None for document in documents.values())
         rooms = {
-            server.name: _TokenBudget(self._config.row_tokens) for server in self._pool.servers
+            server.name: _TokenBudget(self._config.sizes.row_tokens)
+            for server in self._pool.servers
         }
 
         async def do(server: EngineServer, key: Key) -> Logprobs:

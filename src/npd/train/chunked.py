@@ -22,15 +22,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from npd.models.kernels import NOTHING
+from npd.models.kernels.products import add_wide_product, has_wide_products
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
 from npd.train.kd_divergence import LossSpec, kd_of_buckets
 from npd.train.logits_passes import LogitGrads, LogitsPasses, TailStats, finish
-from npd.train.loss_targets import NOTHING, Support, Targets
+from npd.train.loss_targets import Support, Targets
 from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 
-# Rows of the head per matmul of its gradient in the compute dtype. Large enough for an efficient
-# matmul, small enough for the allocator (on CPU: the cache) to reuse.
+# Rows of the head per matmul of its gradient in the compute dtype, where products are not wide.
+# Large enough for an efficient matmul, small enough for the allocator (on CPU: the cache) to reuse.
 _HEAD_BLOCK = {"cpu": 2048}
 _HEAD_BLOCK_ELSEWHERE = 8192
 
@@ -199,6 +201,9 @@ def _add_product(total_Vd: Tensor, d_logits_CV: Tensor, hidden_Cd: Tensor) -> No
     if total_Vd.dtype == hidden_Cd.dtype:
         total_Vd.addmm_(d_logits_CV.t(), hidden_Cd)
         return
+    if has_wide_products(hidden_Cd):
+        add_wide_product(total_Vd, d_logits_CV.t(), hidden_Cd)
+        return
     # On CPU, adding a narrow type to a wide one makes a wide copy; keep it small.
     length = _HEAD_BLOCK.get(total_Vd.device.type, _HEAD_BLOCK_ELSEWHERE)
     for start in range(0, len(total_Vd), length):
@@ -230,28 +235,19 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(grads.hidden_Nd, grads.weight_Vd, grads.bias_V)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.factor = None
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients, in place at the first call to save a copy of the head's gradient.
+        """Scales copies of the gradients: with a graph that is kept, every pass starts from them.
 
-        If the graph is retained, the tensors of the first call may be in use. Later calls do not
-        change them, and return NaN if the first call's factor was 0.
+        For the usual factor 1 there is no copy, but only on a CPU: elsewhere reading the factor
+        waits for the device.
         """
         grads = ctx.saved_tensors
-        if ctx.factor is None:
-            ctx.factor = upstream.clone()
-            # Only on a CPU, because elsewhere reading the factor waits for the device.
-            if upstream.device.type != "cpu" or bool(upstream != 1.0):
-                for grad in grads:
-                    if grad is not None:
-                        grad.data.mul_(upstream)  # `data`: autograd may still need the tensor
-        else:
-            ratio = upstream / ctx.factor
-            grads = [None if grad is None else grad * ratio for grad in grads]
+        if upstream.device.type != "cpu" or bool(upstream != 1.0):
+            grads = [None if grad is None else grad * upstream for grad in grads]
         out = (
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)

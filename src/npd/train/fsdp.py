@@ -8,7 +8,7 @@ write files, or assign rows to ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from npd.models.distributed import DistContext
+from npd.models.kernels.compile import layers_of
 from npd.models.lm_head import Head
 
 
@@ -106,11 +107,3 @@ def with_params(model: Any, tensors: Mapping[str, Tensor]) -> Any:
 def to_meta(model: Any) -> Any:
     """A copy of `model` with its parameters on the meta device: shapes without memory."""
     return with_params(model, {name: p.detach().to("meta") for name, p in model.named_parameters()})
-
-
-def layers_of(model: Any) -> Iterator[nn.Module]:
-    """The layers of a transformer, last first: the units of compilation and sharding."""
-    names = set(model._no_split_modules or ())
-    for module in reversed(list(model.modules())):
-        if type(module).__name__ in names:
-            yield module

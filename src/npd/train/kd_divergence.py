@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from npd.config.checks import target_problems
 from npd.errors import ConfigError
-from npd.train.loss_targets import NOTHING, Support, Target
+from npd.models.kernels import NOTHING
+from npd.train.loss_targets import Support, Target
 
 Divergence: TypeAlias = Literal["forward", "reverse", "jsd"]
 

@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from npd.models.kernels import NOTHING
 from npd.models.lm_head import Head
-from npd.train.loss_targets import NOTHING, Support
+from npd.train.loss_targets import Support
 
 # Logits of a block, of which two float32 copies exist. On CPU 2 x 4 MiB: smaller blocks are no
 # faster (1 to 64 rows of 49,152 take the same time). On GPUs large enough to hide kernel launches.

@@ -25,11 +25,9 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 from npd.config.sections import chunk_for
-from npd.errors import ConfigError
-from npd.models.device import capability
+from npd.models.kernels.compile import builds_kernels, why_no_kernels
 from npd.models.lm_head import Head
 from npd.train.chunked import chunked_loss
-from npd.train.compile import check_compilers
 from npd.train.fsdp import gathered_head
 from npd.train.kd_divergence import Divergence, LossSpec
 from npd.train.logits_passes import LogitsPasses, TorchPasses
@@ -39,8 +37,6 @@ from npd.train.reference import reference_loss
 Impl: TypeAlias = Literal["auto", "chunked", "triton", "reference"]
 
 _log = logging.getLogger(__name__)
-# Triton has no kernels for GPUs before Volta.
-_LEAST_CAPABILITY = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,29 +180,16 @@ class NearPolicyLoss(nn.Module):
 
 def _passes(impl: str, device: torch.device) -> LogitsPasses:
     assert impl in ("auto", "chunked", "triton"), impl
-    why = ""
-    if impl == "triton" or (impl == "auto" and _builds_kernels(device.type)):
-        try:
-            from npd.train import triton_passes
-        except ImportError as error:
-            why = f"triton cannot be imported ({error})"
-        else:
-            if triton_passes.can_run(device):
-                return triton_passes.TritonPasses()
-            why = f"triton has no kernels for {device.type}"
-    if why and impl == "triton":
+    if impl == "chunked" or (impl == "auto" and not builds_kernels(device.type)):
+        return TorchPasses()
+    why = why_no_kernels(device)
+    if not why:
+        from npd.train.triton_passes import TritonPasses
+
+        return TritonPasses()
+    if impl == "triton":
         _fall_back(why)
     return TorchPasses()
-
-
-@cache
-def _builds_kernels(device: str) -> bool:
-    """Whether kernels can be built here: for CUDA, with a C compiler and Python's headers."""
-    try:
-        check_compilers(device)
-    except ConfigError:
-        return False
-    return (capability(device) or (0, 0))[0] >= _LEAST_CAPABILITY
 
 
 @cache

@@ -15,10 +15,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Target: TypeAlias = Literal["topk", "renorm", "tail", "sampled"]
+from npd.models.kernels import NOTHING
 
-# Replaces -inf: exp(NOTHING) is 0, and 0 * NOTHING and NOTHING - NOTHING are 0 instead of NaN.
-NOTHING = -1e30
+Target: TypeAlias = Literal["topk", "renorm", "tail", "sampled"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,8 @@ class Objective(nn.Module):
 
     It is one module so that FSDP keeps the LM head gathered for the loss, and reduces its gradient
     together with that of a tied embedding. `is_sharded` disables autocast's cache, which would keep
-    a copy of every weight in the compute dtype during a row.
+    a copy of every weight in the compute dtype during a row. `chunk`, if set, is how many tokens
+    have logits at once, whatever the settings say.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.chunk: int | None = None
         self._is_bf16, self._settings = config.dtype == "bfloat16", loss.of_tokens
         self._keeps_casts = not is_sharded
 
     def forward(self, row: TrainRow, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The row's loss in a step of `tokens` response tokens, and the row's metric sums."""
         device = row.labels_N.device
+        settings = self._settings if self.chunk is None else self._settings | {"chunk": self.chunk}
         with autocast(device, is_on=self._is_bf16, keeps_casts=self._keeps_casts):
             out = near_policy_loss(
                 hidden_states(self.model, row.packed)[row.positions_N],
@@ -49,7 +52,7 @@ class Objective(nn.Module):
                 row.topk_logprobs_NK,
                 behavior_N=row.behavior_N,
                 normalizer=float(tokens),
-                **self._settings,
+                **settings,
             )
         return out.loss, dict(out.metrics)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from npd.models.kernels import NOTHING
 from npd.models.lm_head import Head
 from npd.models.loading import autocast
 from npd.train.kd_divergence import LossSpec, kd_of_buckets
-from npd.train.loss_targets import NOTHING, Targets
+from npd.train.loss_targets import Targets
 from npd.train.step_metrics import TokenValues, agreement, metric_sums, overlap
 
 

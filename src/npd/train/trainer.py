@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from npd.config import LossConfig, TrainConfig
+from npd.config.sections import chunk_for
 from npd.errors import ModelError, RunError
 from npd.models import lora
 from npd.models.device import (
@@ -36,13 +37,13 @@ from npd.models.device import (
     set_cublas,
 )
 from npd.models.distributed import DistContext
+from npd.models.kernels.compile import compile_layers, uncompiled
 from npd.models.loading import load_model
 from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
 from npd.train.checkpoint import check_adapter, check_alike, check_written
-from npd.train.compile import compile_layers, uncompiled
 from npd.train.fsdp import gather_all, shard, to_meta, with_params
 from npd.train.objective import Objective, build_optimizer, clip, move, to_host
 from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report
@@ -116,8 +117,15 @@ class Trainer:
         self._trust_remote_code = trust_remote_code
         self._is_proven = False
         self._read, self._seed = read, seed
-        self._fitting = Fitting("train.row_tokens", config.row_tokens, _IF_NOTHING_FITS)
         self._is_away = False
+        self._chunk = loss.chunk or chunk_for(
+            self.model.config.get_text_config().vocab_size, is_cpu=self.device == "cpu"
+        )
+        # The loss is the same for any chunk, but `reference` has none.
+        self._chunks = None if loss.impl == "reference" else Fitting("loss.chunk", self._chunk)
+        self._fitting = Fitting(
+            "train.row_tokens", config.row_tokens, _IF_NOTHING_FITS, then=self._chunks
+        )
 
     def off_device(self) -> None:
         """Move the student and the optimiser's state to host memory; a no-op on a CPU."""
@@ -299,10 +307,13 @@ class Trainer:
     def _accumulate(self, given: StepRows, tokens: int) -> list[dict[str, Tensor]]:
         """Add the gradients of a step's rows, each in parts that fit; returns each row's numbers.
 
-        The loss is a sum over tokens, so a row in parts has the gradient of the whole row.
+        The loss is a sum over tokens, so a row in parts has the gradient of the whole row. Where
+        one sample alone does not fit, fewer of its tokens have logits at once.
         """
         self.optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         most, rows = self._fitting.of(self.config.row_tokens), []
+        if self._chunks is not None and self._chunks.divisor > 1:
+            self._objective.chunk = self._chunks.of(self._chunk)
         with step_randomness(self.device, self._seed, given.step.index, self.dist.rank):
             for row in given.rows:
                 parts = [self._backward(part, tokens) for part in row.parts(most)]
