@@ -340,6 +340,25 @@ def test_padding_of_the_vocabulary_is_never_drawn(tmp_path, bench):
         check_logprobs(rollout, bench.snapshots[0])  # over the whole distribution
 
 
+def written_for(bench, server, **kwargs):
+    """What a generator writes twice for each request; the seeds it sent."""
+    generator = bench.generator(server, stop_ids=(), **kwargs)
+    generator.load(bench.snapshots[0], 0)
+    twice = [[r.response_ids.tolist() for r in generator.generate(ASKS)] for _ in range(2)]
+    sent = [body for body in server.sent("/v1/completions") if "logprobs" in body]
+    return twice, [body.get("seed") for body in sent]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_seed_is_sent_only_if_asked_for(bench, engine):
+    (first, again), seeds = written_for(bench, bench.server(engine), engine=engine)
+    assert seeds == [None] * 2 * len(ASKS)
+    assert first != again
+    (first, again), seeds = written_for(bench, bench.server(engine), engine=engine, seeded=True)
+    assert sorted(seeds) == sorted(2 * [ask.seed for ask in ASKS])
+    assert first == again
+
+
 # Refreshes in the middle of a response.
 
 
@@ -454,7 +473,7 @@ def test_cuts_by_somebody_else_are_mended(bench):
 
 def test_cuts_without_end_are_a_failure(bench):
     server = bench.server()
-    generator = bench.generator(server)
+    generator = bench.generator(server, stop_ids=())
     generator.load(bench.snapshots[0], 0)
     server.faults.cuts = 10**6
     (failed,) = generator.generate(ASKS[:1])

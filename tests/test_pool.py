@@ -99,6 +99,13 @@ def test_contract_the_seed_decides(fake):
     assert drawn[0] == drawn[2] != drawn[1] != drawn[3]
 
 
+def test_contract_without_a_seed_the_server_draws_its_own(fake):
+    drawn = {
+        tuple(ask(fake, lambda server: complete(server, seed=None)).ids.tolist()) for _ in range(8)
+    }
+    assert len(drawn) > 1
+
+
 def test_contract_greedy(fake, snapshot):
     lm, sampling = read_lm(snapshot), SamplingSettings(5, (), temperature=0.0)
     found = ask(fake, lambda server: complete(server, sampling=sampling))

@@ -123,6 +123,9 @@ class _Generation(Section):
     distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling: 1 is the whole distribution."""
+    seeded: bool = False
+    """Send each sample's seed to the server, which then draws row by row: slower, and equal text is
+    not promised even so. In process every sample is drawn by its seed."""
     batch_size: Positive = 32
     """Sequences decoded together; with a server, concurrent requests."""
     shard_size: Positive = 32

@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     *("train.gpus", "score.gpus", "generate.gpus"),
     *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
-    *("generate.refresh_timeout", "generate.probe_tolerance"),
+    *("generate.refresh_timeout", "generate.probe_tolerance", "generate.seeded"),
 )
 
 

@@ -1,9 +1,9 @@
 """The generator protocol: requests in, rollouts out, one policy version at a time.
 
 Every implementation promises (one contract suite checks them all): rollouts are in the order of the
-requests, each response has at least one token, and a sample's randomness depends on its seed alone
-(with a server, as far as the server honours the seed). `build_generator` imports only the
-implementation that the config names. Does not score, store or filter.
+requests, and each response has at least one token. In process a sample's randomness depends on its
+seed alone; a server draws from its own, unless `generate.seeded`. `build_generator` imports only
+the implementation that the config names. Does not score, store or filter.
 """
 
 from __future__ import annotations

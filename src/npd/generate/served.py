@@ -162,7 +162,11 @@ class ServedGenerator:
     async def _generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         await self._check_weights()
         inflight = InFlightRequests(
-            self._weights, self._sampling(), self._context.in_flight, self._is_student
+            self._weights,
+            self._sampling(),
+            self._context.in_flight,
+            with_logprobs=self._is_student,
+            is_seeded=self._config.seeded,
         )
         work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.batch_size)
         found = await _alongside(work, partial(self._refresh, inflight))
@@ -263,8 +267,8 @@ class InFlightRequests:
 
     Promises: each token carries the version of the weights that sampled it. An interrupted response
     continues from its tokens so far (`mix`), or restarts if another program interrupted it
-    (`finish`). Later tokens use another part of the sample's random stream. No request is sent
-    between `interrupt` and `resume`.
+    (`finish`). With `is_seeded` each request has a seed, another one for later tokens. No request
+    is sent between `interrupt` and `resume`.
     """
 
     def __init__(
@@ -272,10 +276,12 @@ class InFlightRequests:
         weights: WeightSync,
         sampling: SamplingSettings,
         in_flight: InFlight,
+        *,
         with_logprobs: bool,
+        is_seeded: bool,
     ) -> None:
         self._weights, self._sampling, self._in_flight = weights, sampling, in_flight
-        self._with_logprobs = with_logprobs
+        self._with_logprobs, self._is_seeded = with_logprobs, is_seeded
         self._may_send = asyncio.Event()
         self._may_send.set()
         self._num_sent = 0
@@ -320,7 +326,8 @@ class InFlightRequests:
         sampling = replace(self._sampling, max_new_tokens=self._sampling.max_new_tokens - done)
         prompt = [*request.prompt.prompt_ids.tolist(), *draft.ids()]
         # A new seed after each interruption, because the same one would repeat random numbers.
-        seed = (request.seed + 0x9E3779B97F4A7C15 * done) % 2**63
+        drawn_by = (request.seed + 0x9E3779B97F4A7C15 * done) % 2**63
+        seed = drawn_by if self._is_seeded else None
         self._num_sent += 1
         try:
             piece = await server.complete(prompt, sampling, seed=seed, model=served.adapter)
