@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from npd.config import LaunchConfig
+from npd.control.resume_checks import as_recorded
 from npd.control.run_directory import missing_folder, open_directory, remove_unless_started
 from npd.control.run_record import load_run
 from npd.data.inputs import RunInputs
 from npd.errors import ConfigError, InputError
 from npd.store.ledger import Ledger
 from tiny_run import tiny_config
+
+SIZES = ("batch_size", "shard_size")
 
 
 @pytest.fixture
@@ -45,6 +49,22 @@ def test_secrets_stay_out_of_the_record_and_the_run_goes_on(make):
         assert opened(again, resume=True).root == layout.root
     with pytest.raises(ConfigError, match=r"started with seed=0"):
         opened(config.model_copy(update={"seed": 1}), resume=True)
+
+
+def test_what_a_run_decided_at_its_start_is_kept_when_it_goes_on(make):
+    """Also where `auto` comes to something else by now: an early version had shards of 32."""
+    served = {"engine": "vllm", "launch": LaunchConfig(command=("serve",))}
+    config = make()
+    generate = config.generate.model_copy(update=served | dict.fromkeys(SIZES, "auto"))
+    config = config.model_copy(update={"generate": generate})
+    assert as_recorded(config) == config, "there is no record yet"
+    old = generate.model_copy(update=dict(zip(SIZES, (9, 32), strict=True)))
+    opened(config.model_copy(update={"generate": old}), resume=False)
+    resumed = as_recorded(config).sized(300)
+    assert [getattr(resumed.generate, key) for key in SIZES] == [9, 32]
+    opened(resumed, resume=True)
+    with pytest.raises(ConfigError, match=r"generate.shard_size=32, now it is 300"):
+        opened(config.sized(300), resume=True)
 
 
 @pytest.fixture

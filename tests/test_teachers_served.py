@@ -81,6 +81,7 @@ def classroom(tmp_path, tiny_model_dir, tiny_teacher_dir, code_dir):
 
 
 ENGINE = [sys.executable, str(Path(__file__).parent / "fake_engine.py")]
+SIZES = ("batch_size", "shard_size")
 SCORED = {"score": {"engine": "vllm", "top_k": 8}, "filter": {"name": "none"}}
 
 
@@ -107,6 +108,23 @@ def test_each_teachers_servers_read_and_write_for_its_own_prompts(classroom):
         assert not [ids for ids in asked if any(ids[: len(p)] == p for p in foreign)]
         told = f"scorer-0: {classroom.servers[name].url} serves {classroom.models[name]}"
         assert sum(message.startswith(told) for message in view.messages) == 1
+
+
+def test_servers_get_large_shards_by_default_and_the_record_says_how_large(classroom):
+    """32 of 40 samples would be one shard and a rest; a run of this size still pipelines."""
+    sections = {
+        "generate": {"source": "teacher", "engine": "vllm", **dict.fromkeys(SIZES, "auto")},
+        "schedule": {"refresh": "never", "overlap": True}, "loss": {"kd_weight": 0.0},
+        "filter": {"name": "none"}, "eval": {"source": "none"},
+        "data": {"train": str(classroom.folder / "prompts.jsonl"), "heldout_size": 0},
+    }  # fmt: skip
+    result = npd.run(classroom.config(**sections), view=QuietView())
+    layout = RunLayout(result.directory)
+    recorded = load_run(layout).generate
+    assert (recorded.batch_size, recorded.shard_size) == (256, 12)
+    written = [len(read_rollouts(p)) for p in sorted(layout.rollouts(0).parent.glob("*.arrow"))]
+    assert set(written) == {12}
+    assert result.data.conservation["trained_out"] == sum(written)
 
 
 def test_what_one_teachers_server_refuses_leaves_alone(classroom):

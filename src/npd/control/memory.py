@@ -354,10 +354,10 @@ def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
         sizes = [found for m in config.teacher_models.values() if (found := size_of(m)) is not None]
         writer = max(sizes, key=lambda found: found.parameters, default=size)
     tokens = config.data.max_prompt_tokens + generate.max_new_tokens
-    cache = 2 * width * writer.layers * writer.kv_width * generate.batch_size * tokens
+    cache = 2 * width * writer.layers * writer.kv_width * generate.at_once * tokens
     return [
         Part("weights", width * writer.parameters),
-        Part(f"KV cache of {generate.batch_size} x {tokens:,} tokens", cache, elastic=True),
+        Part(f"KV cache of {generate.at_once} x {tokens:,} tokens", cache, elastic=True),
     ]
 
 

@@ -42,16 +42,25 @@ _MAY_CHANGE = (
 )
 
 
+# Settings whose `auto` a run decides at its start.
+_DECIDED = {
+    "train": ("activation_checkpointing",),
+    "generate": ("batch_size", "shard_size"),
+}
+
+
 def as_recorded(config: RunConfig) -> RunConfig:
     """The config, `auto` being what it was when the run was started; as it is without a record."""
-    if config.train.activation_checkpointing != "auto":
-        return config
     try:
-        old = recorded_config(RunLayout(config.directory)).train.activation_checkpointing
+        old = recorded_config(RunLayout(config.directory))
     except NpdError:  # opening the run reports that
         return config
-    train = config.train.model_copy(update={"activation_checkpointing": old})
-    return config.model_copy(update={"train": train})
+    update = {}
+    for name, keys in _DECIDED.items():
+        now, then = getattr(config, name), getattr(old, name)
+        left = {key: getattr(then, key) for key in keys if getattr(now, key) == "auto"}
+        update[name] = now.model_copy(update=left)
+    return config.model_copy(update=update)
 
 
 def check_resumable(config: RunConfig) -> None:
@@ -117,6 +126,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     values["teachers"] = {name: teacher.model for name, teacher in config.teachers.items()}
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
+    values["generate.shard_size"] = config.shard_size
     return values
 
 

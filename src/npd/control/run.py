@@ -83,6 +83,7 @@ def run(
         clear_smoke(config)
     clock = clock_of(config) if resume else None
     inputs = prepare(config, clock=clock, start=Start(resume, origins))
+    config = config.sized(len(inputs.prompts))
     inputs = replace(inputs, notes=(*notes, *chosen(asked, config), *inputs.notes))
     go_on = resume_command(dump_config(asked), origins)
     missing = missing_folder(config.directory)

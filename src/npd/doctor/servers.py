@@ -462,10 +462,10 @@ def _secret_checks(where: str, launch: LaunchConfig) -> Iterator[Check]:
 
 def _shard_checks(config: RunConfig) -> Iterator[Check]:
     generate = config.generate
-    if not generate.is_served:
+    if not generate.is_served or not isinstance(generate.shard_size, int):
         return
-    servers = -(-len(generate.urls) // generate.workers) if generate.urls else 1
-    at_once = generate.batch_size * servers
+    servers = -(-generate.num_servers // generate.workers)
+    at_once = generate.at_once * servers
     if generate.shard_size < at_once:
         whose = "its server takes" if servers == 1 else f"its {servers} servers take"
         yield Check.warn(

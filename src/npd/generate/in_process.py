@@ -64,14 +64,14 @@ class TransformersGenerator:
         self._device = resolve_device(device)
         self._trust_remote_code = trust_remote_code
         self._is_student = config.source == "student"
-        self._fitting = Fitting("generate.batch_size", config.batch_size, _IF_NOTHING_FITS)
+        self._fitting = Fitting("generate.batch_size", config.at_once, _IF_NOTHING_FITS)
         self._sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             stop_ids=frozenset(stop_ids),
             pad_id=pad_id,
             temperature=config.temperature,
             top_p=config.top_p,
-            batch_size=config.batch_size,
+            batch_size=config.at_once,
             vocab_size=vocab_size,
         )
 

@@ -135,7 +135,7 @@ class ServedGenerator:
         if is_first:
             await pool.open(
                 self._spec(new.path),
-                connections=self._config.batch_size,
+                connections=self._config.at_once,
                 admin_urls=self._config.admin_urls,
             )
         try:
@@ -152,7 +152,7 @@ class ServedGenerator:
     async def _restart(self, new: ServedSnapshot, error: Exception) -> None:
         """Restart our server with `new` as its model, which needs no reload."""
         self._context.notify(f"refresh failed, the server is restarted: {error}")
-        await self._pool.reopen(self._spec(new.path), connections=self._config.batch_size)
+        await self._pool.reopen(self._spec(new.path), connections=self._config.at_once)
         await self._weights.update(self._pool.admins, new, is_loaded=True)
 
     def _spec(self, path: Path) -> ServerSpec:
@@ -168,7 +168,7 @@ class ServedGenerator:
             with_logprobs=self._is_student,
             is_seeded=self._config.seeded,
         )
-        work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.batch_size)
+        work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.at_once)
         found = await _alongside(work, partial(self._refresh, inflight))
         await self._check_weights()
         return [
