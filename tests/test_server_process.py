@@ -167,6 +167,32 @@ def test_vllm_is_told_what_it_needs_and_never_its_key(started, snapshot):
     assert process.key not in " ".join(flags)
 
 
+def test_a_share_of_the_gpu_is_passed_on_where_it_is_decided():
+    spec, flag = ServerSpec("m", "float32", 64), "--gpu-memory-utilization"
+    assert flag not in server_command("vllm", LaunchConfig(command=ENGINE), spec, port=1)
+    decided = LaunchConfig(command=ENGINE, memory=0.26, args=("--max-num-seqs", "7"))
+    command = server_command("vllm", decided, spec, port=1)
+    assert value(command, flag) == "0.26"
+    assert command[-2:] == ["--max-num-seqs", "7"]
+
+
+def test_expandable_segments_are_for_npds_own_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv(
+        "PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True,x:[256:1,512:2]"
+    )
+
+    def environment(**env):
+        spec, launch = ServerSpec("m", "float32", 64), LaunchConfig(command=ENGINE, env=env)
+        return ServerProcess("vllm", launch, spec, tmp_path / "l")._environment()
+
+    found = environment()
+    assert "PYTORCH_ALLOC_CONF" not in found
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64,x:[256:1,512:2]"
+    asked = environment(PYTORCH_ALLOC_CONF="expandable_segments:True")
+    assert asked["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def test_no_key_is_taken_for_an_option(tmp_path, snapshot):
     spec, launch = ServerSpec(str(snapshot), "float32", CONTEXT), LaunchConfig(command=ENGINE)
     made = [ServerProcess("vllm", launch, spec, tmp_path / "server.log") for _ in range(2000)]

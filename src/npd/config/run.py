@@ -134,6 +134,19 @@ class RunValues(Section):
         found |= {f"teachers.{name}": teacher.launch for name, teacher in self.teachers.items()}
         return {where: launch for where, launch in found.items() if launch is not None}
 
+    def with_launches(self, updates: Mapping[str, Mapping[str, object]]) -> Self:
+        """The config with other values in `launch` sections, by the names of `launches`."""
+        changed: dict[str, Any] = {}
+        teachers = dict(self.teachers)
+        for where, values in updates.items():
+            launch = {"launch": self.launches[where].model_copy(update=values)}
+            if where in ("generate", "score"):
+                changed[where] = getattr(self, where).model_copy(update=launch)
+            else:
+                name = where.removeprefix("teachers.")
+                teachers[name] = teachers[name].model_copy(update=launch)
+        return self.model_copy(update={**changed, "teachers": teachers})
+
     def score_of(self, teacher: str) -> ScoreConfig:
         """`score` with the servers of this teacher."""
         return self._with_servers_of(teacher, self.score)

@@ -154,8 +154,10 @@ class Dispatcher:
         if not generate.is_served or self._served.get(worker.name) == version:
             return
         if generate.launch is not None and worker.name not in self._served:
+            share = generate.launch.memory
+            taking = "" if share == "auto" else f" with {share:.0%} of its GPU"
             self._monitor.message(
-                f"{worker.name}: starting its {generate.engine} server, see its log"
+                f"{worker.name}: starting its {generate.engine} server{taking}, see its log"
             )
         notes = (await self._call(worker, "refresh", version, doing="refresh")).notes
         self._pass_on(worker, notes)

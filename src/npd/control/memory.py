@@ -12,16 +12,23 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from npd.config import LaunchConfig, RunConfig, TrainConfig
+from npd.config import RunConfig, TrainConfig
 from npd.config.sections import chunk_for
 from npd.control.placement import (
     assign_gpus,
-    is_given_to_server,
     num_scorers,
     trainer_names,
     visible_gpus,
 )
-from npd.errors import InputError
+from npd.control.server_memory import (
+    blind_checks,
+    is_decided_here,
+    need_of,
+    parts_of_servers,
+    servers_on,
+    shares_beside,
+)
+from npd.errors import ConfigError, InputError
 from npd.models.loading import resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
 from npd.types import Check
@@ -40,8 +47,6 @@ _HEAP_BLOCK, _LEFT_IN_HEAP = 32 * 2**20, 4
 _BYTES = {"bfloat16": 2, "float32": 4}
 # What a process holds on a GPU besides its tensors: a context, kernels, the allocator's slack.
 _CONTEXT_BYTES = GIB // 2
-# vLLM's share of a GPU unless --gpu-memory-utilization says otherwise.
-_SERVER_SHARE = 0.9
 # The most an answer of the driver is waited for.
 _DRIVER_SECONDS = 60.0
 # Cards have somewhat less than their name says: an "80 GB" one 79.6 GiB.
@@ -126,17 +131,28 @@ def with_defaults(
     """The config with `auto` decided by the forecast, where the device decides. Raises nothing.
 
     `train.activation_checkpointing` is on if a full row would take the trainer's GPU above what it
-    has, and off where there is no GPU, or no knowing. `gpus` as for `memory_checks`. `alone`: the
-    trainer is one process, on the first GPU, with nothing beside it.
+    has, and off where there is no GPU, or no knowing. `launch.memory` is what others leave of a
+    server's GPUs; `auto` stays where there are no others, or nothing is left (`check_servers`).
+    `gpus` as for `memory_checks`. `alone`: the trainer is one process, on the first GPU, with
+    nothing beside it.
     """
-    if config.train.activation_checkpointing != "auto":
+    is_asked = config.train.activation_checkpointing == "auto"
+    if not is_asked and not any(map(is_decided_here, config.launches.values())):
         return config
-    off, size = _recomputing(config, False), size_of(config.student)
+    off, size = _recomputing(config, False) if is_asked else config, size_of(config.student)
     if size is None or config.runtime.kind == "ray":
         return off
     gpus = gpus_here(config) if gpus is None else gpus
     if not gpus:
         return off
+    config = _with_fitting_rows(off, size, gpus, alone=alone) if is_asked else config
+    return config if alone else _with_shares(config, size, gpus)
+
+
+def _with_fitting_rows(
+    off: RunConfig, size: ModelSize, gpus: Sequence[Gpu], *, alone: bool
+) -> RunConfig:
+    """The config, activations recomputed if a full row would not fit."""
     if alone:
         lone = off.model_copy(update={"train": off.train.model_copy(update={"ranks": 1})})
         places = [(gpus[0], {"trainer": _trainer_parts(lone, size, is_first=True)})]
@@ -144,19 +160,76 @@ def with_defaults(
         places = [*_on_gpus(off, size, gpus)]
     for gpu, here in places:
         if any(name.startswith("trainer") for name in here) and not _has_room(gpu, here):
-            return _recomputing(config, True)
+            return _recomputing(off, True)
     return off
+
+
+def _with_shares(config: RunConfig, size: ModelSize, gpus: Sequence[Gpu]) -> RunConfig:
+    """The config, each server that shares its GPUs having what others leave on the fullest."""
+    found: dict[str, list[float | None]] = {}
+    on = processes_by_gpu(config, [gpu.name for gpu in gpus])
+    for gpu in gpus:
+        for where, share in _shares_on(config, size, gpu, on.get(gpu.name, [])).items():
+            found.setdefault(where, []).append(share)
+    least = {w: min(s) for w, each in found.items() if (s := [*filter(None, each)]) == each}
+    return config.with_launches({where: {"memory": share} for where, share in least.items()})
+
+
+def _shares_on(
+    config: RunConfig, size: ModelSize, gpu: Gpu, names: Sequence[str]
+) -> dict[str, float | None]:
+    """The share of a GPU for each section whose servers npd bounds there; None: nothing is left."""
+    here = _on_gpu(config, size, gpu, names)
+    own = {w for w in config.launches if is_decided_here(config.launches[w])}
+    others = {n: parts for n, parts in here.items() if n.removesuffix(_SERVER) not in own}
+    elastic = sum(part.bytes for parts in others.values() for part in parts if part.elastic)
+    free = gpu.total if gpu.free is None else gpu.free
+    counts = {w: count for w in own if (count := servers_on(config, w, gpu.name, names))}
+    if not others and sum(counts.values()) == 1:
+        return {}
+    return shares_beside(
+        config, counts, total=gpu.total, free=free, taken=_needed(others), elastic=elastic
+    )
+
+
+def check_servers(config: RunConfig) -> None:
+    """Check that servers which share their GPUs have room there, as far as the forecast goes.
+
+    Raises:
+        ConfigError: nothing is left for one.
+    """
+    size = size_of(config.student)
+    if size is None or config.runtime.kind == "ray" or not config.launches:
+        return
+    gpus = gpus_here(config) or ()
+    on = processes_by_gpu(config, [gpu.name for gpu in gpus])
+    for gpu in gpus:
+        for where, share in _shares_on(config, size, gpu, on.get(gpu.name, [])).items():
+            if share is None:
+                least = _gib(need_of(config, where).least)
+                raise ConfigError(
+                    f"GPU {gpu.name} ({_gib(gpu.total)} GiB) has no room for {where}'s server, "
+                    f"which needs {least} GiB, beside {', '.join(on[gpu.name])}: name another in "
+                    f"{where}.launch.gpus, set {where}.launch.memory, or take smaller models"
+                )
 
 
 def chosen(asked: RunConfig, config: RunConfig) -> tuple[str, ...]:
     """What to say of `auto` where it became something else than usual."""
+    said = []
     was, now = (c.train.activation_checkpointing for c in (asked, config))
-    if was != "auto" or now is not True:
-        return ()
-    return (
-        "activations are recomputed in the backward pass, because a full row would not fit the "
-        "trainer's GPU (train.activation_checkpointing: auto)",
-    )
+    if was == "auto" and now is True:
+        said.append(
+            "activations are recomputed in the backward pass, because a full row would not fit the "
+            "trainer's GPU (train.activation_checkpointing: auto)"
+        )
+    for where, launch in config.launches.items():
+        if launch.memory != asked.launches[where].memory:
+            said.append(
+                f"{where}'s server takes {launch.memory:.0%} of its GPU's memory, which it shares "
+                f"with other processes ({where}.launch.memory: auto)"
+            )
+    return tuple(said)
 
 
 def _recomputing(config: RunConfig, is_on: bool) -> RunConfig:
@@ -172,6 +245,10 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
     size = size_of(config.student)
     if size is None:
         yield Check.warn("memory", f"{config.student} is no directory here: its size is not known")
+        if config.runtime.kind != "ray" and config.runtime.device != "cpu":
+            gpus = gpus_here(config) if gpus is None else gpus
+            on = processes_by_gpu(config, [gpu.name for gpu in gpus or ()])
+            yield from blind_checks(config, on)
         return
     if config.runtime.device == "cpu":
         gpus = ()
@@ -221,13 +298,18 @@ def _on_gpus(
 ) -> Iterator[tuple[Gpu, dict[str, list[Part]]]]:
     """Each GPU that is used, and what the processes on it take."""
     on = processes_by_gpu(config, [gpu.name for gpu in gpus])
-    parts = parts_by_process(config, size)
     for gpu in gpus:
-        names = on.get(gpu.name, [])
-        here = {name: parts[name] for name in names if parts[name]}
-        here |= _servers_on(config, names, gpu)
-        if here:
+        if here := _on_gpu(config, size, gpu, on.get(gpu.name, [])):
             yield gpu, here
+
+
+def _on_gpu(
+    config: RunConfig, size: ModelSize, gpu: Gpu, names: Sequence[str]
+) -> dict[str, list[Part]]:
+    parts = parts_by_process(config, size)
+    here = {name: parts[name] for name in names if parts[name]}
+    served = parts_of_servers(config, gpu.name, gpu.total, names, has_others=bool(here))
+    return here | {f"{where}{_SERVER}": [Part(*part)] for where, part in served.items()}
 
 
 def _needed(here: Mapping[str, Sequence[Part]]) -> int:
@@ -263,8 +345,8 @@ def _gpu_check(gpu: Gpu, here: Mapping[str, Sequence[Part]]) -> Check:
 def _remedy(here: Mapping[str, Sequence[Part]]) -> str:
     if any(name.endswith(_SERVER) for name in here):
         return (
-            "bound the server's share (--gpu-memory-utilization in launch.args), or name a GPU for "
-            "it alone (launch.gpus)"
+            "lower the server's share (launch.memory), name a GPU for it alone (launch.gpus), or "
+            "take smaller models"
         )
     if len(here) > 1:
         return "give its processes GPUs of their own (score.gpus, generate.gpus), or smaller models"
@@ -359,29 +441,6 @@ def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
         Part("weights", width * writer.parameters),
         Part(f"KV cache of {generate.at_once} x {tokens:,} tokens", cache, elastic=True),
     ]
-
-
-def _servers_on(config: RunConfig, names: Sequence[str], gpu: Gpu) -> dict[str, list[Part]]:
-    """The share of a GPU that servers started by its processes take."""
-    roles = {"generate": "generator", "score": "scorer"}
-    found = {}
-    for where, launch in config.launches.items():
-        role = roles.get(where, "scorer")
-        is_here = any(name.startswith(role) for name in names)
-        if is_given_to_server(config, gpu.name, where) if launch.gpus else is_here:
-            share = _share_of(launch)
-            found[f"{where}{_SERVER}"] = [Part(f"{share:.0%} of it", int(share * gpu.total))]
-    return found
-
-
-def _share_of(launch: LaunchConfig) -> float:
-    """The share of a GPU that a server takes, by its own flag."""
-    text = " ".join(launch.args).replace("_", "-")
-    found = re.search(r"--gpu-memory-utilization[= ]([\d.]+)", text)
-    try:
-        return float(found[1]) if found is not None else _SERVER_SHARE
-    except ValueError:
-        return _SERVER_SHARE
 
 
 def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def examine(
 
 
 def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
-    from npd.control.memory import memory_checks, parse_gpus
+    from npd.control.memory import memory_checks, parse_gpus, with_defaults
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
     from npd.doctor.servers import launch_checks, server_checks, setting_checks
@@ -64,7 +64,8 @@ def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
         yield from memory_checks(config, gpus)
     yield from setting_checks(config)
     if gpus is None:
-        yield from launch_checks(config, failed)
+        can_place = failed.isdisjoint(("device", "gpus"))
+        yield from launch_checks(with_defaults(config) if can_place else config, failed)
     yield from server_checks(config, failed)
     if not failed:
         yield from trial_checks(config if gpus is None else _on_this_device(config))

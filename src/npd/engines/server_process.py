@@ -196,7 +196,7 @@ class ServerProcess:
             ours["PYTHONSAFEPATH"] = "1"
         if self._config.gpus:
             ours["CUDA_VISIBLE_DEVICES"] = self._config.gpus[0]
-        return inherited | ours | self._config.env
+        return _without_segments(inherited) | ours | self._config.env
 
     def _answers(self) -> bool:
         port = int(self.url.rpartition(":")[2])
@@ -233,6 +233,21 @@ class ServerProcess:
             how = killed or f"exited with code {status}"
         cause = last_error(self.log)
         return f"{how}{f' ({cause})' if cause else ''}: see {self.log}"
+
+
+# How torch's allocator is told of expandable segments. Engines that share memory between processes,
+# or give it back while they sleep, do not work with them.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def _without_segments(environment: dict[str, str]) -> dict[str, str]:
+    """The environment without expandable segments, which are for npd's own processes."""
+    found = dict(environment)
+    for name in _ALLOCATOR:
+        parts = found.pop(name, "").split(",")
+        if kept := ",".join(part for part in parts if "expandable_segments" not in part):
+            found[name] = kept
+    return found
 
 
 def last_error(log: Path) -> str:
@@ -418,6 +433,8 @@ def _vllm_flags(spec: ServerSpec, config: LaunchConfig, port: int) -> list[str]:
         flags += ["--max-num-batched-tokens", max(_CPU_BATCH_TOKENS, spec.context)]
     if config.tensor_parallel > 1:
         flags += ["--tensor-parallel-size", config.tensor_parallel]
+    if isinstance(config.memory, float):
+        flags += ["--gpu-memory-utilization", f"{config.memory:g}"]
     if spec.lora_rank:
         flags += ["--enable-lora", "--max-loras", 2, "--max-lora-rank", _lora_rank(spec.lora_rank)]
     if spec.trust_remote_code:
