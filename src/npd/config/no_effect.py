@@ -97,7 +97,7 @@ def _generate(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     for name, section in (("generate", g), ("score", c.score)):
         keys = " ".join(f"{name}.{key}" for key in _CLIENT.split())
         yield not section.is_served, keys, f"{name}.engine is transformers"
-    only_served = "generate.refresh_timeout generate.seeded"
+    only_served = "generate.refresh_timeout generate.seeded generate.shards_in_flight"
     yield not g.is_served, only_served, "generate.engine is transformers"
     yield g.temperature == 0.0, "generate.seeded", "generate.temperature is 0"
 

@@ -188,7 +188,11 @@ class RunValues(Section):
         """What `auto` comes to where the config alone decides, by dotted path."""
         is_known = self.schedule.window != "all" or not self.generate.is_served
         shard = str(self.shard_size) if is_known else f"up to {self.shard_size}, by the prompts"
-        found = {"batch_size": str(self.generate.at_once), "shard_size": shard}
+        found = {
+            "batch_size": str(self.generate.at_once),
+            "shard_size": shard,
+            "shards_in_flight": str(self.generate.num_in_flight),
+        }
         return {
             f"generate.{key}": text
             for key, text in found.items()
@@ -200,7 +204,11 @@ class RunValues(Section):
         window = self.schedule.window
         if window == "all":
             window = num_prompts * self.generate.samples_per_prompt
-        sizes = {"batch_size": self.generate.at_once, "shard_size": self._shard_size(window)}
+        sizes = {
+            "batch_size": self.generate.at_once,
+            "shard_size": self._shard_size(window),
+            "shards_in_flight": self.generate.num_in_flight,
+        }
         return self.model_copy(update={"generate": self.generate.model_copy(update=sizes)})
 
     @property

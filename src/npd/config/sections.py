@@ -132,6 +132,9 @@ class _Generation(Section):
     shard_size: Positive | Literal["auto"] = "auto"
     """Samples requested, stored and scored together. `auto`: 32 in process; with servers up to
     1,024, at most a quarter of the window for each server (all of it if stages take turns)."""
+    shards_in_flight: Processes | Literal["auto"] = "auto"
+    """Shards that a generator has at once, so that its servers are busy while the longest responses
+    of one end. `auto`: 2 for each of its servers. In process it is 1."""
     workers: Processes = 1
     """Number of generators. Each loads its own model; the servers at `urls` are divided among
     them."""
@@ -162,6 +165,15 @@ class GenerateConfig(ServedConfig, _Generation):
         if isinstance(self.batch_size, int):
             return self.batch_size
         return _AT_ONCE_SERVED if self.is_served else _AT_ONCE
+
+    @property
+    def num_in_flight(self) -> int:
+        """Shards that a generator has at once."""
+        if not self.is_served:
+            return 1
+        if isinstance(self.shards_in_flight, int):
+            return self.shards_in_flight
+        return 2 * -(-self.num_servers // self.workers)
 
     @property
     def num_servers(self) -> int:

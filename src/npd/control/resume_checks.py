@@ -45,7 +45,7 @@ _MAY_CHANGE = (
 # Settings whose `auto` a run decides at its start.
 _DECIDED = {
     "train": ("activation_checkpointing",),
-    "generate": ("batch_size", "shard_size"),
+    "generate": ("batch_size", "shard_size", "shards_in_flight"),
 }
 
 
@@ -127,6 +127,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
     values["generate.shard_size"] = config.shard_size
+    values["generate.shards_in_flight"] = config.generate.num_in_flight
     return values
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from npd.config import GenerateConfig
@@ -142,6 +143,7 @@ class TeachersGenerator:
     def __init__(self, build: Callable[[str], Generator]) -> None:
         self._build = build
         self._generators: dict[str, Generator] = {}
+        self._building = Lock()
 
     @property
     def version(self) -> int:
@@ -153,9 +155,10 @@ class TeachersGenerator:
 
     def open(self, name: str) -> Generator:
         """The generator of the teacher `name`, built at the first call."""
-        if name not in self._generators:
-            self._generators[name] = self._build(name)
-        return self._generators[name]
+        with self._building:
+            if name not in self._generators:
+                self._generators[name] = self._build(name)
+            return self._generators[name]
 
     def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         """One rollout or failure per request, in the order of the requests."""

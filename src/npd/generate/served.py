@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from npd.config import GenerateConfig
 from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.base import Completion, SamplingSettings
+from npd.engines.loop_thread import LoopThread
 from npd.engines.pool import ServerPool
 from npd.engines.server_process import ServerSpec, generator_spec
 from npd.engines.verify_weights import ServedSnapshot, WrongWeights, check_untempered
@@ -86,7 +87,11 @@ class ServedGenerator:
         # Rows of the model's embedding, including padding; 0 if its config does not say.
         self._model_vocabulary = 0
         self._is_student = config.source == "student"
-        self._runner = asyncio.Runner()
+        self._loop = LoopThread("servers")
+        # Weights are changed, or checked, by one call at a time.
+        self._updating = asyncio.Lock()
+        self._inflight: InFlightRequests | None = None
+        self._num_calls = 0
 
     @property
     def version(self) -> int | None:
@@ -106,25 +111,29 @@ class ServedGenerator:
     def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         """One rollout or failure per request, in the order of the requests.
 
+        Other threads may call it too: all share the servers, and earlier calls go first.
+
         Raises:
             WorkerLostError: our server exited or hangs, or a server lost its weights.
             RunError: no server responds, or a refresh failed (see `load`).
         """
-        assert self._weights.served is not None, "generate() needs a snapshot: call load() first"
         return self._run(self._generate(requests)) if requests else []
 
     def close(self) -> None:
         """Stop our server, or disconnect from the servers at `urls`."""
-        self._run(self._pool.close())
-        self._runner.close()
+        self._loop.close(self._pool.close())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        return self._loop.run(work)
 
     async def _load(self, path: Path, version: int) -> None:
-        served = self._weights.served
-        if served is None or (served.path, served.version) != (path, version):
-            await self._update(await self._prepare(path, version))
+        async with self._updating:
+            served = self._weights.served
+            is_newer = served is not None and served.version > version
+            if self._context.in_flight != "finish" and is_newer:
+                return  # a refresh of another call preceded this one
+            if served is None or (served.path, served.version) != (path, version):
+                await self._update(await self._prepare(path, version))
 
     async def _prepare(self, path: Path, version: int) -> ServedSnapshot:
         return await self._weights.prepare(path, version, is_policy=self._is_student)
@@ -161,40 +170,63 @@ class ServedGenerator:
 
     async def _generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         await self._check_weights()
-        inflight = InFlightRequests(
-            self._weights,
-            self._sampling(),
-            self._context.in_flight,
-            with_logprobs=self._is_student,
-            is_seeded=self._config.seeded,
-        )
-        work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.at_once)
-        found = await _alongside(work, partial(self._refresh, inflight))
+        with self._shared_requests() as inflight:
+            work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.at_once)
+            found = await _alongside(work, partial(self._refresh, inflight))
         await self._check_weights()
         return [
             result if isinstance(result, Rollout) else Failed(request.sample_id, str(result))
             for request, result in zip(requests, found, strict=True)
         ]
 
+    @contextmanager
+    def _shared_requests(self) -> Iterator[InFlightRequests]:
+        """The requests of all calls that run, because a refresh interrupts all of them."""
+        if self._inflight is None:
+            self._inflight = InFlightRequests(
+                self._weights,
+                self._sampling(),
+                self._context.in_flight,
+                with_logprobs=self._is_student,
+                is_seeded=self._config.seeded,
+            )
+        self._num_calls += 1
+        try:
+            yield self._inflight
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._inflight = None
+
     async def _check_weights(self) -> None:
         """Raise WorkerLostError if a server lost its snapshot, or if our server has exited."""
-        for error in await self._weights.check(self._pool.admins):
-            self._pool.check(error)  # other unavailable servers are the scheduler's concern
+        async with self._updating:
+            served = self._weights.served
+            assert served is not None, "generate() needs a snapshot: call load() first"
+            for error in await self._weights.check(self._pool.admins):
+                self._pool.check(error)  # other unavailable servers are the scheduler's concern
 
     async def _refresh(self, inflight: InFlightRequests, end: asyncio.Event) -> None:
         """Load each newer snapshot as soon as it is published, until `end` is set."""
         if self._context.in_flight == "finish" or not self._is_student:
             return
         while not await _is_set(end, _LOOK_SECONDS):
-            newest = self._context.newest()
-            if newest is not None and newest[1] > (self.version or 0):
-                new = await self._prepare(*newest)  # before requests are interrupted
-                try:
-                    await inflight.interrupt(self._pool.admins)
-                    await self._update(new)
-                finally:
-                    await self._pool.resume()  # in case `interrupt` failed on some servers
-                inflight.resume()
+            async with self._updating:  # other calls look too: one of them does it
+                newest = self._context.newest()
+                if newest is not None and newest[1] > (self.version or 0):
+                    await self._interrupt(inflight, await self._prepare(*newest))
+
+    async def _interrupt(self, inflight: InFlightRequests, new: ServedSnapshot) -> None:
+        """Load `new` between two tokens of the responses in flight."""
+        try:
+            await inflight.interrupt(self._pool.admins)
+            await self._update(new)
+        except Unavailable as error:
+            self._pool.check(error)
+            raise
+        finally:
+            await self._pool.resume()  # in case `interrupt` failed on some servers
+        inflight.resume()
 
     def _sampling(self) -> SamplingSettings:
         config, known = self._config, self._vocab_size
@@ -263,7 +295,7 @@ class _Draft:
 
 
 class InFlightRequests:
-    """The requests of one `generate` call, which refreshes may interrupt.
+    """The requests of `generate` calls that run together, which refreshes may interrupt.
 
     Promises: each token carries the version of the weights that sampled it. An interrupted response
     continues from its tokens so far (`mix`), or restarts if another program interrupted it

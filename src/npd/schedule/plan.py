@@ -215,7 +215,9 @@ class Plan:
         self._window_was_full = is_live and (self._window_was_full or self._shard_size() == 0)
 
     def _may_generate(self) -> bool:
-        if self._publishing or self._tracker.shards_generating >= self.config.generate.workers:
+        generate = self.config.generate
+        most = generate.workers * generate.num_in_flight
+        if self._publishing or self._tracker.shards_generating >= most:
             return False
         return self.config.is_overlapped or not (
             self._tracker.shards_scoring or self._num_trainer_actions
