@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -425,6 +427,83 @@ def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
             for path in snapshots
         ]
         assert np.allclose(rollout.logprobs, np.choose(versions, both), atol=1e-6)
+
+
+def at_once(generator, *groups):
+    """What a generator writes for groups of requests that threads ask of it together."""
+    with ThreadPoolExecutor(len(groups)) as threads:
+        return [found for made in threads.map(generator.generate, groups) for found in made]
+
+
+def test_calls_of_two_threads_share_the_servers(bench):
+    """A server has no more requests at once than for one call."""
+    seen = []
+    server = bench.server(token_seconds=0.002)
+    server.faults.refuses = lambda prompt: bool(seen.append(server.engine.num_running))
+    generator = bench.generator(server)
+    generator.load(bench.snapshots[0], 0)
+    for rollout, ask in zip(at_once(generator, ASKS[:5], ASKS[5:]), ASKS, strict=True):
+        assert rollout.sample_id == ask.sample_id
+        check_logprobs(rollout, bench.snapshots[0])
+    assert max(seen) <= 3, "four at once, each seen before it counts"
+
+
+def test_in_flight_mix_interrupts_the_responses_of_every_call(bench):
+    server, published = bench.server(), threading.Event()
+    old, new = bench.snapshots[0], bench.publish(2)
+    around = {"in_flight": "mix", "newest": lambda: (new, 1) if published.is_set() else (old, 0)}
+    generator = bench.generator(server, around=around, max_new_tokens=20, stop_ids=(), batch_size=8)
+    generator.load(old, 0)
+    server.faults.stalls_at = 4
+    start = server.engine.num_tokens
+
+    def publish():
+        server.engine.await_tokens(start + 4 * 6)  # all six are in flight
+        published.set()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    found = at_once(generator, ASKS[:3], ASKS[3:6])
+    thread.join()
+    models = [read_lm(path) for path in (old, new)]
+    for rollout in found:
+        assert rollout.versions.tolist() == [0] * 4 + [1] * 16
+        both = [lm.token_logprobs(rollout.prompt_ids, rollout.response_ids) for lm in models]
+        assert np.allclose(rollout.logprobs, np.choose(rollout.versions, both), atol=1e-6)
+    generator.load(old, 0)
+    assert generator.version == 1, "a shard requested before does not bring the old one back"
+
+
+def test_a_server_that_was_restarted_loses_every_call(bench):
+    server = bench.server()
+    generator = bench.generator(server)
+    generator.load(bench.snapshots[0], 0)
+
+    def restart(prompt):
+        server.restart(bench.snapshots[0])
+        return False
+
+    server.faults.refuses = restart
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(generator.generate, asks) for asks in (ASKS[:5], ASKS[5:])]
+        for call in calls:
+            with pytest.raises(WorkerLostError, match="requested again"):
+                call.result()
+
+
+def test_what_is_being_written_ends_when_the_generator_is_closed(bench):
+    server = bench.server(hangs=True)
+    generator = bench.generator(server)
+    server.faults.hangs = False
+    generator.load(bench.snapshots[0], 0)
+    server.faults.hangs = True
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(generator.generate, ASKS)
+        while len(server.sent("/v1/completions")) < 4:
+            time.sleep(0.01)
+        generator.close()
+        with pytest.raises(CancelledError):
+            call.result()
 
 
 def test_in_flight_a_verification_that_fails_ends_the_call(bench):

@@ -38,9 +38,12 @@ class Dispatcher:
         self._run, self._config, self._workers = run, run.config, workers
         self._ledger, self._artifacts, self._monitor = run.ledger, run.artifacts, run.monitor
         self._heldout = tuple(run.inputs.heldout)
+        # A worker's copies of files at `runtime.shared` are of one call at a time.
+        is_cached = run.config.runtime.shared is not None
+        self._num_in_flight = 1 if is_cached else run.config.generate.num_in_flight
         self._generators: asyncio.Queue[SharedGenerator] = _in_turn(
             [SharedGenerator(w, self._monitor, self._refresh) for w in workers.generators],
-            run.config.generate.num_in_flight,
+            self._num_in_flight,
         )
         self._scorers: asyncio.Queue[Worker] = _queue(workers.scorers)
         self._trainer_turn = asyncio.Lock()
@@ -143,7 +146,7 @@ class Dispatcher:
         )
         task = GenerateTask(action.shard, action.version, requests)
         generator = await self._generators.get()
-        worker, is_shared = generator.worker, self._config.generate.num_in_flight > 1
+        worker, is_shared = generator.worker, self._num_in_flight > 1
         try:
             made = await (generator.write(task) if is_shared else self._write_alone(worker, task))
             self._pass_on(worker, made.notes)

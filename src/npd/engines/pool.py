@@ -231,7 +231,8 @@ class Places:
         try:
             yield
         finally:
-            self._pass_on()
+            # A moment later: until then the slot of an earlier call has asked for its next job.
+            asyncio.get_running_loop().call_soon(self._pass_on)
 
     async def _wait(self, order: int) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

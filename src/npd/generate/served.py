@@ -338,7 +338,11 @@ class InFlightRequests:
         self._may_send.clear()
         while True:
             # Repeated, because a request in transit may arrive after the first pause.
-            await asyncio.gather(*(server.pause(drain=False) for server in servers))
+            pauses = (server.pause(drain=False) for server in servers)
+            # All end before an error is raised: none must come after the servers are resumed.
+            for error in await asyncio.gather(*pauses, return_exceptions=True):
+                if error is not None:
+                    raise error
             if self._num_sent == 0:
                 return
             await asyncio.sleep(_POLL_SECONDS)
