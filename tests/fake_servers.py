@@ -141,7 +141,7 @@ class Engine:
         self.num_tokens = 0
         self.is_paused = False
         self.is_closing = False
-        self._num_cuts = 0
+        self._num_cuts = self._num_unseeded = 0
         self._rng = np.random.default_rng(0)
 
     def named(self, name: str | None) -> FakeLM | None:
@@ -158,10 +158,10 @@ class Engine:
         temperature: float,
         top_p: float,
         bias: dict[str, float],
-        seed: int,
+        seed: int | None,
     ) -> _Written:
         """A response; a pause that aborts cuts it off, and one that is on holds it up."""
-        rng, ids, logprobs = np.random.default_rng(seed), [], []
+        rng, ids, logprobs = self._drawing_by(seed), [], []
         cuts = self._begin()
         try:
             is_foreign_cut = self._count("cuts")
@@ -186,6 +186,13 @@ class Engine:
                 self.num_running -= 1
                 self.num_written += 1
                 self._moved.notify_all()
+
+    def _drawing_by(self, seed: int | None) -> np.random.Generator:
+        """Random numbers by the seed of a request, or by how many were asked without one."""
+        with self._moved:
+            self._num_unseeded += seed is None
+            own = (self._num_unseeded, 1)
+        return np.random.default_rng(own if seed is None else seed)
 
     def _begin(self) -> int:
         """Wait while it pauses; how many cuts there were when it was asked."""
@@ -494,7 +501,7 @@ class FakeVllm(FakeServer):
             temperature=body["temperature"],
             top_p=body.get("top_p", 1.0),
             bias=body.get("logit_bias") or {},
-            seed=body.get("seed", 0),
+            seed=body.get("seed"),
         )
         choice["finish_reason"] = written.ending
         if body.get("return_token_ids"):

@@ -70,6 +70,7 @@ class Simulation:
     stop: ev.Stop | None = None
     steps: int = 0
     phases: list[str] = field(default_factory=list)
+    most_generating: int = 0
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
@@ -158,6 +159,10 @@ class Simulation:
         for sample_id, outcome in self.outcomes.items():
             if outcome is Outcome.TRAINED_OUT:
                 assert self.uses[sample_id] == self.config.schedule.reuse
+        generating = sum(isinstance(action, ev.Generate) for action in self.open)
+        self.most_generating = max(self.most_generating, generating)
+        generate = self.config.generate
+        assert generating <= generate.workers * generate.num_in_flight
         stages = {type(action).__name__ for action in self.open}
         stages |= {"Trainer"} if self.trainer_queue else set()
         self.stages_at_once.add(frozenset(stages))

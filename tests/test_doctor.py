@@ -674,11 +674,14 @@ def test_a_server_on_a_scorers_gpu_is_a_warning(two_gpus):
 )
 def test_a_shard_too_small_for_its_servers_is_a_warning(shell, sets, at_once):
     sets = [*sets, "generate.engine=vllm", "generate.batch_size=40", "runtime.kind=local"]
-    _, checks = examined(shell, *sets, f"generate.shard_size={at_once - 1}", "schedule.overlap=no")
+    sets.append("generate.shards_in_flight=2")
+    half = at_once // 2
+    _, checks = examined(shell, *sets, f"generate.shard_size={half - 1}", "schedule.overlap=no")
     (warned,) = checks["shard size"]
     assert warned.status == "warn"
     assert f"set generate.shard_size to {2 * at_once}" in warned.says
-    _, checks = examined(shell, *sets, f"generate.shard_size={at_once}", "schedule.overlap=no")
+    assert f"2 shards of {half - 1} at a time" in warned.says
+    _, checks = examined(shell, *sets, f"generate.shard_size={half}", "schedule.overlap=no")
     assert "shard size" not in checks
 
 

@@ -27,7 +27,7 @@ UNSEEN = {"kl": None}
 
 
 def facts(preset="npd", sets=(), **values):
-    config = dump_config(load_config(preset, [*MODELS, *sets]).config)
+    config = dump_config(load_config(preset, [*MODELS, *sets]).config.sized(1000))
     return RunFacts(config=config, **(SOUND | values))
 
 

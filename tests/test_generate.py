@@ -79,7 +79,7 @@ def serving(engine, snapshot, log):
     kind = fake_servers.FAKES[engine]
     with kind(snapshot) as one, kind(snapshot) as other:
         config = GenerateConfig(
-            engine=engine, urls=(one.url, other.url), max_new_tokens=6, batch_size=4
+            engine=engine, urls=(one.url, other.url), max_new_tokens=6, batch_size=4, seeded=True
         )
         around = ServingContext(log=log, context=512)
         yield ServedGenerator(config, around, stop_ids=[fakes.END])

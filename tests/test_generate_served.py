@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -340,6 +342,25 @@ def test_padding_of_the_vocabulary_is_never_drawn(tmp_path, bench):
         check_logprobs(rollout, bench.snapshots[0])  # over the whole distribution
 
 
+def written_for(bench, server, **kwargs):
+    """What a generator writes twice for each request; the seeds it sent."""
+    generator = bench.generator(server, stop_ids=(), **kwargs)
+    generator.load(bench.snapshots[0], 0)
+    twice = [[r.response_ids.tolist() for r in generator.generate(ASKS)] for _ in range(2)]
+    sent = [body for body in server.sent("/v1/completions") if "logprobs" in body]
+    return twice, [body.get("seed") for body in sent]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_seed_is_sent_only_if_asked_for(bench, engine):
+    (first, again), seeds = written_for(bench, bench.server(engine), engine=engine)
+    assert seeds == [None] * 2 * len(ASKS)
+    assert first != again
+    (first, again), seeds = written_for(bench, bench.server(engine), engine=engine, seeded=True)
+    assert sorted(seeds) == sorted(2 * [ask.seed for ask in ASKS])
+    assert first == again
+
+
 # Refreshes in the middle of a response.
 
 
@@ -408,6 +429,83 @@ def test_in_flight_mix_says_of_each_token_who_drew_it(bench, engine):
         assert np.allclose(rollout.logprobs, np.choose(versions, both), atol=1e-6)
 
 
+def at_once(generator, *groups):
+    """What a generator writes for groups of requests that threads ask of it together."""
+    with ThreadPoolExecutor(len(groups)) as threads:
+        return [found for made in threads.map(generator.generate, groups) for found in made]
+
+
+def test_calls_of_two_threads_share_the_servers(bench):
+    """A server has no more requests at once than for one call."""
+    seen = []
+    server = bench.server(token_seconds=0.002)
+    server.faults.refuses = lambda prompt: bool(seen.append(server.engine.num_running))
+    generator = bench.generator(server)
+    generator.load(bench.snapshots[0], 0)
+    for rollout, ask in zip(at_once(generator, ASKS[:5], ASKS[5:]), ASKS, strict=True):
+        assert rollout.sample_id == ask.sample_id
+        check_logprobs(rollout, bench.snapshots[0])
+    assert max(seen) <= 3, "four at once, each seen before it counts"
+
+
+def test_in_flight_mix_interrupts_the_responses_of_every_call(bench):
+    server, published = bench.server(), threading.Event()
+    old, new = bench.snapshots[0], bench.publish(2)
+    around = {"in_flight": "mix", "newest": lambda: (new, 1) if published.is_set() else (old, 0)}
+    generator = bench.generator(server, around=around, max_new_tokens=20, stop_ids=(), batch_size=8)
+    generator.load(old, 0)
+    server.faults.stalls_at = 4
+    start = server.engine.num_tokens
+
+    def publish():
+        server.engine.await_tokens(start + 4 * 6)  # all six are in flight
+        published.set()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    found = at_once(generator, ASKS[:3], ASKS[3:6])
+    thread.join()
+    models = [read_lm(path) for path in (old, new)]
+    for rollout in found:
+        assert rollout.versions.tolist() == [0] * 4 + [1] * 16
+        both = [lm.token_logprobs(rollout.prompt_ids, rollout.response_ids) for lm in models]
+        assert np.allclose(rollout.logprobs, np.choose(rollout.versions, both), atol=1e-6)
+    generator.load(old, 0)
+    assert generator.version == 1, "a shard requested before does not bring the old one back"
+
+
+def test_a_server_that_was_restarted_loses_every_call(bench):
+    server = bench.server()
+    generator = bench.generator(server)
+    generator.load(bench.snapshots[0], 0)
+
+    def restart(prompt):
+        server.restart(bench.snapshots[0])
+        return False
+
+    server.faults.refuses = restart
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(generator.generate, asks) for asks in (ASKS[:5], ASKS[5:])]
+        for call in calls:
+            with pytest.raises(WorkerLostError, match="requested again"):
+                call.result()
+
+
+def test_what_is_being_written_ends_when_the_generator_is_closed(bench):
+    server = bench.server(hangs=True)
+    generator = bench.generator(server)
+    server.faults.hangs = False
+    generator.load(bench.snapshots[0], 0)
+    server.faults.hangs = True
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(generator.generate, ASKS)
+        while len(server.sent("/v1/completions")) < 4:
+            time.sleep(0.01)
+        generator.close()
+        with pytest.raises(CancelledError):
+            call.result()
+
+
 def test_in_flight_a_verification_that_fails_ends_the_call(bench):
     servers = [bench.server()]
     servers[0].faults.forgets_reload = True
@@ -454,7 +552,7 @@ def test_cuts_by_somebody_else_are_mended(bench):
 
 def test_cuts_without_end_are_a_failure(bench):
     server = bench.server()
-    generator = bench.generator(server)
+    generator = bench.generator(server, stop_ids=())
     generator.load(bench.snapshots[0], 0)
     server.faults.cuts = 10**6
     (failed,) = generator.generate(ASKS[:1])

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import npd
+from npd.control.defaults import chosen, with_defaults
 from npd.control.device_turns import DeviceTurns
-from npd.control.memory import chosen, parse_gpus, with_defaults
+from npd.control.memory import parse_gpus
 from npd.control.placement import WorkerSet
 from npd.control.preflight import prepare
 from npd.control.run_record import recorded_config

@@ -11,18 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npd.config import RunConfig
-from npd.control.memory import (
-    Gpu,
-    chosen,
-    gpus_here,
-    memory_checks,
-    parse_gpus,
-    process_names,
-    with_defaults,
-)
+from npd.control.defaults import check_servers, chosen, with_defaults
+from npd.control.memory import Gpu, gpus_here, parse_gpus, process_names
 from npd.control.placement import assign_gpus, check_gpus, start_generators, start_trainer
+from npd.doctor.memory import memory_checks
 from npd.errors import ConfigError, InputError
-from npd.models.metadata import GIB
+from npd.models.metadata import GIB, size_of
 from npd.store.layout import RunLayout
 from open_runs import open_run
 from test_score_ranks import FakeRuntime
@@ -272,8 +266,15 @@ def forecast(models, machine, student="1.5b", teacher="7b", **settings):
         # What grows, and is halved where there is no room, is a warning.
         ("1x40GB", {"student": "0.5b", "teacher": "1.5b", "generate": {"batch_size": 4096},
                     "train": {"activation_checkpointing": True}}, ["warn"]),
-        # A launched server takes nine tenths, unless it is told otherwise.
+        # A launched server takes what others leave, unless it is told otherwise.
+        ("1x80GB", {"train": {"activation_checkpointing": True},
+                    "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["ok"]),
         ("1x80GB", {"runtime": TOGETHER, "train": {"activation_checkpointing": True},
+                    "generate": {"engine": "vllm", "launch": {"venv": "v", "memory": 0.9}}},
+         ["FAIL"]),
+        ("1x24GB", {"student": "0.5b", "teacher": "1.5b",
+                    "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["ok"]),
+        ("1x24GB", {"student": "1.5b", "teacher": "1.5b",
                     "generate": {"engine": "vllm", "launch": {"venv": "v"}}}, ["FAIL"]),
         ("1x80GB", {"train": {"activation_checkpointing": True}, "generate": {
             "engine": "vllm",
@@ -298,7 +299,7 @@ def test_in_phases_the_largest_role_counts(models):
                  train={"activation_checkpointing": True})[0].says
         for share in ("together", "phases")
     )  # fmt: skip
-    assert "; 59.6 GiB of 79.2 GiB" in together, together
+    assert "; 64.4 GiB of 79.2 GiB" in together, together
     assert re.search(r"; 3\d\.\d GiB at a time of 79\.2 GiB$", phases), phases
 
 
@@ -319,8 +320,11 @@ def test_a_forecast_lists_what_is_where(models):
     assert "give its processes GPUs of their own" in alone.says
     launch = {"engine": "vllm", "launch": {"venv": "v"}}
     shared = forecast(models, "2x80GB", score={"gpus": [1]}, generate=launch)[1]
+    assert "generate's server 57.8 (73% of it)" in shared.says
+    launch["launch"]["memory"] = 0.9
+    shared = forecast(models, "2x80GB", score={"gpus": [1]}, generate=launch)[1]
     assert "generate's server 71.3 (90% of it)" in shared.says
-    assert "bound the server's share (--gpu-memory-utilization in launch.args)" in shared.says
+    assert "lower the server's share (launch.memory)" in shared.says
 
 
 @pytest.mark.parametrize("text", ["8x80GB", "8 x 80 GB", "8×80GiB", "8*80G", "8x80"])
@@ -516,6 +520,127 @@ def test_a_servers_share_is_all_it_takes(models):
                          generate={"engine": "vllm", "launch": launch})  # fmt: skip
         assert [check.status for check in found] == ["ok", "ok"], [c.says for c in found]
         assert "generate's server 23.0 (97% of it)" in found[1].says
+
+
+VLLM = {"engine": "vllm", "launch": {"venv": "v"}}
+
+
+def shares(models, machine, student="1.5b", teacher="7b", **settings):
+    """The share of each section's servers, as a run on that machine decides."""
+    config = make(student=str(models / student), teacher=str(models / teacher), **settings)
+    decided = with_defaults(config, parse_gpus(machine))
+    return {where: launch.memory for where, launch in decided.launches.items()}
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "expected"),
+    [
+        ("1x80GB", {"generate": VLLM}, {"generate": 0.26}),
+        ("1x141GB", {"generate": VLLM}, {"generate": 0.56}),
+        # Alone on its GPU it is left to itself.
+        ("3x80GB", {"generate": VLLM}, {"generate": "auto"}),
+        ("2x80GB", {"generate": {"engine": "vllm", "launch": {"venv": "v", "gpus": ["1"]}}},
+         {"generate": "auto"}),
+        # Beside the scorer; two of them share what it leaves; the fullest GPU counts for both.
+        ("2x80GB", {"generate": VLLM}, {"generate": 0.73}),
+        ("2x80GB", {"generate": VLLM, "generators": 2}, {"generate": 0.36}),
+        ("3x80GB", {"generate": VLLM, "generators": 2}, {"generate": 0.73}),
+        # Two models on servers beside each other, and beside the snapshot of the scorer.
+        ("2x80GB", {"generate": VLLM, "score": VLLM}, {"generate": 0.38, "score": 0.52}),
+        # What the config says is kept.
+        ("1x80GB", {"generate": {"engine": "vllm", "launch": {"venv": "v", "memory": 0.3}}},
+         {"generate": 0.3}),
+        ("1x80GB", {"generate": {"engine": "vllm", "launch": {
+            "venv": "v", "args": ["--gpu_memory_utilization", "0.3"]}}}, {"generate": "auto"}),
+        ("1x80GB", {"generate": {"engine": "vllm", "launch": {
+            "venv": "v", "args": ["--config", "mine.yaml"]}}}, {"generate": "auto"}),
+        # Not known, or not ours to say.
+        ("1x80GB", {"generate": VLLM, "student": "nowhere"}, {"generate": "auto"}),
+        ("1x80GB", {"generate": VLLM, "kind": "ray", "runtime": {"ray": {"address": "auto"}}},
+         {"generate": "auto"}),
+        ("1x24GB", {"generate": VLLM}, {"generate": "auto"}),  # nothing is left: refused
+    ],
+)  # fmt: skip
+def test_a_server_beside_others_takes_what_they_leave(models, machine, settings, expected):
+    assert shares(models, machine, **settings) == expected
+
+
+@given(
+    machine=st.sampled_from(["1x24GB", "1x48GB", "1x80GB", "2x80GB", "4x141GB"]),
+    student=st.sampled_from(["0.5b", "1.5b", "7b"]),
+    teacher=st.sampled_from(["0.5b", "1.5b", "7b"]),
+    generators=st.integers(1, 3),
+    serves_teacher=st.booleans(),
+)
+def test_servers_with_a_share_have_room_for_their_weights_and_all_fit(
+    models, machine, student, teacher, generators, serves_teacher
+):
+    settings = {"score": VLLM} if serves_teacher else {}
+    names = {"student": str(models / student), "teacher": str(models / teacher)}
+    config = make(generators=generators, **names, **settings, generate=VLLM)
+    gpus = parse_gpus(machine)
+    decided = with_defaults(config, gpus)
+    checks = list(memory_checks(config, gpus))
+    for where, launch in decided.launches.items():
+        if launch.memory != "auto":
+            size = size_of(names["student" if where == "generate" else "teacher"])
+            assert launch.memory * gpus[0].total > 2 * size.parameters
+            assert launch.memory <= 0.9
+            assert all(check.status != "FAIL" for check in checks if f"{where}'s" in check.says)
+
+
+def with_gpu(tmp_path, monkeypatch, total, free):
+    """A machine with one GPU of so many MiB."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '0, GPU-aaaa, {total}, {free}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("npd.control.placement.num_gpus", lambda: 1)
+
+
+def test_what_others_have_is_not_given_to_a_server(tmp_path, monkeypatch, models):
+    """A run starts with the share of what is free, says so, and a resumed one asks again."""
+    paths = {"student": str(models / "0.5b"), "teacher": str(models / "1.5b")}
+    thrifty = {"activation_checkpointing": True}
+    config = make(device="cuda", **paths, generate=VLLM, train=thrifty)
+    found = []
+    for free in (80_000, 50_000):
+        with_gpu(tmp_path, monkeypatch, 81_559, free)
+        decided = with_defaults(config)
+        check_servers(decided)
+        found.append(decided.generate.launch.memory)
+        (said,) = [line for line in chosen(config, decided) if "server" in line]
+        assert said.startswith(f"generate's server takes {found[-1]:.0%} of its GPU's memory")
+    assert found[0] - found[1] == pytest.approx(30_000 / 81_559, abs=0.011)
+
+
+def test_a_server_for_which_nothing_is_left_is_refused(tmp_path, monkeypatch, models):
+    with_gpu(tmp_path, monkeypatch, 24_564, 24_000)
+    paths = {"student": str(models / "1.5b"), "teacher": str(models / "1.5b")}
+    config = with_defaults(make(device="cuda", **paths, generate=VLLM))
+    with pytest.raises(
+        ConfigError, match=r"GPU 0 \(24.0 GiB\) has no room for generate's"
+    ) as caught:
+        check_servers(config)
+    assert "trainer, scorer-0" in str(caught.value)
+    assert len(str(caught.value)) <= 300
+    told = {**VLLM, "launch": {"venv": "v", "memory": 0.1}}
+    check_servers(with_defaults(make(device="cuda", **paths, generate=told)))
+
+
+def test_a_server_beside_models_of_unknown_size_is_a_warning(models):
+    config = make(student="hub/name", teacher=str(models / "7b"), generate=VLLM)
+    first, second = memory_checks(config, parse_gpus("2x80GB"))
+    assert "its size is not known" in first.says
+    assert second.status == "warn"
+    assert second.says.startswith("GPU 1: generate's server takes 90% of it beside scorer-0: set")
+    (alone,) = memory_checks(config, parse_gpus("3x80GB"))
+    assert alone == first
+    told = {**VLLM, "launch": {"venv": "v", "memory": 0.2}}
+    assert list(memory_checks(make(student="hub/name", generate=told), parse_gpus("1x80GB"))) == [
+        first
+    ]
 
 
 def test_the_forecast_follows_the_names_of_gpus(models):

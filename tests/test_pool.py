@@ -19,7 +19,7 @@ from npd.config.base import ServedConfig
 from npd.engines import Refused, Unavailable, build_server
 from npd.engines.base import SamplingSettings
 from npd.engines.client import Client
-from npd.engines.pool import ServerPool
+from npd.engines.pool import Places, ServerPool
 from npd.engines.server_process import ServerSpec
 from npd.errors import ConfigError, RunError
 
@@ -97,6 +97,13 @@ def test_contract_the_seed_decides(fake):
         for seed in (1, 2, 1, 2**63 - 1)
     ]
     assert drawn[0] == drawn[2] != drawn[1] != drawn[3]
+
+
+def test_contract_without_a_seed_the_server_draws_its_own(fake):
+    drawn = {
+        tuple(ask(fake, lambda server: complete(server, seed=None)).ids.tolist()) for _ in range(8)
+    }
+    assert len(drawn) > 1
 
 
 def test_contract_greedy(fake, snapshot):
@@ -481,6 +488,66 @@ def test_pool_deals_the_first_jobs_out_evenly(pair):
 
     asked = with_pool(pool_of(*pair), use)
     assert [asked.count(fake.url) for fake in pair] == [3, 3]
+
+
+def test_pool_calls_share_the_places_and_the_older_goes_first(snapshot):
+    async def use(pool):
+        running, most, begun, is_begun = 0, 0, [], asyncio.Event()
+
+        async def do(server, job):
+            nonlocal running, most
+            begun.append(job)
+            is_begun.set()
+            running += 1
+            most = max(most, running)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            running -= 1
+            return job
+
+        def call(name):
+            jobs = [(name, i) for i in range(40)]
+            return asyncio.create_task(pool.run_jobs(jobs, do, at_once=4))
+
+        older = call("older")
+        await is_begun.wait()
+        found = await asyncio.gather(older, call("newer"))
+        return most, begun, found
+
+    with FakeVllm(snapshot) as fake:
+        most, begun, found = with_pool(pool_of(fake), use)
+    assert most == 4
+    assert [name for name, _ in begun] == ["older"] * 40 + ["newer"] * 40
+    assert found == [[(name, i) for i in range(40)] for name in ("older", "newer")]
+
+
+def test_pool_places_outlive_calls_that_are_cancelled():
+    async def story():
+        places, begun = Places(1), []
+        until, never, is_last = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def work(order, until):
+            async with places.taken(order):
+                begun.append(order)
+                if order == 3:
+                    is_last.set()
+                await until.wait()
+
+        holder = asyncio.create_task(work(0, until))
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(work(order, never)) for order in (3, 1, 2)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()  # while it waits
+        until.set()
+        await holder
+        waiting[2].cancel()  # at the moment in which it is given the place
+        await is_last.wait()
+        waiting[0].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        async with places.taken(9):
+            return begun
+
+    assert asyncio.run(story()) == [0, 3]
 
 
 def test_pool_has_a_survivor_do_all_with_all_its_slots(pair):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from npd.config import LaunchConfig
 from npd.control.resume_checks import as_recorded
 from npd.control.run_directory import missing_folder, open_directory, remove_unless_started
 from npd.control.run_record import load_run
@@ -11,6 +14,8 @@ from npd.data.inputs import RunInputs
 from npd.errors import ConfigError, InputError
 from npd.store.ledger import Ledger
 from tiny_run import tiny_config
+
+SIZES = ("batch_size", "shard_size", "shards_in_flight")
 
 
 @pytest.fixture
@@ -46,6 +51,37 @@ def test_secrets_stay_out_of_the_record_and_the_run_goes_on(make):
         assert opened(again, resume=True).root == layout.root
     with pytest.raises(ConfigError, match=r"started with seed=0"):
         opened(config.model_copy(update={"seed": 1}), resume=True)
+
+
+def test_what_a_run_decided_at_its_start_is_kept_when_it_goes_on(make):
+    """Also where `auto` comes to something else by now: an early version had shards of 32."""
+    served = {"engine": "vllm", "launch": LaunchConfig(command=("serve",))}
+    config = make()
+    generate = config.generate.model_copy(update=served | dict.fromkeys(SIZES, "auto"))
+    config = config.model_copy(update={"generate": generate})
+    assert as_recorded(config) == config, "there is no record yet"
+    old = generate.model_copy(update=dict(zip(SIZES, (9, 32, 5), strict=True)))
+    opened(config.model_copy(update={"generate": old}), resume=False)
+    resumed = as_recorded(config).sized(300)
+    assert [getattr(resumed.generate, key) for key in SIZES] == [9, 32, 5]
+    opened(resumed, resume=True)
+    with pytest.raises(ConfigError, match=r"generate.shard_size=32, now it is 300"):
+        opened(config.sized(300), resume=True)
+
+
+def test_a_record_of_before_shards_shared_a_generator_goes_on_with_one(make):
+    config = make()
+    generate = {"engine": "vllm", "launch": LaunchConfig(command=("serve",)), "shard_size": 7}
+    generate = config.generate.model_copy(update=generate)
+    config = config.model_copy(update={"generate": generate})
+    assert config.generate.num_in_flight == 2
+    layout = opened(config, resume=False)
+    record = json.loads(layout.config_json.read_text())
+    del record["config"]["generate"]["shards_in_flight"]
+    layout.config_json.write_text(json.dumps(record))
+    resumed = as_recorded(config)
+    assert resumed.generate.num_in_flight == 1
+    opened(resumed, resume=True)
 
 
 @pytest.fixture

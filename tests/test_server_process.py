@@ -167,6 +167,15 @@ def test_vllm_is_told_what_it_needs_and_never_its_key(started, snapshot):
     assert process.key not in " ".join(flags)
 
 
+def test_a_share_of_the_gpu_is_passed_on_where_it_is_decided():
+    spec, flag = ServerSpec("m", "float32", 64), "--gpu-memory-utilization"
+    assert flag not in server_command("vllm", LaunchConfig(command=ENGINE), spec, port=1)
+    decided = LaunchConfig(command=ENGINE, memory=0.26, args=("--max-num-seqs", "7"))
+    command = server_command("vllm", decided, spec, port=1)
+    assert value(command, flag) == "0.26"
+    assert command[-2:] == ["--max-num-seqs", "7"]
+
+
 def test_no_key_is_taken_for_an_option(tmp_path, snapshot):
     spec, launch = ServerSpec(str(snapshot), "float32", CONTEXT), LaunchConfig(command=ENGINE)
     made = [ServerProcess("vllm", launch, spec, tmp_path / "server.log") for _ in range(2000)]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +34,13 @@ from npd.data.inputs import RunInputs
 from npd.errors import ConfigError
 from npd.models import fingerprint
 from npd.models.metadata import model_settings, size_of
+from npd.observe.trace import read_trace
 from npd.store.layout import RunLayout
+from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts, read_scored, write_rollouts
 from npd.types import SampleRequest
 from npd.workers import Factory, GenerateTask, ScoreTask
+from process_tree import children
 from teacher_fixtures import QuietView, name_teachers, teaching_settings
 from tiny_model import make_tokenizer, save_model
 
@@ -81,6 +88,7 @@ def classroom(tmp_path, tiny_model_dir, tiny_teacher_dir, code_dir):
 
 
 ENGINE = [sys.executable, str(Path(__file__).parent / "fake_engine.py")]
+SIZES = ("batch_size", "shard_size")
 SCORED = {"score": {"engine": "vllm", "top_k": 8}, "filter": {"name": "none"}}
 
 
@@ -107,6 +115,61 @@ def test_each_teachers_servers_read_and_write_for_its_own_prompts(classroom):
         assert not [ids for ids in asked if any(ids[: len(p)] == p for p in foreign)]
         told = f"scorer-0: {classroom.servers[name].url} serves {classroom.models[name]}"
         assert sum(message.startswith(told) for message in view.messages) == 1
+
+
+def test_servers_get_large_shards_by_default_and_the_record_says_how_large(classroom):
+    """32 of 40 samples would be one shard and a rest; a run of this size still pipelines."""
+    sections = {
+        "generate": {"source": "teacher", "engine": "vllm", **dict.fromkeys(SIZES, "auto")},
+        "schedule": {"refresh": "never", "overlap": True}, "loss": {"kd_weight": 0.0},
+        "filter": {"name": "none"}, "eval": {"source": "none"},
+        "data": {"train": str(classroom.folder / "prompts.jsonl"), "heldout_size": 0},
+    }  # fmt: skip
+    result = npd.run(classroom.config(**sections), view=QuietView())
+    layout = RunLayout(result.directory)
+    recorded = load_run(layout).generate
+    assert (recorded.batch_size, recorded.shard_size) == (256, 12)
+    written = [len(read_rollouts(p)) for p in sorted(layout.rollouts(0).parent.glob("*.arrow"))]
+    assert set(written) == {12}
+    assert result.data.conservation["trained_out"] == sum(written)
+
+
+def test_two_shards_of_a_killed_generator_are_both_written_again(classroom):
+    """Processes: one generator, and two shards at once on two servers."""
+    sections = {
+        "generate": {"source": "teacher", "engine": "vllm", "shard_size": 12, "batch_size": 2},
+        "schedule": {"refresh": "never", "overlap": True, "reuse": 1, "epochs": 1},
+        "loss": {"kd_weight": 0.0}, "filter": {"name": "none"}, "eval": {"source": "none"},
+        "data": {"train": str(classroom.folder / "prompts.jsonl"), "heldout_size": 0},
+        "runtime": {"kind": "local", "device": "cpu", "threads": 1},
+    }  # fmt: skip
+    config = classroom.config(**sections)
+    for server in classroom.servers.values():
+        server.faults.token_seconds = 0.02
+
+    def kill() -> None:
+        for server in classroom.servers.values():
+            server.engine.await_tokens(10)
+        (pid,) = (
+            pid
+            for pid in children(os.getpid())
+            if b"generator-0" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        )
+        os.kill(int(pid), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = npd.run(config, view=QuietView())
+    killer.join()
+    layout = RunLayout(result.directory)
+    with Ledger.reader(layout.ledger_db) as ledger:
+        events = list(ledger.events())
+    lost = [payload["shard"] for _, kind, payload in events if kind == "ShardFailed"]
+    assert lost == [0, 1], "once each"
+    assert result.data.conservation["trained_out"] == result.data.conservation["asked"] == 24
+    spans = [s for s in read_trace(layout.trace_jsonl) if s.name == "generate"]
+    assert sorted(s.args["shard"] for s in spans) == [0, 1]
+    assert all(one.end <= other.start for one, other in pairwise(spans))
 
 
 def test_what_one_teachers_server_refuses_leaves_alone(classroom):

@@ -122,7 +122,7 @@ def test_auto_takes_kernels_where_they_can_be_built(monkeypatch, caplog):
 
         compiling.builds_kernels.cache_clear()
         monkeypatch.setattr(compiling, "check_compilers", check)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
         return type(loss._passes("auto", gpu))
 
     assert passes() is TritonPasses

@@ -129,10 +129,16 @@ def conservation_line(counts: Any) -> str:
 
 
 def config_lines(settings: Settings) -> Iterator[str]:
-    """`section.key: value  # origin`, one line per value; the lines form a valid config file."""
+    """`section.key: value  # origin`, one line per value; the lines form a valid config file.
+
+    Where the config decides what `auto` is, the origin is followed by it.
+    """
     from npd.config.load import dump_config
     from npd.config.sources import as_yaml, flat
     from npd.redaction import masked
 
+    decided = settings.config.decided
     for key, value in flat(masked(dump_config(settings.config))):
-        yield f"{f'{key}: {as_yaml(value)}':58}  # {settings.origins.get(key, 'default')}"
+        origin, meant = settings.origins.get(key, "default"), decided.get(key)
+        why = origin if meant is None else f"{origin}: {meant}"
+        yield f"{f'{key}: {as_yaml(value)}':58}  # {why}"

@@ -130,7 +130,8 @@ STILL_NAMED: set[str] = set()
 KNOWS_CUDA: dict[str, str] = {
     "config/server_checks.py": "what runtime.device is usually set to",
     "generate/decoding.py": "cuDNN as a kernel of SDPA",
-    "train/triton_passes.py": "Triton's kernels and the device they start on",
+    "models/kernels/products.py": "products that widen their result",
+    "models/kernels/row_stats.py": "Triton's kernels and the device they start on",
 }
 
 # Pairs that import each other, one of them inside a function: a builder beside its own nouns.

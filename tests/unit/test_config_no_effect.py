@@ -23,6 +23,8 @@ IDLE = {
     "loss.skip_tokens=9": "loss.skip_tokens has no effect, as loss.skip_after is 0",
     "loss.chunk=64 loss.impl=reference": "loss.chunk has no effect, as loss.impl is reference",
     "generate.temperature=0 generate.top_p=0.9": "generate.top_p has no effect",
+    "generate.shards_in_flight=2": "generate.shards_in_flight has no effect, as generate.engine",
+    "generate.seeded=true": "generate.seeded has no effect, as generate.engine is transformers",
     "generate.request_timeout=9": "generate.request_timeout has no effect, as generate.engine is",
     "score.head_chunk=9 score.engine=vllm score.urls=[http://a:1]": (
         "score.head_chunk has no effect, as score.engine is vllm"

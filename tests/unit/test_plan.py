@@ -30,6 +30,8 @@ def configs(draw) -> RunConfig:
     window = draw(st.one_of(st.just("all"), st.integers(least, 40)))
     steps = draw(st.one_of(st.none(), st.integers(1, 25)))
     passes = draw(st.integers(1, 3))
+    # Generators with servers have several shards at once.
+    served = {"engine": "vllm", "launch": {}, "shards_in_flight": draw(st.integers(1, 3))}
     rules = [{}, {"every_steps": draw(st.integers(1, 6))}, {"drift": 0.1, "min_steps": 2}]
     if steps is None and passes > 1:
         rules.append({"at_epochs": [reuse * i for i in range(1, passes)]})
@@ -49,6 +51,7 @@ def configs(draw) -> RunConfig:
             "shard_size": shard,
             "workers": draw(st.integers(1, 3)),
             "samples_per_prompt": draw(st.integers(1, 2)),
+            **draw(st.sampled_from([{}, served])),
         },
         eval={"source": draw(st.sampled_from(["none", "teacher"])), "every_steps": 4},
         checkpoint={"every_steps": draw(st.sampled_from([None, 3, 7]))},
@@ -203,6 +206,22 @@ def test_overlap_trains_while_others_work():
     config = make_config(steps=40, window=40, reuse=1, overlap=True)
     simulation = Simulation(config, 50).run()
     assert frozenset({"Generate", "Trainer"}) in simulation.stages_at_once
+
+
+@pytest.mark.parametrize(
+    ("served", "most"),
+    [({}, 2), ({"shards_in_flight": 1}, 2), ({"shards_in_flight": "auto"}, 4),
+     ({"shards_in_flight": 3}, 6), ({"urls": ["http://a", "http://b", "http://c"]}, 8)],
+)  # fmt: skip
+@pytest.mark.parametrize("overlap", [True, False])
+def test_generators_with_servers_have_several_shards_each(served, most, overlap):
+    engine = {"engine": "vllm", **({} if "urls" in served else {"launch": {}})} if served else {}
+    config = make_config(
+        steps=20, window=80, reuse=1, overlap=overlap, filter={"name": "none"},
+        generate={"workers": 2, "shard_size": 4, **engine, **served}, train={"batch_size": 40},
+    )  # fmt: skip
+    simulation = Simulation(config, 500, seed=1).run()
+    assert simulation.most_generating == most
 
 
 def test_the_papers_schedule_refreshes_once_and_asks_again_after_it():

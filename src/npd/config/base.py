@@ -83,6 +83,9 @@ class LaunchConfig(Section):
     """CUDA_VISIBLE_DEVICES of each worker's server, e.g. `["0,1", "2,3"]`; empty: its worker's."""
     tensor_parallel: Processes = 1
     """Number of GPUs that share a model."""
+    memory: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = "auto"
+    """Share of its GPUs' memory that a server takes (vLLM's --gpu-memory-utilization). `auto`: what
+    other processes of the run on them leave, by forecast; without others, and on Ray, vLLM's."""
     args: Texts = ()
     """Extra flags for the server, as on its command line; they override npd's."""
     env: dict[str, str] = Field(default_factory=dict)

@@ -79,7 +79,7 @@ def _length_problems(c: RunValues) -> Iterator[str]:
 
 def _window_problems(c: RunValues) -> Iterator[str]:
     """`schedule.window` must hold a batch, and two shards if stages overlap."""
-    window, batch, shard = c.schedule.window, c.train.batch_size, c.generate.shard_size
+    window, batch, shard = c.schedule.window, c.train.batch_size, c.shard_size
     if not isinstance(window, int):
         return
     overlaps = c.is_overlapped and c.generate.source == "student"

@@ -106,6 +106,9 @@ def _generate(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     yield not g.is_served, "generate.refresh_timeout", "generate.engine is transformers"
     here = "score.head_chunk score.compile"
     yield c.score.is_served, here, f"score.engine is {c.score.engine}"
+    only_served = "generate.refresh_timeout generate.seeded generate.shards_in_flight"
+    yield not g.is_served, only_served, "generate.engine is transformers"
+    yield g.temperature == 0.0, "generate.seeded", "generate.temperature is 0"
 
 
 def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, Self, TypeAlias, TypedDict, TypeVar
 
 from pydantic import Field
 
@@ -134,6 +134,19 @@ class RunValues(Section):
         found |= {f"teachers.{name}": teacher.launch for name, teacher in self.teachers.items()}
         return {where: launch for where, launch in found.items() if launch is not None}
 
+    def with_launches(self, updates: Mapping[str, Mapping[str, object]]) -> Self:
+        """The config with other values in `launch` sections, by the names of `launches`."""
+        changed: dict[str, Any] = {}
+        teachers = dict(self.teachers)
+        for where, values in updates.items():
+            launch = {"launch": self.launches[where].model_copy(update=values)}
+            if where in ("generate", "score"):
+                changed[where] = getattr(self, where).model_copy(update=launch)
+            else:
+                name = where.removeprefix("teachers.")
+                teachers[name] = teachers[name].model_copy(update=launch)
+        return self.model_copy(update={**changed, "teachers": teachers})
+
     def score_of(self, teacher: str) -> ScoreConfig:
         """`score` with the servers of this teacher."""
         return self._with_servers_of(teacher, self.score)
@@ -163,6 +176,49 @@ class RunValues(Section):
         return self.runtime.share == "phases"
 
     @property
+    def shard_size(self) -> int:
+        """Samples in a shard; with `window: all` the most there may be (`sized` has the number)."""
+        window = self.schedule.window
+        return self._shard_size(None if window == "all" else window)
+
+    def _shard_size(self, window: int | None) -> int:
+        given = self.generate.shard_size
+        if isinstance(given, int):
+            return given
+        if not self.generate.is_served:
+            return _SHARD
+        servers = self.generate.num_servers
+        return served_shard(window, servers, is_overlapped=self.is_overlapped)
+
+    @property
+    def decided(self) -> dict[str, str]:
+        """What `auto` comes to where the config alone decides, by dotted path."""
+        is_known = self.schedule.window != "all" or not self.generate.is_served
+        shard = str(self.shard_size) if is_known else f"up to {self.shard_size}, by the prompts"
+        found = {
+            "batch_size": str(self.generate.at_once),
+            "shard_size": shard,
+            "shards_in_flight": str(self.generate.num_in_flight),
+        }
+        return {
+            f"generate.{key}": text
+            for key, text in found.items()
+            if getattr(self.generate, key) == "auto"
+        }
+
+    def sized(self, num_prompts: int) -> Self:
+        """The config with numbers in place of `auto` in `generate`, for `num_prompts` prompts."""
+        window = self.schedule.window
+        if window == "all":
+            window = num_prompts * self.generate.samples_per_prompt
+        sizes = {
+            "batch_size": self.generate.at_once,
+            "shard_size": self._shard_size(window),
+            "shards_in_flight": self.generate.num_in_flight,
+        }
+        return self.model_copy(update={"generate": self.generate.model_copy(update=sizes)})
+
+    @property
     def max_response_tokens(self) -> int:
         """The maximum response length of a sample; a response may be a completion of the data."""
         own = self.data.max_completion_tokens if self.generate.source == "dataset" else None
@@ -186,6 +242,27 @@ class RunValues(Section):
             return None
         passes = math.ceil(self.schedule.epochs / self.schedule.reuse)
         return num_prompts * self.generate.samples_per_prompt * passes
+
+
+# `generate.shard_size: auto`, in process and the bounds of servers: four times the requests that a
+# server has at once, so that others are left while the longest responses of a shard end.
+_SHARD, _LARGEST_SHARD = 32, 1024
+
+
+def served_shard(window: int | None, servers: int, *, is_overlapped: bool) -> int:
+    """The default size of a shard that servers write, for a `window` of samples (None: any).
+
+    A quarter of the window for each server leaves room for what is scored and trained on meanwhile.
+
+    >>> served_shard(1024, 1, is_overlapped=True)
+    256
+    """
+    if window is None:
+        return _LARGEST_SHARD
+    share = -(-window // (4 * servers if is_overlapped else servers))
+    most = min(_LARGEST_SHARD, max(_SHARD, share), window // 2 if is_overlapped else window) or 1
+    # One that divides the window leaves no small shard at its end.
+    return next((size for size in range(most, most // 2, -1) if window % size == 0), most)
 
 
 Keys: TypeAlias = Mapping[str, Any]

@@ -123,10 +123,18 @@ class _Generation(Section):
     distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling: 1 is the whole distribution."""
-    batch_size: Positive = 32
-    """Sequences decoded together; with a server, concurrent requests."""
-    shard_size: Positive = 32
-    """Samples requested, stored and scored together."""
+    seeded: bool = False
+    """Send each sample's seed to the server, which then draws row by row: slower, and equal text is
+    not promised even so. In process every sample is drawn by its seed."""
+    batch_size: Positive | Literal["auto"] = "auto"
+    """Sequences decoded together; with a server, concurrent requests. `auto`: 32 in process, 256
+    with each server."""
+    shard_size: Positive | Literal["auto"] = "auto"
+    """Samples requested, stored and scored together. `auto`: 32 in process; with servers up to
+    1,024, at most a quarter of the window for each server (all of it if stages take turns)."""
+    shards_in_flight: Processes | Literal["auto"] = "auto"
+    """Shards that a generator has at once, so that its servers are busy while the longest responses
+    of one end. `auto`: 2 for each of its servers. In process it is 1."""
     workers: Processes = 1
     """Number of generators. Each loads its own model; the servers at `urls` are divided among
     them."""
@@ -144,8 +152,33 @@ class _Generation(Section):
     """Largest mean difference (nats/token) between a server's log-probs and the snapshot's own."""
 
 
+# `generate.batch_size: auto`. An engine's speed grows with the requests that it has at once.
+_AT_ONCE, _AT_ONCE_SERVED = 32, 256
+
+
 class GenerateConfig(ServedConfig, _Generation):
     """The source of the responses, how they are sampled, and the engine that decodes."""
+
+    @property
+    def at_once(self) -> int:
+        """Sequences decoded together, or concurrent requests of a server."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return _AT_ONCE_SERVED if self.is_served else _AT_ONCE
+
+    @property
+    def num_in_flight(self) -> int:
+        """Shards that a generator has at once."""
+        if not self.is_served:
+            return 1
+        if isinstance(self.shards_in_flight, int):
+            return self.shards_in_flight
+        return 2 * -(-self.num_servers // self.workers)
+
+    @property
+    def num_servers(self) -> int:
+        """Servers of all generators; one a generator that decodes in process."""
+        return max(self.workers, len(self.urls))
 
 
 class ScoreSizes(NamedTuple):

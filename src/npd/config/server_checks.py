@@ -164,6 +164,9 @@ def _launch_problems(where: str, launch: LaunchConfig) -> Iterator[str]:
             f"{where}.args sets {', '.join(sorted(flags))}, which npd sets itself (loopback, a "
             "free port, a key, the model): leave it out"
         )
+    text = " ".join(launch.args).replace("_", "-")
+    if "--gpu-memory-utilization" in text and launch.memory != "auto":
+        yield f"{where}.memory and --gpu-memory-utilization in {where}.args are the same: keep one"
     names = set(launch.env) & _OUR_VARIABLES
     if names:
         yield f"{where}.env sets {', '.join(sorted(names))}, which npd sets itself: leave it out"

@@ -21,7 +21,8 @@ from npd.runtime import Worker
 class DeviceTurns:
     """The turns of generators, scorers and trainer. The trainer, which loads first, has the first.
 
-    `release` makes a worker free its models.
+    `workers` are those with models on the device; others call without a turn. `release` makes a
+    worker free its models.
     """
 
     def __init__(self, workers: WorkerSet, release: Callable[[Worker], Awaitable[None]]) -> None:
@@ -35,11 +36,17 @@ class DeviceTurns:
     @asynccontextmanager
     async def of(self, worker: Worker) -> AsyncIterator[None]:
         """The device is the role's of `worker` within the block."""
-        role = self._role[worker.name]
+        role = self._role.get(worker.name)
+        if role is None:
+            yield
+            return
         async with self._changed:
             await self._changed.wait_for(lambda: self._holder is role or self._num_calls == 0)
             if self._holder is not role:
-                await asyncio.gather(*map(self._release, self._holder))
+                released = map(self._release, self._holder)
+                for error in await asyncio.gather(*released, return_exceptions=True):
+                    if error is not None:
+                        raise error
                 self._holder = role
             self._num_calls += 1
         try:

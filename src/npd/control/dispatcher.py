@@ -1,8 +1,8 @@
 """Runs actions on the workers, and retries after the loss of a worker.
 
 Consumes: actions. Produces: one event and one span per action.
-Waits for: an idle generator or scorer, or the trainer's turn. Unblocked by: the worker's reply, or
-its loss. A lost worker is restarted here. A generator's or scorer's shard is reported as
+Waits for: a generator with room, an idle scorer, or the trainer's turn. Unblocked by: the worker's
+reply, or its loss. A lost worker is restarted here. A generator's or scorer's shard is reported as
 `ShardFailed`, and `SampleTracker.retry` decides whether it is requested again. A trainer returns to
 its last checkpoint, repeats the segments recorded since, and then the call.
 """
@@ -10,13 +10,14 @@ its last checkpoint, repeats the segments recorded since, and then the call.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.control.device_turns import DeviceTurns
-from npd.control.placement import WorkerSet
+from npd.control.monitor import Monitor
+from npd.control.placement import WorkerSet, with_models
 from npd.control.run_directory import OpenRun
 from npd.errors import RunError, StoreError, WorkerLostError
 from npd.observe.trace import Span, steady_time
@@ -27,6 +28,8 @@ from npd.workers import GenerateTask, ScoreTask
 from npd.workers.tasks import ShardResult
 
 T = TypeVar("T")
+# How long a worker waits for a shard in one call; others are heard between calls.
+_LOOK_SECONDS = 0.5
 
 
 class Dispatcher:
@@ -36,10 +39,18 @@ class Dispatcher:
         self._run, self._config, self._workers = run, run.config, workers
         self._ledger, self._artifacts, self._monitor = run.ledger, run.artifacts, run.monitor
         self._heldout = tuple(run.inputs.heldout)
-        self._generators: asyncio.Queue[Worker] = _queue(workers.generators)
+        # A worker's copies of files at `runtime.shared` are of one call at a time.
+        is_cached = run.config.runtime.shared is not None
+        self._num_in_flight = 1 if is_cached else run.config.generate.num_in_flight
+        self._generators: asyncio.Queue[SharedGenerator] = _in_turn(
+            [SharedGenerator(w, self._monitor, self._refresh) for w in workers.generators],
+            self._num_in_flight,
+        )
         self._scorers: asyncio.Queue[Worker] = _queue(workers.scorers)
         self._trainer_turn = asyncio.Lock()
-        self._device = DeviceTurns(workers, self._release) if self._config.has_phases else None
+        self._device: DeviceTurns | None = None
+        if self._config.has_phases:
+            self._device = DeviceTurns(with_models(workers, self._config), self._release)
         self._is_trainer_behind = False
         self._damaged: set[int] = set()
         self._served: dict[str, int] = {}
@@ -138,18 +149,28 @@ class Dispatcher:
             SampleRequest(r.sample_id, r.seed, prompts[r.prompt]) for r in action.requests
         )
         task = GenerateTask(action.shard, action.version, requests)
-        worker = await self._generators.get()
+        generator = await self._generators.get()
+        worker, is_shared = generator.worker, self._num_in_flight > 1
         try:
-            await self._refresh(worker, action.version)
-            made = await self._call(worker, "generate", task, doing="generate", shard=action.shard)
+            async with self._turn(worker):
+                written = generator.write(task) if is_shared else self._write_alone(worker, task)
+                made = await written
             self._pass_on(worker, made.notes)
             return ev.ShardGenerated(action.shard, made.stats, _reasons(made))
         except WorkerLostError as error:
             self._served.pop(worker.name, None)
-            await worker.restart()
+            if not is_shared:
+                await worker.restart()
             return ev.ShardFailed(action.shard, "generate", str(error))
         finally:
-            self._generators.put_nowait(worker)
+            self._generators.put_nowait(generator)
+
+    async def _write_alone(self, worker: Worker, task: GenerateTask) -> ShardResult:
+        await self._refresh(worker, task.version)
+        made: ShardResult = await self._call(
+            worker, "generate", task, doing="generate", shard=task.shard
+        )
+        return made
 
     async def _refresh(self, worker: Worker, version: int) -> None:
         """Sync a snapshot to a generator's servers, in its own span: the first takes minutes."""
@@ -157,8 +178,10 @@ class Dispatcher:
         if not generate.is_served or self._served.get(worker.name) == version:
             return
         if generate.launch is not None and worker.name not in self._served:
+            share = generate.launch.memory
+            taking = "" if share == "auto" else f" with {share:.0%} of its GPU"
             self._monitor.message(
-                f"{worker.name}: starting its {generate.engine} server, see its log"
+                f"{worker.name}: starting its {generate.engine} server{taking}, see its log"
             )
         notes = (await self._call(worker, "refresh", version, doing="refresh")).notes
         self._pass_on(worker, notes)
@@ -267,13 +290,23 @@ class Dispatcher:
         raise AssertionError(f"not an action of the trainer: {action!r}")
 
     async def _release(self, worker: Worker) -> None:
-        """Make a worker free its models; a lost one has none."""
+        """Make a worker free its models; one that is lost meanwhile is restarted and asked again."""
         self._served.pop(worker.name, None)
-        with suppress(WorkerLostError):
-            await self._do(worker, "release", doing="release")
+
+        async def recover() -> None:
+            self._monitor.message(f"{worker.name} was lost as its models left the device")
+            if worker is self._workers.trainer:
+                self._is_trainer_behind = True
+            await worker.restart()
+
+        await self._retry_after_loss(lambda: self._do(worker, "release", doing="release"), recover)
+
+    def _turn(self, worker: Worker) -> AbstractAsyncContextManager[None]:
+        """Within the block the worker's role has the device, where roles take turns."""
+        return nullcontext() if self._device is None else self._device.of(worker)
 
     async def _call(self, worker: Worker, method: str, *args: Any, doing: str, **note: Any) -> Any:
-        async with self._device.of(worker) if self._device is not None else nullcontext():
+        async with self._turn(worker):
             return await self._do(worker, method, *args, doing=doing, **note)
 
     async def _do(self, worker: Worker, method: str, *args: Any, doing: str, **note: Any) -> Any:
@@ -301,4 +334,95 @@ def _queue(workers: Sequence[Worker]) -> asyncio.Queue[Worker]:
     queue: asyncio.Queue[Worker] = asyncio.Queue()
     for worker in workers:
         queue.put_nowait(worker)
+    return queue
+
+
+# Generators with several shards at once.
+
+
+class SharedGenerator:
+    """A generator that has several shards at once, as its servers take many requests.
+
+    Promises: shards that are written together are of one snapshot; the servers get another one only
+    when none is in flight (with `in_flight: mix` they take a newer one themselves). A lost worker
+    is restarted once, however many shards it had. Spans of one worker do not overlap: a shard's
+    begins when the one that ended before it was done. `refresh` loads a snapshot.
+
+    Waits for: shards of another snapshot, and the worker. Unblocked by: their end, or its loss.
+    """
+
+    def __init__(
+        self, worker: Worker, monitor: Monitor, refresh: Callable[[Worker, int], Awaitable[None]]
+    ) -> None:
+        self.worker = worker
+        self._monitor, self._refresh = monitor, refresh
+        self._version: int | None = None
+        self._num_writing = self._restarts = 0
+        self._since = 0.0
+        self._entering, self._recovering = asyncio.Lock(), asyncio.Lock()
+        self._left = asyncio.Event()
+
+    async def write(self, task: GenerateTask) -> ShardResult:
+        """Write a shard beside others.
+
+        Raises:
+            WorkerLostError: the worker was lost, and is restarted.
+        """
+        async with self._turn(task.version):
+            await self.worker.call("begin", task)
+            made: ShardResult | None = None
+            while made is None:
+                made = (await self.worker.call("collect", task.shard, _LOOK_SECONDS)).value
+            self._record(task.shard)
+            return made
+
+    @asynccontextmanager
+    async def _turn(self, version: int) -> AsyncIterator[None]:
+        """Wait until no shard of another snapshot is in flight, and load this one if need be."""
+        async with self._entering:  # in the order of the tasks, so that none waits for ever
+            while self._num_writing and self._version != version:
+                self._left.clear()
+                await self._left.wait()
+            restarts = self._restarts
+            if not self._num_writing:
+                async with self._restarting_if_lost(restarts):
+                    await self._refresh(self.worker, version)
+                self._version, self._since = version, steady_time()
+            self._num_writing += 1
+        self._monitor.started(self.worker.name, "generate")
+        try:
+            async with self._restarting_if_lost(restarts):
+                yield
+        finally:
+            self._num_writing -= 1
+            self._left.set()
+            if not self._num_writing:
+                self._monitor.started(self.worker.name, "idle")
+
+    @asynccontextmanager
+    async def _restarting_if_lost(self, restarts: int) -> AsyncIterator[None]:
+        """Restart the worker if it is lost, unless that was done since there were `restarts`."""
+        try:
+            yield
+        except WorkerLostError:
+            async with self._recovering:
+                if restarts == self._restarts:
+                    self._restarts += 1
+                    await self.worker.restart()
+                    self._since = steady_time()
+            raise
+
+    def _record(self, shard: int) -> None:
+        now = steady_time()
+        span = Span(self.worker.name, "generate", self._since, now, {"shard": shard})
+        self._monitor.span(span)
+        self._since = now
+
+
+def _in_turn(generators: list[SharedGenerator], each: int) -> asyncio.Queue[SharedGenerator]:
+    """A queue in which each generator waits for as many shards as it has at once."""
+    queue: asyncio.Queue[SharedGenerator] = asyncio.Queue()
+    for _ in range(each):
+        for generator in generators:
+            queue.put_nowait(generator)
     return queue

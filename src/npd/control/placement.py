@@ -35,6 +35,28 @@ class WorkerSet:
     trainer: Worker
 
 
+def with_models(workers: WorkerSet, config: RunConfig) -> WorkerSet:
+    """The workers that have models on this machine's devices; the trainer is one of them."""
+    holds = "generator" in roles_with_models(config)
+    return replace(workers, generators=workers.generators if holds else ())
+
+
+def roles_with_models(config: RunConfig) -> set[Role]:
+    """The roles that hold models, or start servers that do, for the length of a run."""
+    generate, score = config.generate, config.score
+    roles: set[Role] = {"trainer"}
+    writers: list[ServedConfig | TeacherConfig] = [generate]
+    if generate.source == "teacher":
+        writers += config.teachers.values()
+    if generate.source != "dataset" and not any(writer.urls for writer in writers):
+        roles.add("generator")
+    reads_student = config.needs_ifd or config.needs_student_pass
+    readers: list[ServedConfig | TeacherConfig] = [score, *config.teachers.values()]
+    if config.needs_scores and (reads_student or not any(reader.urls for reader in readers)):
+        roles.add("scorer")
+    return roles
+
+
 def num_scorers(config: RunConfig) -> int:
     """The number of scorers: `score.workers`, one if only held-out text is scored, or none."""
     if config.needs_scores:
@@ -199,7 +221,7 @@ def _others(config: RunConfig) -> Iterator[tuple[str, list[str], int]]:
     """Section, process names, and GPUs a process, of scorers and generators that need a GPU."""
     generate, score, ranks = config.generate, config.score, config.score.ranks
     launches = {where: launch for where, launch in config.launches.items() if not launch.gpus}
-    widths = [_num_gpus_of(n) for where, n in launches.items() if where != "generate"]
+    widths = [gpus_of_server(n) for where, n in launches.items() if where != "generate"]
     reads_here = not score.is_served or config.needs_ifd or config.needs_student_pass
     scorers = [f"scorer-{index}" for index in range(num_scorers(config))]
     if ranks > 1:
@@ -208,11 +230,11 @@ def _others(config: RunConfig) -> Iterator[tuple[str, list[str], int]]:
         yield "score", scorers, max([1, *widths])
     launch = launches.get("generate")
     if generate.source != "dataset" and (launch is not None or not generate.is_served):
-        count = 1 if launch is None else _num_gpus_of(launch)
+        count = 1 if launch is None else gpus_of_server(launch)
         yield "generate", [f"generator-{index}" for index in range(generate.workers)], count
 
 
-def _num_gpus_of(launch: LaunchConfig) -> int:
+def gpus_of_server(launch: LaunchConfig) -> int:
     """How many GPUs a server takes: ranks of a model, times stages and copies of its own flags."""
     count, text = launch.tensor_parallel, " ".join(launch.args).replace("_", "-")
     for flag in ("pipeline-parallel-size", "data-parallel-size"):

@@ -38,6 +38,9 @@ _DECIDED: tuple[tuple[str, str, str | None], ...] = (
     ("score", "row_tokens", "auto"),
     ("score", "head_chunk", "auto"),
     ("runtime", "share", "auto"),
+    ("generate", "batch_size", "auto"),
+    ("generate", "shard_size", "auto"),
+    ("generate", "shards_in_flight", "auto"),
 )
 # How servers are reached.
 _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeout", "patience")
@@ -47,7 +50,7 @@ _MAY_CHANGE = (
     *("train.gpus", "score.gpus", "generate.gpus"),
     *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
-    *("generate.refresh_timeout", "generate.probe_tolerance"),
+    *("generate.refresh_timeout", "generate.probe_tolerance", "generate.seeded"),
 )
 
 
@@ -141,6 +144,8 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     # `auto` depends on runtime.kind, which may change; what it comes to may not.
     values["schedule.overlap"] = config.is_overlapped
     values["runtime.share"] = _share(config)
+    values["generate.shard_size"] = config.shard_size
+    values["generate.shards_in_flight"] = config.generate.num_in_flight
     return values
 
 

@@ -15,9 +15,9 @@ from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.config.sources import SMOKE, resume_command
 from npd.control.controller import Controller, Ending
+from npd.control.defaults import check_servers, chosen, with_defaults
 from npd.control.dispatcher import Dispatcher
 from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
-from npd.control.memory import chosen, with_defaults
 from npd.control.monitor import Monitor
 from npd.control.placement import (
     WorkerSet,
@@ -83,6 +83,8 @@ def run(
         clear_smoke(config)
     clock = clock_of(config) if resume else None
     inputs = prepare(config, clock=clock, start=Start(resume, origins))
+    check_servers(config)
+    config = config.sized(len(inputs.prompts))
     inputs = replace(inputs, notes=(*notes, *chosen(asked, config), *inputs.notes))
     go_on = resume_command(dump_config(asked), origins)
     missing = missing_folder(config.directory)

@@ -37,7 +37,7 @@ def recorded_config(layout: RunLayout) -> RunConfig:
     """The config as it was, for comparison with another one only. Errors as `load_run`."""
     record = read_record(layout)
     try:
-        config = RunConfig.model_validate(record["config"])
+        config = RunConfig.model_validate(_completed(record["config"]))
     except TypeError as error:
         raise _no_record(layout) from error
     except ConfigError as error:
@@ -47,6 +47,14 @@ def recorded_config(layout: RunLayout) -> RunConfig:
             "start a new run"
         ) from error
     return config.model_copy(update={"run_dir": layout.root})
+
+
+def _completed(config: Any) -> Any:
+    """A recorded config, with what its run had where later versions have another default."""
+    generate = config.get("generate") if isinstance(config, Mapping) else None
+    if not isinstance(generate, Mapping):
+        return config
+    return {**config, "generate": {"shards_in_flight": 1, **generate}}
 
 
 def read_record(layout: RunLayout) -> Mapping[str, Any]:

@@ -43,9 +43,11 @@ def examine(
 
 
 def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
-    from npd.control.memory import memory_checks, parse_gpus
+    from npd.control.defaults import with_defaults
+    from npd.control.memory import parse_gpus
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
+    from npd.doctor.memory import memory_checks
     from npd.doctor.servers import launch_checks, server_checks, setting_checks
     from npd.doctor.trial import trial_checks
 
@@ -65,7 +67,8 @@ def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
         yield from memory_checks(config, gpus)
     yield from setting_checks(config)
     if gpus is None:
-        yield from launch_checks(config, failed)
+        can_place = failed.isdisjoint(("device", "gpus"))
+        yield from launch_checks(with_defaults(config) if can_place else config, failed)
     yield from server_checks(config, failed)
     if not failed:
         yield from trial_checks(config if gpus is None else _on_this_device(config))

@@ -35,8 +35,10 @@ _LENGTH_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How much a run does: optimiser steps, samples asked for, tokens written and trained on."""
+    """How much a run does: prompts, optimiser steps, samples requested, tokens written and trained
+    on."""
 
+    prompts: int
     steps: int
     samples: int
     written: int
@@ -83,7 +85,7 @@ def length_of(config: RunConfig, prepared: RunInputs) -> Length:
     prompt = sum(len(p.prompt_ids) for p in prepared.prompts) / max(1, len(prepared.prompts))
     written = 0 if config.generate.source == "dataset" else round(requests * response)
     trained = round(requests * config.schedule.reuse * (prompt + response))
-    return Length(steps, requests, written, trained)
+    return Length(len(prepared.prompts), steps, requests, written, trained)
 
 
 def seconds_of(config: RunConfig, length: Length, *, has_gpu: bool) -> float | None:
@@ -132,7 +134,7 @@ def planned_facts(config: RunConfig, length: Length) -> RunFacts:
     # A cosine from lr to min_lr is their middle on average.
     middle = (config.train.lr + config.train.min_lr) / 2
     return RunFacts(
-        config=dump_config(config),
+        config=dump_config(config.sized(length.prompts)),
         steps=length.steps,
         lr_sum=middle * length.steps,
         parameters=None if size is None else size.parameters,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from npd.config import LaunchConfig, RunConfig
 from npd.control.memory import gpu_ids
 from npd.control.placement import assign_gpus
+from npd.control.server_memory import given_share
 from npd.models.device import hides_gpus, is_gpu, resolve_device, visible_names
 from npd.types import Check
 
@@ -43,7 +44,10 @@ _HAS_ITS_OWN = {False: ("trainer",), True: ("trainer", "scorer")}
 
 
 def _shared_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterator[Check]:
-    """A warning where a server is given the trainer's GPU, or that of a rank of a scorer."""
+    """A warning where a server is given the trainer's GPU, or that of a rank of a scorer, and its
+    share is not decided."""
+    if given_share(launch) is not None:
+        return
     given = [part.strip() for entry in launch.gpus for part in entry.split(",") if part.strip()]
     own = own_gpus(config)
     for index, uuid in sorted(gpu_ids().items()):
@@ -55,7 +59,7 @@ def _shared_checks(what: str, launch: LaunchConfig, config: RunConfig) -> Iterat
                 what,
                 f"GPU {shared[0]} is {whose} too, and a server takes most of a GPU: name "
                 f"others in {what}.gpus, move npd's own workers (train.gpus, score.gpus), or "
-                f"bound it by --gpu-memory-utilization in {what}.args",
+                f"set {what}.memory",
             )
 
 

@@ -462,15 +462,15 @@ def _secret_checks(where: str, launch: LaunchConfig) -> Iterator[Check]:
 
 def _shard_checks(config: RunConfig) -> Iterator[Check]:
     generate = config.generate
-    if not generate.is_served:
+    if not generate.is_served or not isinstance(generate.shard_size, int):
         return
-    servers = -(-len(generate.urls) // generate.workers) if generate.urls else 1
-    at_once = generate.batch_size * servers
-    if generate.shard_size < at_once:
+    servers = -(-generate.num_servers // generate.workers)
+    at_once, shards = generate.at_once * servers, generate.num_in_flight
+    if shards * generate.shard_size < at_once:
         whose = "its server takes" if servers == 1 else f"its {servers} servers take"
         yield Check.warn(
             "shard size",
-            f"a generator has one shard of {counted(generate.shard_size, 'sample')} at a time, "
+            f"a generator has {counted(shards, 'shard')} of {generate.shard_size} at a time, "
             f"but {whose} {at_once} (generate.batch_size each): set "
             f"generate.shard_size to {2 * at_once}, or lower generate.batch_size",
         )

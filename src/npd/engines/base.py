@@ -93,9 +93,17 @@ class EngineServer(Protocol):
         ...
 
     async def complete(
-        self, prompt: Sequence[int], sampling: SamplingSettings, *, seed: int, model: str | None
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingSettings,
+        *,
+        seed: int | None,
+        model: str | None,
     ) -> Completion:
-        """Generate a response with the adapter named `model`, or with the base model if None."""
+        """Generate a response with the adapter named `model`, or with the base model if None.
+
+        Without a `seed` the server draws from random numbers of its own.
+        """
         ...
 
     async def read(self, ids: Sequence[int], k: int, *, model: str | None = None) -> PromptLogprobs:

@@ -12,8 +12,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -47,6 +48,8 @@ class ServerPool:
         self._client: Client | None = None
         self._is_up = asyncio.Event()
         self._is_up.set()
+        self._places: dict[tuple[str, int], Places] = {}
+        self._num_calls = 0
         self.servers: list[EngineServer] = []
         self.admins: list[EngineServer] = []
         self.given_up: dict[str, Unavailable] = {}
@@ -159,7 +162,8 @@ class ServerPool:
     ) -> list[Result | Refused | Unavailable]:
         """Run `do` for each job on the next free server; the results in the order of the jobs.
 
-        A server has at most `at_once` jobs at a time. The result of a job is an error if a server
+        A server has at most `at_once` jobs at a time, also of several calls together, of which
+        earlier ones go first. The result of a job is an error if a server
         refuses the job, or if the job keeps failing on healthy servers.
 
         Raises:
@@ -168,8 +172,16 @@ class ServerPool:
         """
         if not jobs:
             return []
+        self._num_calls += 1
+        order = self._num_calls
+
+        def place(server: EngineServer) -> AbstractAsyncContextManager[None]:
+            places = self._places.setdefault((server.name, at_once), Places(at_once))
+            return places.taken(order)
+
         try:
-            return await RequestScheduler(jobs, do, self).run(at_once, self._config.patience)
+            scheduler = RequestScheduler(jobs, do, self, place)
+            return await scheduler.run(at_once, self._config.patience)
         except NoServerLeft as error:
             if not self.is_ours:
                 raise
@@ -196,6 +208,50 @@ class ServerPool:
 
     def _build(self, connection: Connection) -> EngineServer:
         return build_server(self._engine, connection, refresh_timeout=self._refresh_timeout)
+
+
+class Places:
+    """At most `count` requests of a server at a time; those of the lowest order go first.
+
+    Waits for: a place. Unblocked by: the end of any request that has one.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._num_free = count
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._num_asked = 0
+
+    @asynccontextmanager
+    async def taken(self, order: int) -> AsyncIterator[None]:
+        """Hold a place, once there is one."""
+        if self._num_free:
+            self._num_free -= 1
+        else:
+            await self._wait(order)
+        try:
+            yield
+        finally:
+            # A moment later: until then the slot of an earlier call has asked for its next job.
+            asyncio.get_running_loop().call_soon(self._pass_on)
+
+    async def _wait(self, order: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._num_asked += 1
+        heappush(self._waiting, (order, self._num_asked, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given a place at the same moment
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            turn = heappop(self._waiting)[2]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._num_free += 1
 
 
 # Scheduling of jobs over servers.
@@ -296,7 +352,8 @@ class RequestScheduler(Generic[Job, Result]):
     Consumes: jobs. Produces: a result for each, or the error that prevented it.
     Waits for: the first free server. Unblocked by: its response, its time limit, or its loss.
 
-    Every server has one slot per concurrent job. `do` may raise Refused or Unavailable. A refused
+    Every server has one slot per concurrent job, which takes a `place` at the server for each job,
+    as other calls may use the server too. `do` may raise Refused or Unavailable. A refused
     job is final. A job without a response is retried on the next free server. The server that did
     not respond gets no job until it is healthy, which is checked with growing pauses. It is lost
     if it stays silent longer than `patience`, or if the pool gives it up.
@@ -307,8 +364,9 @@ class RequestScheduler(Generic[Job, Result]):
         jobs: Sequence[Job],
         do: Callable[[EngineServer, Job], Awaitable[Result]],
         owner: ServerOwner,
+        place: Callable[[EngineServer], AbstractAsyncContextManager[None]],
     ) -> None:
-        self._jobs, self._do, self._owner = jobs, do, owner
+        self._jobs, self._do, self._owner, self._place = jobs, do, owner, place
         self._states = [_ServerState(server, owner) for server in owner.servers]
         self._waiting = deque(range(len(jobs)))
         self._tries = [0] * len(jobs)
@@ -343,7 +401,12 @@ class RequestScheduler(Generic[Job, Result]):
         while (job := await self._next(state)) is not None:
             started = time.monotonic()
             try:
-                await self._settle(job, await self._do(state.server, self._jobs[job]))
+                async with self._place(state.server):
+                    started = time.monotonic()
+                    if (given_up := self._owner.given_up.get(state.server.name)) is not None:
+                        raise given_up  # by another call, while this one waited
+                    result = await self._do(state.server, self._jobs[job])
+                await self._settle(job, result)
             except Refused as error:
                 if error.status in KEY_STATUS:
                     raise  # an invalid key fails every job

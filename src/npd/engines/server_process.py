@@ -420,6 +420,8 @@ def _vllm_flags(spec: ServerSpec, config: LaunchConfig, port: int) -> list[str]:
         flags += ["--max-num-batched-tokens", max(_CPU_BATCH_TOKENS, spec.context)]
     if config.tensor_parallel > 1:
         flags += ["--tensor-parallel-size", config.tensor_parallel]
+    if isinstance(config.memory, float):
+        flags += ["--gpu-memory-utilization", f"{config.memory:g}"]
     if spec.lora_rank:
         flags += ["--enable-lora", "--max-loras", 2, "--max-lora-rank", _lora_rank(spec.lora_rank)]
     if spec.trust_remote_code:

@@ -239,7 +239,7 @@ async def check_untempered(
         return
     prompt = snapshot.fingerprint.sequences[0][:_PROMPT].tolist()
     short = replace(sampling, max_new_tokens=_GENERATED)
-    response = await server.complete(prompt, short, seed=1, model=snapshot.adapter)
+    response = await server.complete(prompt, short, seed=None, model=snapshot.adapter)
     scored = await server.read([*prompt, *response.ids.tolist()], 0, model=snapshot.adapter)
     off = np.abs(scored.logprobs[len(prompt) - 1 :] - response.logprobs)
     if off.mean() > tolerance:

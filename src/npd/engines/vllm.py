@@ -72,10 +72,15 @@ class VllmServer:
         return True
 
     async def complete(
-        self, prompt: Sequence[int], sampling: SamplingSettings, *, seed: int, model: str | None
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingSettings,
+        *,
+        seed: int | None,
+        model: str | None,
     ) -> Completion:
         """Generate a response to `prompt`."""
-        body = {
+        body: dict[str, Any] = {
             "prompt": list(prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -85,10 +90,11 @@ class VllmServer:
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
             # End tokens come from the request, not from the model.
             **{"ignore_eos": True, "stop_token_ids": list(sampling.stop_ids)},
-            "seed": seed,
             # Log-probs of sampled tokens only. Ids save the server from detokenising.
             **{"logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True},
         }
+        if seed is not None:  # the sampler draws a row with a seed by itself, which is slow
+            body["seed"] = seed
         if sampling.banned_ids:
             body["logit_bias"] = {str(token): -100 for token in sampling.banned_ids}
         limit = max_response_bytes(scored=len(prompt), generated=sampling.max_new_tokens)

@@ -1,9 +1,9 @@
 """The generator protocol: requests in, rollouts out, one policy version at a time.
 
 Every implementation promises (one contract suite checks them all): rollouts are in the order of the
-requests, each response has at least one token, and a sample's randomness depends on its seed alone
-(with a server, as far as the server honours the seed). `build_generator` imports only the
-implementation that the config names. Does not score, store or filter.
+requests, and each response has at least one token. In process a sample's randomness depends on its
+seed alone; a server draws from its own, unless `generate.seeded`. `build_generator` imports only
+the implementation that the config names. Does not score, store or filter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from npd.config import GenerateConfig
@@ -151,6 +152,7 @@ class TeachersGenerator:
     def __init__(self, build: Callable[[str], Generator]) -> None:
         self._build = build
         self._generators: dict[str, Generator] = {}
+        self._building = Lock()
 
     @property
     def version(self) -> int:
@@ -162,9 +164,10 @@ class TeachersGenerator:
 
     def open(self, name: str) -> Generator:
         """The generator of the teacher `name`, built at the first call."""
-        if name not in self._generators:
-            self._generators[name] = self._build(name)
-        return self._generators[name]
+        with self._building:
+            if name not in self._generators:
+                self._generators[name] = self._build(name)
+            return self._generators[name]
 
     def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         """One rollout or failure per request, in the order of the requests."""

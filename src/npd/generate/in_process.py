@@ -20,7 +20,7 @@ from npd.config import GenerateConfig
 from npd.errors import InputError, ModelError, RunError, StoreError
 from npd.generate.decoding import Draft, decode, decode_attention
 from npd.generate.sampling import Sampling
-from npd.models.device import free_cached, resolve_device
+from npd.models.device import resolve_device
 from npd.models.loading import check_finite, load_model, own_code
 from npd.models.metadata import context_of
 from npd.models.out_of_memory import Fitting
@@ -65,14 +65,14 @@ class TransformersGenerator:
         self._device = resolve_device(device)
         self._trust_remote_code = trust_remote_code
         self._is_student = config.source == "student"
-        self._fitting = Fitting("generate.batch_size", config.batch_size, _IF_NOTHING_FITS)
+        self._fitting = Fitting("generate.batch_size", config.at_once, _IF_NOTHING_FITS)
         self._sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             stop_ids=frozenset(stop_ids),
             pad_id=pad_id,
             temperature=config.temperature,
             top_p=config.top_p,
-            batch_size=config.batch_size,
+            batch_size=config.at_once,
             vocab_size=vocab_size,
         )
 
@@ -120,9 +120,8 @@ class TransformersGenerator:
         )
 
     def release(self) -> None:
-        """Free the model and what torch keeps of its memory; `load` loads another."""
+        """Free the model; `load` loads another."""
         self.close()
-        free_cached()
 
     def close(self) -> None:
         """Free the model."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from npd.config import GenerateConfig
 from npd.engines import EngineServer, Refused, Unavailable
 from npd.engines.base import Completion, SamplingSettings
+from npd.engines.loop_thread import LoopThread
 from npd.engines.pool import ServerPool
 from npd.engines.server_process import ServerSpec, generator_spec
 from npd.engines.verify_weights import ServedSnapshot, WrongWeights, check_untempered
@@ -86,7 +87,11 @@ class ServedGenerator:
         # Rows of the model's embedding, including padding; 0 if its config does not say.
         self._model_vocabulary = 0
         self._is_student = config.source == "student"
-        self._runner = asyncio.Runner()
+        self._loop = LoopThread("servers")
+        # Weights are changed, or checked, by one call at a time.
+        self._updating = asyncio.Lock()
+        self._inflight: InFlightRequests | None = None
+        self._num_calls = 0
 
     @property
     def version(self) -> int | None:
@@ -106,11 +111,12 @@ class ServedGenerator:
     def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         """One rollout or failure per request, in the order of the requests.
 
+        Other threads may call it too: all share the servers, and earlier calls go first.
+
         Raises:
             WorkerLostError: our server exited or hangs, or a server lost its weights.
             RunError: no server responds, or a refresh failed (see `load`).
         """
-        assert self._weights.served is not None, "generate() needs a snapshot: call load() first"
         return self._run(self._generate(requests)) if requests else []
 
     def release(self) -> None:
@@ -121,16 +127,19 @@ class ServedGenerator:
 
     def close(self) -> None:
         """Stop our server, or disconnect from the servers at `urls`."""
-        self._run(self._pool.close())
-        self._runner.close()
+        self._loop.close(self._pool.close())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        return self._loop.run(work)
 
     async def _load(self, path: Path, version: int) -> None:
-        served = self._weights.served
-        if served is None or (served.path, served.version) != (path, version):
-            await self._update(await self._prepare(path, version))
+        async with self._updating:
+            served = self._weights.served
+            is_newer = served is not None and served.version > version
+            if self._context.in_flight != "finish" and is_newer:
+                return  # a refresh of another call preceded this one
+            if served is None or (served.path, served.version) != (path, version):
+                await self._update(await self._prepare(path, version))
 
     async def _prepare(self, path: Path, version: int) -> ServedSnapshot:
         return await self._weights.prepare(path, version, is_policy=self._is_student)
@@ -141,7 +150,7 @@ class ServedGenerator:
         if is_first:
             await pool.open(
                 self._spec(new.path),
-                connections=self._config.batch_size,
+                connections=self._config.at_once,
                 admin_urls=self._config.admin_urls,
             )
         try:
@@ -158,7 +167,7 @@ class ServedGenerator:
     async def _restart(self, new: ServedSnapshot, error: Exception) -> None:
         """Restart our server with `new` as its model, which needs no reload."""
         self._context.notify(f"refresh failed, the server is restarted: {error}")
-        await self._pool.reopen(self._spec(new.path), connections=self._config.batch_size)
+        await self._pool.reopen(self._spec(new.path), connections=self._config.at_once)
         await self._weights.update(self._pool.admins, new, is_loaded=True)
 
     def _spec(self, path: Path) -> ServerSpec:
@@ -167,36 +176,63 @@ class ServedGenerator:
 
     async def _generate(self, requests: Sequence[SampleRequest]) -> list[Rollout | Failed]:
         await self._check_weights()
-        inflight = InFlightRequests(
-            self._weights, self._sampling(), self._context.in_flight, self._is_student
-        )
-        work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.batch_size)
-        found = await _alongside(work, partial(self._refresh, inflight))
+        with self._shared_requests() as inflight:
+            work = self._pool.run_jobs(requests, inflight.write, at_once=self._config.at_once)
+            found = await _alongside(work, partial(self._refresh, inflight))
         await self._check_weights()
         return [
             result if isinstance(result, Rollout) else Failed(request.sample_id, str(result))
             for request, result in zip(requests, found, strict=True)
         ]
 
+    @contextmanager
+    def _shared_requests(self) -> Iterator[InFlightRequests]:
+        """The requests of all calls that run, because a refresh interrupts all of them."""
+        if self._inflight is None:
+            self._inflight = InFlightRequests(
+                self._weights,
+                self._sampling(),
+                self._context.in_flight,
+                with_logprobs=self._is_student,
+                is_seeded=self._config.seeded,
+            )
+        self._num_calls += 1
+        try:
+            yield self._inflight
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._inflight = None
+
     async def _check_weights(self) -> None:
         """Raise WorkerLostError if a server lost its snapshot, or if our server has exited."""
-        for error in await self._weights.check(self._pool.admins):
-            self._pool.check(error)  # other unavailable servers are the scheduler's concern
+        async with self._updating:
+            served = self._weights.served
+            assert served is not None, "generate() needs a snapshot: call load() first"
+            for error in await self._weights.check(self._pool.admins):
+                self._pool.check(error)  # other unavailable servers are the scheduler's concern
 
     async def _refresh(self, inflight: InFlightRequests, end: asyncio.Event) -> None:
         """Load each newer snapshot as soon as it is published, until `end` is set."""
         if self._context.in_flight == "finish" or not self._is_student:
             return
         while not await _is_set(end, _LOOK_SECONDS):
-            newest = self._context.newest()
-            if newest is not None and newest[1] > (self.version or 0):
-                new = await self._prepare(*newest)  # before requests are interrupted
-                try:
-                    await inflight.interrupt(self._pool.admins)
-                    await self._update(new)
-                finally:
-                    await self._pool.resume()  # in case `interrupt` failed on some servers
-                inflight.resume()
+            async with self._updating:  # other calls look too: one of them does it
+                newest = self._context.newest()
+                if newest is not None and newest[1] > (self.version or 0):
+                    await self._interrupt(inflight, await self._prepare(*newest))
+
+    async def _interrupt(self, inflight: InFlightRequests, new: ServedSnapshot) -> None:
+        """Load `new` between two tokens of the responses in flight."""
+        try:
+            await inflight.interrupt(self._pool.admins)
+            await self._update(new)
+        except Unavailable as error:
+            self._pool.check(error)
+            raise
+        finally:
+            await self._pool.resume()  # in case `interrupt` failed on some servers
+        inflight.resume()
 
     def _sampling(self) -> SamplingSettings:
         config, known = self._config, self._vocab_size
@@ -265,12 +301,12 @@ class _Draft:
 
 
 class InFlightRequests:
-    """The requests of one `generate` call, which refreshes may interrupt.
+    """The requests of `generate` calls that run together, which refreshes may interrupt.
 
     Promises: each token carries the version of the weights that sampled it. An interrupted response
     continues from its tokens so far (`mix`), or restarts if another program interrupted it
-    (`finish`). Later tokens use another part of the sample's random stream. No request is sent
-    between `interrupt` and `resume`.
+    (`finish`). With `is_seeded` each request has a seed, another one for later tokens. No request
+    is sent between `interrupt` and `resume`.
     """
 
     def __init__(
@@ -278,10 +314,12 @@ class InFlightRequests:
         weights: WeightSync,
         sampling: SamplingSettings,
         in_flight: InFlight,
+        *,
         with_logprobs: bool,
+        is_seeded: bool,
     ) -> None:
         self._weights, self._sampling, self._in_flight = weights, sampling, in_flight
-        self._with_logprobs = with_logprobs
+        self._with_logprobs, self._is_seeded = with_logprobs, is_seeded
         self._may_send = asyncio.Event()
         self._may_send.set()
         self._num_sent = 0
@@ -306,7 +344,11 @@ class InFlightRequests:
         self._may_send.clear()
         while True:
             # Repeated, because a request in transit may arrive after the first pause.
-            await asyncio.gather(*(server.pause(drain=False) for server in servers))
+            pauses = (server.pause(drain=False) for server in servers)
+            # All end before an error is raised: none must come after the servers are resumed.
+            for error in await asyncio.gather(*pauses, return_exceptions=True):
+                if error is not None:
+                    raise error
             if self._num_sent == 0:
                 return
             await asyncio.sleep(_POLL_SECONDS)
@@ -326,7 +368,8 @@ class InFlightRequests:
         sampling = replace(self._sampling, max_new_tokens=self._sampling.max_new_tokens - done)
         prompt = [*request.prompt.prompt_ids.tolist(), *draft.ids()]
         # A new seed after each interruption, because the same one would repeat random numbers.
-        seed = (request.seed + 0x9E3779B97F4A7C15 * done) % 2**63
+        drawn_by = (request.seed + 0x9E3779B97F4A7C15 * done) % 2**63
+        seed = drawn_by if self._is_seeded else None
         self._num_sent += 1
         try:
             piece = await server.complete(prompt, sampling, seed=seed, model=served.adapter)

@@ -150,7 +150,7 @@ class Plan:
 
     def _patience(self) -> int:
         """The number of consecutive drops after which the run gives up."""
-        return max(512, 8 * self.config.train.batch_size, 4 * self.config.generate.shard_size)
+        return max(512, 8 * self.config.train.batch_size, 4 * self.config.shard_size)
 
     def _is_finished(self) -> bool:
         if self._num_trainer_actions:
@@ -217,7 +217,9 @@ class Plan:
         self._window_was_full = is_live and (self._window_was_full or self._shard_size() == 0)
 
     def _may_generate(self) -> bool:
-        if self._publishing or self._tracker.shards_generating >= self.config.generate.workers:
+        generate = self.config.generate
+        most = generate.workers * generate.num_in_flight
+        if self._publishing or self._tracker.shards_generating >= most:
             return False
         if self.config.is_overlapped:
             return True
@@ -246,7 +248,7 @@ class Plan:
         A smaller shard is requested only if it holds the last samples that may be requested, or if
         nothing is in flight and the replay buffer cannot fill a batch.
         """
-        whole = self.config.generate.shard_size
+        whole = self.config.shard_size
         requestable, room = self._num_requestable(), self._window() - self._tracker.num_live
         short = self._tracker.buffer.num_available < self.config.train.batch_size
         is_starving = short and not self._tracker.has_unbuffered

@@ -104,9 +104,5 @@ def move(
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in page-locked host memory, from which copies to a device are fastest."""
-    try:
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    except RuntimeError:  # the system limits how much memory may be locked
-        copy = torch.empty_like(tensor, device="cpu")
-    return copy.copy_(tensor)
+    """A copy in main memory, not page-locked: torch would keep locked memory for good."""
+    return tensor.to("cpu", copy=True)

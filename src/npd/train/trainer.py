@@ -128,8 +128,8 @@ class Trainer:
         )
 
     def off_device(self) -> None:
-        """Move the student and the optimiser's state to host memory; a no-op on a CPU."""
-        if not self._is_away and self.device != "cpu":
+        """Move the student and the optimiser's state to main memory."""
+        if not self._is_away:
             move(self.model, self.optimizer, to_host)
             self._is_away = True
             free_cached()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from npd.config import GenerateConfig, RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
+from npd.errors import WorkerLostError
 from npd.generate import Generator, TeachersGenerator, build_generator
-from npd.models.device import resolve_device
+from npd.models.device import free_cached, resolve_device
 from npd.store.layout import RunLayout
 from npd.store.shards import read_rollouts, write_rollouts
 from npd.store.snapshots import latest, verify
@@ -37,6 +39,8 @@ class GeneratorWorker:
         self._is_student = config.generate.source == "student"
         serving = partial(_serving_context, config, layout, self._notes.append)
         self._engine = generator_for(config, chat, serving)
+        self._threads = ThreadPoolExecutor(config.generate.num_in_flight, "shard")
+        self._writing: dict[int, Future[ShardResult]] = {}
 
     def refresh(self, version: int) -> ShardResult:
         """Load snapshot `version` ahead of the next shard; the result contains only notes."""
@@ -56,9 +60,33 @@ class GeneratorWorker:
             write_rollouts(path, rollouts)
         return ShardResult(tuple(map(generated_stats, rollouts)), failed, self._take_notes())
 
+    def begin(self, task: GenerateTask) -> None:
+        """Start to write a shard, beside others if servers write; `collect` gives its result.
+
+        Shards that are written together have the same version, which `refresh` has loaded.
+        """
+        self._writing[task.shard] = self._threads.submit(self.generate, task)
+
+    def collect(self, shard: int, seconds: float) -> ShardResult | None:
+        """The result of a shard that was begun, or None if it is not written yet.
+
+        Waits until any shard is written, at most so many seconds.
+
+        Raises:
+            WorkerLostError: the worker was restarted since the shard was begun.
+        """
+        if shard not in self._writing:
+            raise WorkerLostError(f"shard {shard} was lost in a restart: it is requested again")
+        wait(self._writing.values(), seconds, FIRST_COMPLETED)
+        if not self._writing[shard].done():
+            return None
+        return self._writing.pop(shard).result()
+
     def _take_notes(self) -> tuple[str, ...]:
-        notes, self._notes[:] = tuple(self._notes), []
-        return notes
+        notes = []
+        while self._notes:  # shards of other threads may add some
+            notes.append(self._notes.pop(0))
+        return tuple(notes)
 
     def _is_of(self, rollouts: Sequence[Rollout], task: GenerateTask) -> bool:
         """Whether a file's rollouts are the task's.
@@ -85,13 +113,17 @@ class GeneratorWorker:
     def release(self) -> None:
         """Free the model for other workers on the device; the next call loads what it needs."""
         self._engine.release()
+        free_cached()
 
     def ready(self) -> None:
         """No-op. The first call constructs the worker; loading gets its own span in traces."""
 
     def close(self) -> None:
-        """Free the model, and stop launched servers."""
-        self._engine.close()
+        """Free the model, and stop launched servers; shards that are being written are lost."""
+        try:
+            self._engine.close()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
 
 
 def _serving_context(

@@ -312,9 +312,8 @@ def _by_server(
 
     async def write(server: EngineServer, request: SampleRequest) -> Rollout:
         prompt = request.prompt
-        written = await server.complete(
-            prompt.prompt_ids.tolist(), sampling, seed=request.seed, model=None
-        )
+        # Greedy, so without a seed.
+        written = await server.complete(prompt.prompt_ids.tolist(), sampling, seed=None, model=None)
         if written.ending == "abort" or not len(written.ids):
             raise Unavailable(server.name, "aborts held-out responses: does another run pause it?")
         return Rollout(

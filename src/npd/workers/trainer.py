@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.evaluate import IF_NOTHING_FITS, Match, exact_match, heldout_kl, kl_by_teacher, row_fitting
-from npd.models.device import free_cached, resolve_device
+from npd.models.device import free_cached, is_gpu, resolve_device
 from npd.models.distributed import DistContext, Rendezvous
 from npd.models.loading import decoding
 from npd.models.out_of_memory import Fitting
@@ -91,7 +91,8 @@ class TrainerWorker:
 
     def release(self) -> None:
         """Move the student and the moments off the device; the next call moves them back."""
-        self._loaded.off_device()
+        if is_gpu(self._device):
+            self._loaded.off_device()
 
     def restore(self, step: int) -> None:
         """Load the checkpoint of `step`; 0 is the initial student."""
