@@ -41,6 +41,14 @@ REFUSED = {
         "set schedule.overlap: false",
     ),
     "device without its number": ({"runtime": {"device": "cuda:"}}, "cuda:N"),
+    "a server's memory said twice": (
+        {"generate": {"engine": "vllm", "launch": {
+            "venv": "v", "memory": 0.5, "args": ["--gpu_memory_utilization=0.4"]}}},
+        "generate.launch.memory and --gpu-memory-utilization in generate.launch.args are the same",
+    ),
+    "more than all of its memory": (
+        {"generate": {"engine": "vllm", "launch": {"venv": "v", "memory": 1.5}}}, "at most 1"
+    ),
     "infinite number": ({"filter": {"high": math.inf}}, "finite number"),
     "no number": ({"train": {"lr": math.nan}}, "finite number"),
     "beta of 1": ({"train": {"betas": (0.9, 1.0)}}, "less than 1"),

@@ -123,7 +123,7 @@ _RENAMED = {
     "vllm_server_host": "generate.urls",
     "vllm_server_timeout": "generate.request_timeout",
     "vllm_tensor_parallel_size": "generate.launch.tensor_parallel",
-    "vllm_gpu_memory_utilization": "generate.launch.args",
+    "vllm_gpu_memory_utilization": "generate.launch.memory",
     "vllm_mode": "generate.launch generate.urls",
     "use_teacher_server": "score.engine (vllm)",
     "teacher_model_server_url": "score.urls",
