@@ -268,5 +268,5 @@ def test_auto_is_phases_where_every_model_is_on_one_gpu(make):
         == "together"
     )
     config = make(runtime={"kind": "local", "device": "cuda"})
-    assert "take turns" in chosen(config, with_defaults(config, parse_gpus("1x80GB")))[0]
+    assert "in turn" in chosen(config, with_defaults(config, parse_gpus("1x80GB")))[0]
     assert with_defaults(make()).runtime.share == "together", "no GPU: as it was"
