@@ -129,9 +129,10 @@ def _sections(model: type[BaseModel], default: Any, prefix: str) -> Iterator[str
             yield _config_table(section, value, f"{path}.", plain)
             yield from _sections(section, value, f"{path}.")
         elif (section := _section_of_each(field.annotation)) is not None:
-            yield f"## `{name}.NAME`"
+            path = f"{prefix}{name}.NAME"
+            yield f"{'###' if prefix else '##'} `{path}`"
             yield _doc(section)
-            yield _config_table(section, None, f"{name}.NAME.", list(section.model_fields))
+            yield _config_table(section, None, f"{path}.", list(section.model_fields))
 
 
 def _section_of_each(annotation: Any) -> type[BaseModel] | None:

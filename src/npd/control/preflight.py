@@ -328,7 +328,7 @@ class Preflight:
         return [
             Check.ok("data", _counts(data.prompts, data.heldout, data.dropped)),
             *(Check.warn("data", note) for note in data.notes),
-            *(Check.ok("data", remark) for remark in data.remarks),
+            *(Check.ok("data", remark.removeprefix("data: ")) for remark in data.remarks),
         ]
 
     def _check_longest(self, prompts: Sequence[EncodedPrompt]) -> None:

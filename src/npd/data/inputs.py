@@ -155,6 +155,7 @@ def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPromp
 
 
 def _remarks(found: PromptSet, chat: ChatTokenizer) -> Iterator[str]:
+    yield from _sources(found)
     if found.joined:
         yield f"`input` is put below the prompt, after an empty line, in {found.joined:,} records"
     if found.unread:
@@ -164,6 +165,20 @@ def _remarks(found: PromptSet, chat: ChatTokenizer) -> Iterator[str]:
             f"the chat template writes the date; all prompts have {chat.clock:%d %b %Y %H:%M}, "
             "when the run is resumed too"
         )
+
+
+def _sources(found: PromptSet) -> Iterator[str]:
+    """The form of the records of each source, and of several what the run takes."""
+    for source in found.sources:
+        if not source.name:
+            yield f"data: read as {source.form}"
+            continue
+        rest = source.num_read - source.num_train - source.num_heldout
+        counts = f"{counted(source.num_train, 'prompt')}, {source.num_heldout:,} held out"
+        more = f", {rest:,} not used" if rest else ""
+        yield f"data: {source.name} read as {source.form}: {counts}{more}"
+    if found.heldout_form and {source.form for source in found.sources} != {found.heldout_form}:
+        yield f"data: held-out prompts read as {found.heldout_form}"
 
 
 def _checksum(found: PromptSet) -> str:
