@@ -159,7 +159,8 @@ def _remarks(found: PromptSet, chat: ChatTokenizer) -> Iterator[str]:
     if found.joined:
         yield f"`input` is put below the prompt, after an empty line, in {found.joined:,} records"
     if found.unread:
-        yield f"columns not used: {', '.join(found.unread)} (data.columns maps names)"
+        names = ", ".join(name or "(without a name)" for name in found.unread)
+        yield f"columns not used: {names} (data.columns maps names)"
     if chat.clock is not None:
         yield (
             f"the chat template writes the date; all prompts have {chat.clock:%d %b %Y %H:%M}, "

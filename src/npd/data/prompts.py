@@ -17,10 +17,11 @@ from typing import Any
 
 from npd.config import DataConfig
 from npd.data.chat_tokenizer import ChatTokenizer
+from npd.data.formats import Unreadable
 from npd.data.forms import FORMS, BadRecordError, FormError, Forms
 from npd.data.mixture import apportioned, drawn_order, mixed_size
 from npd.data.records import COLUMNS, joins_input, read_prompt, unread_columns
-from npd.data.sources import Unreadable, read_records
+from npd.data.sources import data_files, read_records
 from npd.errors import ConfigError, DataError
 from npd.text import counted
 from npd.types import EncodedPrompt, Prompt
@@ -315,7 +316,10 @@ def _read(source: _Source, config: DataConfig, tally: _Tally) -> _Part:
     if not prompts:
         why = f"every record is bad: {first_error}" if first_error else "it is empty"
         raise DataError(f"{source.train} has no prompts: {why}")
-    return _Part(source, prompts, forms.form.title if forms.form else "")
+    assert forms.form is not None
+    files = data_files(source.train) or ()
+    more = f", from {len(files):,} files" if len(files) > 1 else ""
+    return _Part(source, prompts, f"{forms.form.title}{more}")
 
 
 _KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
