@@ -175,7 +175,8 @@ def type_text(schema: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {type_text(schema['items'])}"
     if kind == "object":
-        return f"mapping of text to {type_text(schema['additionalProperties'])}"
+        inner = schema["additionalProperties"]
+        return f"mapping of text to {type_text(inner) if isinstance(inner, dict) else 'any value'}"
     if kind == "string":
         return "path" if schema.get("format") == "path" else "text"
     names = {"integer": "int", "number": "float", "boolean": "bool", "null": "null"}

@@ -177,7 +177,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
             "filter.*, or set filter.name: none"
         )
     yield f"kept {len(refs)} of {counted(len(samples), 'sample')}"
-    stop_ids, _ = compare_ends(config, ChatTokenizer.of_student(config))
+    stop_ids = compare_ends(config, ChatTokenizer.of_student(config)).stop_ids
     trainer = Trainer(
         config.train,
         config.loss,

@@ -90,6 +90,12 @@ class DataConfig(Section):
     """System message for every conversation without one."""
     system_as: Literal["system", "user"] = "system"
     """`user` puts system messages before the user's text, for templates without a system role."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Jinja file, or the text of a template, in place of the student's own; saved students get
+    it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Switches of the chat template for every conversation, e.g. `{enable_thinking: false}`. A
+    record's own `chat_template_kwargs` go first."""
     max_prompt_tokens: Positive = 1024
     """Maximum prompt length, chat template included."""
     on_long_prompt: Literal["error", "drop"] = "error"

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from npd.data.forms import BadRecordError, Form, holds, names_of, present, quoted, set_columns
+from npd.data.template import OUR_ARGS
 from npd.types import DEFAULT_TEACHER, Message, Prompt
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
@@ -38,12 +39,6 @@ _ROLES = {
     **{name: role for name, role in _SHAREGPT_ROLES.items() if role != "tool"},
     **{name: name for name in ("tool", "developer")},
 }
-# Arguments that npd itself sets when it renders a conversation.
-_OUR_ARGS = (
-    *("conversation", "messages", "add_generation_prompt", "continue_final_message"),
-    *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
-    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
-)
 _NOT_ASKING = ("system", "developer", "assistant")
 # Columns of other media, which the text of a conversation refers to.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -273,7 +268,7 @@ def _template_args(values: Mapping[str, Any]) -> dict[str, Any]:
             "bad_tools", f"chat_template_kwargs must be an object, not {own!r:.60}"
         )
     for name in own:
-        if name in _OUR_ARGS or name in found:
+        if name in OUR_ARGS or name in found:
             raise BadRecordError("bad_tools", f"chat_template_kwargs cannot set {name!r}")
     for name, value in found.items():
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
