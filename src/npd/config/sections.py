@@ -253,7 +253,8 @@ class FilterConfig(Section):
     keep: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of samples that a control keeps; None: as many as delta_ifd would keep."""
     drop_truncated: bool = True
-    """Pre-filter: reject responses that reached `generate.max_new_tokens`; `false` disables it."""
+    """Pre-filter: reject responses that reached `generate.max_new_tokens`; with `false` they are
+    trained on as they are, without an end token."""
     min_response_tokens: Positive = 4
     """Pre-filter: reject shorter responses; 1 disables it."""
     max_repeat: Share = 0.5
