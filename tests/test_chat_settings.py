@@ -111,6 +111,15 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(make, tmp_path, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_with_marks_that_are_no_tokens_is_told(make):
+    foreign = OTHER.replace("<|im_end|>", "<|eot_id|>")
+    (note,) = prepare(make(chat_template=foreign)).notes[1:]
+    assert note.startswith("data.chat_template ends a turn with <|eot_id|>, which is no special")
+    chat = ChatTokenizer.of_student(make(chat_template=foreign))
+    encoded = chat.encode(Prompt(0, text="hi", completion="ho"))
+    assert chat.tokenizer.decode(encoded.completion_ids) == "ho<|im_end|>"
+
+
 def test_template_and_switches_are_in_the_fingerprint(make, tmp_path):
     path = tmp_path / "own.jinja"
     seen = set()

@@ -35,6 +35,8 @@ def test_without_weights_every_prompt_is_used(source):
     found = load({"a": source("a", 30), "b": source("b", 10)}, heldout_size=0)
     assert counts(found.train) == {"a": 30, "b": 10}
     assert [prompt.index for prompt in found.train] == list(range(40))
+    mix = {"a": source("a", 30), "b": source("b", 10)}
+    assert counts(load(mix, heldout_size=4, limit=8).train) == {"a": 6, "b": 2}
 
 
 def test_weights_are_proportions_as_large_as_the_sources_allow(source):

@@ -25,7 +25,7 @@ from npd.data.template import OUR_ARGS, SYSTEM_ROLES, Lost, RefusedError, Templa
 from npd.data.template_safety import check_template, read_template
 from npd.errors import ConfigError, DataError, ModelError
 from npd.models.files import code_refusal, end_ids, explained, is_code_refused, rows_of
-from npd.text import counted
+from npd.text import counted, shown
 from npd.types import EncodedPrompt, IntArray, Message, Prompt
 
 # Roles whose text is kept in the answer-alone context; other text is the user's.
@@ -164,10 +164,18 @@ class ChatTokenizer:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the template has dropped by its own rules or changed so far, with counts."""
-        return tuple(
+        found = [
             f"the chat template {what} ({counted(count, 'prompt')})"
             for what, count in sorted(self._noticed.items())
-        )
+        ]
+        mark = self._unclosed.strip()
+        if self.given_template and mark:
+            found.append(
+                f"data.chat_template ends a turn with {shown(mark, 40)}, which is no special token "
+                f"of {self.name}: responses end with {self._end} instead, and the model reads the "
+                "marks as text; give a template of the model's family"
+            )
+        return tuple(found)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """The prompt as token ids; see `encode_all`."""

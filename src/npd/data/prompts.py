@@ -114,7 +114,8 @@ def load_prompts(config: DataConfig, seed: int = 0) -> PromptSet:
         ConfigError: no source is set, or columns are mapped that npd does not have.
     """
     sources = _sources(config)
-    for source in sources:
+    given = _Source(config.heldout or "", config.heldout_split, config.format, config.columns)
+    for source in (*sources, given):
         _check_columns(source)
     tally = _Tally()
     parts = [_read(source, config, tally) for source in sources]
@@ -122,7 +123,6 @@ def load_prompts(config: DataConfig, seed: int = 0) -> PromptSet:
         part.order = drawn_order(len(part.prompts), seed, part.source.name)
     heldout_form = ""
     if config.heldout is not None:
-        given = _Source(config.heldout, config.heldout_split, config.format, config.columns)
         read = _read(given, config, tally)
         heldout, heldout_form = read.prompts, read.form
     else:
