@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import npd
+from npd import stages
 from npd.control.preflight import Preflight, prepare
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import for_workers
@@ -161,6 +162,14 @@ def test_a_run_saves_its_template_with_the_student_and_resumes_with_it_only(
     )
     with pytest.raises(ConfigError, match=r"was started with data\.chat_template="):
         npd.run(other, resume=True, view=QuietView())
+
+
+def test_stages_alone_save_the_template_too(make, tmp_path):
+    config = make(chat_template=OTHER)
+    stages.generate(config, tmp_path / "rollouts.arrow")
+    stages.score(config, tmp_path / "rollouts.arrow", tmp_path / "scored.arrow")
+    list(stages.train(config, tmp_path / "scored.arrow", tmp_path / "trained"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "trained").chat_template == OTHER
 
 
 def test_teachers_with_another_template_or_end_are_shown_beside_the_student(make, tmp_path):
