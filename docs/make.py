@@ -129,9 +129,10 @@ def _sections(model: type[BaseModel], default: Any, prefix: str) -> Iterator[str
             yield _config_table(section, value, f"{path}.", plain)
             yield from _sections(section, value, f"{path}.")
         elif (section := _section_of_each(field.annotation)) is not None:
-            yield f"## `{name}.NAME`"
+            path = f"{prefix}{name}.NAME"
+            yield f"{'###' if prefix else '##'} `{path}`"
             yield _doc(section)
-            yield _config_table(section, None, f"{name}.NAME.", list(section.model_fields))
+            yield _config_table(section, None, f"{path}.", list(section.model_fields))
 
 
 def _section_of_each(annotation: Any) -> type[BaseModel] | None:
@@ -174,7 +175,8 @@ def type_text(schema: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {type_text(schema['items'])}"
     if kind == "object":
-        return f"mapping of text to {type_text(schema['additionalProperties'])}"
+        inner = schema["additionalProperties"]
+        return f"mapping of text to {type_text(inner) if isinstance(inner, dict) else 'any value'}"
     if kind == "string":
         return "path" if schema.get("format") == "path" else "text"
     names = {"integer": "int", "number": "float", "boolean": "bool", "null": "null"}

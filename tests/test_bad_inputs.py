@@ -7,6 +7,7 @@ would fill the page; `…` stands for words of a library.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -128,14 +129,20 @@ def bad_texts() -> dict[str, str | bytes]:
         "section.yaml": f"{good}train: 5\ndata: prompts.jsonl\n",
         "value.yaml": f"{good}train: {{lr: {{value: 1e-5}}}}\n",
         "empty.jsonl": "",
-        "table.csv": "prompt\na\n",
+        "table.csv": "prompt\na\nb,c\n",
+        "quote.csv": 'prompt\n"a\nb\n',
+        "semicolon.csv": "prompt;completion\na;b\n",
+        "cut.jsonl.gz": gzip.compress(b'{"prompt": "a"}\n')[:-4],
+        "plain.jsonl.zst": '{"prompt": "a"}\n',
         "text.parquet": "hello",
         "deep.jsonl": '{"prompt": ' + "[" * 100_000 + "\n",
         "digits.jsonl": f'{{"prompt": "a", "answer": {"1" * 5000}}}\n',
         "binary.jsonl": bytes(range(256)),
         "utf16.jsonl": '{"prompt": "a"}\n'.encode("utf-16"),
         "list.jsonl": "[1, 2]\n",
-        "other.jsonl": '{"question": "a?", "reply": "b"}\n',
+        "other.jsonl": '{"problem": "a?", "reply": "b"}\n',
+        "both.jsonl": '{"question": "a?", "prompt": "b"}\n',
+        "mixed.jsonl": '{"prompt": "a?"}\n{"instruction": "b"}\n',
     }
 
 

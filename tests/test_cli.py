@@ -53,13 +53,13 @@ CASES = {
     "data empty": Case(["prompts.jsonl has no prompts", "it is empty"], text=""),
     "data only blank lines": Case(["prompts.jsonl has no prompts", "it is empty"], text="\n \n"),
     "data of another kind": Case(
-        ["prompts.csv", "convert"], sets=["data.train=prompts.csv", "name=x"]
+        ["prompts.txt", "convert"], sets=["data.train=prompts.txt", "name=x"]
     ),
     "data not JSON": Case(["prompts.jsonl:2", "not JSON", "one JSON object per line"],
                           text='{"prompt": "a"}\n{"prompt": \n'),
     "wrong column": Case(
-        ["prompts.jsonl:1", "question, response", "set data.columns", "{prompt: question}"],
-        rows=[{"question": "who?", "response": "me"}] * 9,
+        ["prompts.jsonl:1", "problem, response", "set data.columns", "{prompt: problem}"],
+        rows=[{"problem": "who?", "response": "me"}] * 9,
     ),
     "renamed to a column that is not there": Case(
         ["prompts.jsonl:1", "no column 'promt'", "did you mean 'prompt'?", "data.columns"],
@@ -155,7 +155,7 @@ def test_wrong_input_is_one_line_with_a_remedy_before_any_model_loads(name, brok
         case.text = "".join(json.dumps(row) + "\n" for row in case.rows)
     if case.text is not None:
         (broken.folder / "prompts.jsonl").write_text(case.text)
-    (broken.folder / "prompts.csv").write_text("prompt\na\n")
+    (broken.folder / "prompts.txt").write_text("prompt\na\n")
     if case.sections is None:
         (broken.folder / "run.yaml").write_text("student: x\nteacher: a: b\n")
     else:

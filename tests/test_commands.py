@@ -145,7 +145,7 @@ def test_stages_chain_from_file_to_file(shell):
         assert done.code == 0, done.err
         texts.append(done.out)
         assert "already exists" in shell.npd(command[0], "run.yaml", *command[1:]).complaint(2)
-    assert texts[0] == "20 rollouts in rollouts.arrow\n"
+    assert texts[0] == "data: read as prompts\n20 rollouts in rollouts.arrow\n"
     assert texts[1] == "20 scored rollouts in scored.arrow\n"
     assert re.search(r"kept \d+ of 20 samples\nstep 1  loss", texts[2])
     assert texts[2].endswith("model directory trained\n")
@@ -182,7 +182,8 @@ def test_a_stage_tells_what_servers_hold_and_which_samples_failed(shell, served)
           "--set", "student=served-student"]  # fmt: skip
     done = shell.npd("generate", "run.yaml", "--out", "rollouts.arrow", *on)
     assert done.code == 0, done.err
-    proof, failed, made = done.out.splitlines()
+    form, proof, failed, made = done.out.splitlines()
+    assert form == "data: read as prompts"
     assert proof.startswith(f"{served.url} serves snapshot v0: log-probs within")
     assert failed.startswith(f"2 of 20 samples failed: {served.url} refuses (400): ")
     assert made == "18 rollouts in rollouts.arrow"

@@ -71,10 +71,14 @@ def test_messages_that_end_with_the_assistant_hold_the_completion(jsonl):
     assert one(jsonl({"messages": turns})) == Prompt(0, messages=messages)
 
 
-def test_prompt_goes_before_messages_unless_columns_says_otherwise(jsonl):
+def test_prompt_beside_messages_is_refused_until_one_is_chosen(jsonl):
     path = jsonl({"prompt": "p", "messages": [USER, ASSISTANT]})
-    assert one(path) == Prompt(0, text="p")
-    assert one(path, columns={"messages": "messages"}).completion == "4"
+    with pytest.raises(DataError, match=r"jsonl:1: .*\(`messages`\) and prompts \(`prompt`\)"):
+        load(path, on_bad_record="drop")
+    assert one(path, format="prompt") == Prompt(0, text="p")
+    for chosen in ({"format": "messages"}, {"columns": {"messages": "messages"}}):
+        assert one(path, **chosen).completion == "4"
+    assert one(path, leave_out=("messages",)) == Prompt(0, text="p")
 
 
 def test_renamed_columns(jsonl):
@@ -113,7 +117,7 @@ def test_json_list(tmp_path, indent, start, name):
     assert texts(load(str(path), on_bad_record="drop").train) == ["hi", "a\u2028b"]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(
-        DataError, match=r"alpaca\.jsonl?(:1)?: not JSON .*: write one JSON object per line"
+        DataError, match=r"alpaca\.jsonl?(:[12])?: not JSON .*: write one JSON object per line"
     ):
         load(str(path), on_bad_record="drop")
     path.write_text(json.dumps(GOOD) + "\n")
@@ -160,8 +164,8 @@ def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
     import pyarrow.parquet as pq
 
     path = str(tmp_path / "train.parquet")
-    pq.write_table(pa.table({"question": ["a"], "prompt": [None], "n": [1]}), path)
-    with pytest.raises(DataError, match=r"train\.parquet row 1: .*columns are question, prompt, n"):
+    pq.write_table(pa.table({"body": ["a"], "prompt": [None], "n": [1]}), path)
+    with pytest.raises(DataError, match=r"train\.parquet row 1: .*columns are body, prompt, n"):
         load(path)
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"cannot read .*train\.parquet as Parquet"):
@@ -174,7 +178,7 @@ def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
         (b"{oops", "unreadable", "not JSON"),
         (b"\xff\xfe", "unreadable", "not UTF-8"),
         (["a"], "unreadable", "must be a JSON object, not a list"),
-        ({"question": "a"}, "no_prompt", r"columns are question: set .*prompt: question"),
+        ({"problem": "a"}, "no_prompt", r"columns are problem: set .*prompt: problem"),
         ({}, "no_prompt", "columns are none"),
         ({"prompt": ""}, "empty_prompt", "prompt is empty"),
         ({"prompt": " \n"}, "empty_prompt", "prompt is empty"),
@@ -237,22 +241,24 @@ def test_parquet_errors_name_the_row_and_the_columns(tmp_path):
     ],
 )
 def test_bad_records_name_their_line_or_are_counted(jsonl, record, reason, message):
-    path = jsonl(GOOD, record, {"prompt": "bye"})
+    is_conversation = isinstance(record, dict) and "messages" in record
+    good = {"messages": [USER]} if is_conversation else GOOD
+    path = jsonl(good, record, good)
     with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{message}") as caught:
         load(path)
     assert "\n" not in str(caught.value)
     assert "data.on_bad_record: drop" in str(caught.value)
     found = load(path, on_bad_record="drop")
-    assert texts(found.train) == ["hi", "bye"]
+    assert [prompt.place[-1] for prompt in found.train] == ["1", "3"]
     assert [prompt.index for prompt in found.train] == [0, 1]
     assert found.dropped == {reason: 1}
 
 
 def test_dropping_everything_shows_why(jsonl):
     with pytest.raises(
-        DataError, match=r"has no prompts.*jsonl:1: there is no `prompt`.*question, x"
+        DataError, match=r"has no prompts.*jsonl:1: there is no `prompt`.*problem, x"
     ):
-        load(jsonl({"question": "a", "x": 1}), on_bad_record="drop")
+        load(jsonl({"problem": "a", "x": 1}), on_bad_record="drop")
 
 
 def test_renaming_a_column_that_is_not_there_names_the_nearest(jsonl):
@@ -269,19 +275,8 @@ def test_renaming_to_a_column_npd_does_not_have(jsonl):
 
 
 HINTS = [
-    ({"question": "2+2?", "answer": "4"}, Prompt(0, text="2+2?", completion="4", answer="4")),
-    (
-        {"instruction": "Add one", "input": "3", "output": "4"},
-        Prompt(0, text="Add one\n\n3", completion="4"),
-    ),
-    (
-        {"instruction": "Say hi", "input": "", "output": "hi"},
-        Prompt(0, text="Say hi", completion="hi"),
-    ),
-    (
-        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
-        Prompt(0, messages=(Message("user", "2+2?"),), completion="4"),
-    ),
+    ({"problem": "2+2?", "answer": "4"}, Prompt(0, text="2+2?", completion="4", answer="4")),
+    ({"prompt": json.dumps([USER])}, Prompt(0, messages=(Message("user", "2+2?"),))),
     ({"text": "once upon a time"}, Prompt(0, text="once upon a time")),
     (
         {"source": "web", "chosen": [USER, ASSISTANT], "rejected": [USER]},
@@ -317,20 +312,16 @@ def test_the_hint_for_other_formats_works_as_it_is_typed(jsonl, record, expected
 
 
 def test_columns_that_hold_something_and_are_not_used_are_told(jsonl):
-    record = {
-        "prompt": "p",
-        "messages": [USER],
-        "context": "long",
-        "id": 3,
-        "empty": "",
-        "no": None,
-    }
+    record = {"prompt": "p", "context": "long", "id": 3, "empty": "", "no": None}
     found = load(jsonl(record, {"prompt": "q", "id": 4}))
-    assert found.unread == {"messages": 1, "context": 1, "id": 2}
-    assert load(jsonl(record), leave_out=("id", "context")).unread == {"messages": 1}
+    assert found.unread == {"context": 1, "id": 2}
+    assert load(jsonl(record), leave_out=("id",)).unread == {"context": 1}
+    both = jsonl({"prompt": "p", "messages": [USER]})
+    assert load(both, format="prompt").unread == {"messages": 1}
     alpaca = jsonl({"instruction": "i", "input": "x", "output": "o"})
-    found = load(alpaca, columns={"prompt": "instruction", "completion": "output"})
-    assert (found.unread, found.joined) == ({}, 1)
+    for columns in ({"prompt": "instruction", "completion": "output"}, {}):
+        found = load(alpaca, columns=columns)
+        assert (found.unread, found.joined) == ({}, 1)
 
 
 def test_system_column_is_the_first_message(jsonl):
@@ -448,8 +439,8 @@ def test_missing_file(path):
 
 
 def test_unknown_format(jsonl):
-    with pytest.raises(DataError, match=r"neither \.jsonl nor \.parquet: convert"):
-        load(jsonl(GOOD, name="train.csv"))
+    with pytest.raises(DataError, match=r"is none of \.jsonl, .* and \.parquet .*: convert"):
+        load(jsonl(GOOD, name="train.txt"))
 
 
 def test_train_is_not_set():
@@ -481,8 +472,8 @@ def test_dataset_directory_through_the_datasets_library(jsonl, tmp_path, monkeyp
     assert texts(found.heldout) == ["c"]
     with pytest.raises(DataError, match=r'Unknown split "dev"'):
         load(source, split="dev", columns=columns)
-    with pytest.raises(DataError, match=r"set \(train\) row 1: there is no `prompt`"):
-        load(source)
+    with pytest.raises(DataError, match=r"set \(train\) row 1: there is no `messages`"):
+        load(source, format="messages")
 
 
 def test_heldout_is_drawn_by_seed_before_the_limit(jsonl):

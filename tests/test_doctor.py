@@ -153,16 +153,16 @@ def test_a_sound_run_passes_and_nothing_is_made(shell):
     lines = done.out.splitlines()
     assert [line[6:26].strip() for line in lines[:-2]] == [
         "config", "versions", "secrets", "run directory", "student", "teacher", "pair", "tokenizer",
-        "score.top_k", "vocabulary: teacher", "end tokens", "data", "weights: student",
-        "weights: teacher", "forecast", "advice", "disk", "memory", "trial: generate",
-        "trial: student", "trial: teacher",
+        "score.top_k", "vocabulary: teacher", "end tokens", "template: student", "data", "records",
+        "weights: student", "weights: teacher", "forecast", "advice", "disk", "memory",
+        "trial: generate", "trial: student", "trial: teacher",
     ]  # fmt: skip
     told = [line for line in lines[:-2] if not line.startswith("ok    ")]
     assert len(told) == 1, "so tiny a run has few steps"
     assert told[0].startswith("warn  advice")
     assert told[0].endswith("--set schedule.epochs=32")
     assert "20 prompts, 4 held out" in done.out
-    assert lines[-1] == "nothing failed in 21 checks, 1 warning"
+    assert lines[-1] == "nothing failed in 23 checks, 1 warning"
     assert not shell.layout.root.exists()
 
 

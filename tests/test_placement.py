@@ -325,7 +325,7 @@ def test_a_forecast_lists_what_is_where(models):
     launch["launch"]["memory"] = 0.9
     shared = forecast(models, "2x80GB", score={"gpus": [1]}, generate=launch)[1]
     assert "generate's server 71.3 (90% of it)" in shared.says
-    assert "lower the server's share (launch.memory)" in shared.says
+    assert "bound the server's share (launch.memory)" in shared.says
 
 
 @pytest.mark.parametrize("text", ["8x80GB", "8 x 80 GB", "8×80GiB", "8*80G", "8x80"])

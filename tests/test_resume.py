@@ -102,6 +102,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_shows_where_it_does(shell):
         "started with another config"
     )
     resumed = subprocess.Popen([*NPD, *shlex.split(command)[1:]], stderr=subprocess.PIPE, text=True)
+    assert resumed.stderr.readline() == "data: read as prompts\n"
     first = resumed.stderr.readline()
     resumed.send_signal(signal.SIGINT)
     resumed.communicate(timeout=600)

@@ -88,7 +88,8 @@ def test_adapters_take_the_end_tokens_along(make, tmp_path):
 
 def test_models_of_one_kind_give_no_warning(make):
     prepared = prepare(make())
-    assert (prepared.notes, prepared.remarks, prepared.stop_ids) == ((), (), {IM_END})
+    assert (prepared.notes, prepared.stop_ids) == ((), {IM_END})
+    assert prepared.remarks == ("data: read as prompts",)
 
 
 def test_ids_that_the_config_adds_must_exist(make):
@@ -116,9 +117,9 @@ def test_completions_are_trained_on_whole_and_the_longer_ones_are_told(make):
 def test_messages_beside_a_prompt_are_named_where_completions_are_missing(make):
     turns = [{"role": "user", "content": "4?"}, {"role": "assistant", "content": "4!"}]
     rows = [{"prompt": f"{i}?", "messages": turns} for i in range(12)]
-    with pytest.raises(DataError, match=r"--set data\.columns\.messages=messages$"):
-        prepare(make(rows=rows, **SFT))
-    prepared = prepare(make(rows=rows, data={"columns": {"messages": "messages"}}, **SFT))
+    with pytest.raises(DataError, match=r"--set data\.format=messages$"):
+        prepare(make(rows=rows, data={"format": "prompt"}, **SFT))
+    prepared = prepare(make(rows=rows, data={"format": "messages"}, **SFT))
     assert all(prompt.completion_ids is not None for prompt in prepared.prompts)
 
 
@@ -244,5 +245,6 @@ def test_templates_that_refuse_a_record_stop_or_drop_it(make):
 def test_columns_not_used_are_told(make):
     rows = [{"prompt": f"{i}?", "context": "read this"} for i in range(12)]
     assert prepare(make(rows=rows)).remarks == (
+        "data: read as prompts",
         "columns not used: context (data.columns maps names)",
     )

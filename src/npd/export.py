@@ -20,6 +20,8 @@ from npd.store.snapshots import MANIFEST, contents
 from npd.text import first_line
 from npd.types import Prompt
 
+_TEMPLATE = "chat_template.jinja"
+
 
 def export_model(student_dir: Path, out_dir: Path, *, trust_remote_code: bool = False) -> Path:
     """Copy a trained student (or the run directory that holds `student/`) to the new `out_dir`.
@@ -97,6 +99,8 @@ def _merge(adapter: Path, base: str, folder: Path, trust_remote_code: bool) -> N
             "damaged: export another snapshot, or resume the run to rewrite it"
         ) from error
     save_pretrained(model, folder, source=base, dtype="bfloat16")
+    if (adapter / _TEMPLATE).is_file():  # of `data.chat_template`, in place of the base's
+        shutil.copyfile(adapter / _TEMPLATE, folder / _TEMPLATE)
 
 
 def _check(folder: Path, source: Path, trust_remote_code: bool) -> None:

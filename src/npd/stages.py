@@ -181,7 +181,7 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
             "filter.*, or set filter.name: none"
         )
     yield f"kept {len(refs)} of {counted(len(samples), 'sample')}"
-    stop_ids, _ = compare_ends(config, ChatTokenizer.of_student(config))
+    chat = ChatTokenizer.of_student(config)
     trainer = Trainer(
         config.train,
         config.loss,
@@ -190,12 +190,13 @@ def train(config: RunConfig, data: Path, out: Path) -> Iterator[str]:
         device=device,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
-        stop_ids=stop_ids,
+        stop_ids=compare_ends(config, chat).stop_ids,
     )
     for step in _steps(config, refs):
         report = trainer.train(Segment(step.index, 0, (step,))).steps[0]
         yield f"step {report.step}  loss {report.loss:.4f}  ce {report.ce:.4f}  lr {report.lr:.2e}"
     trainer.save_pretrained(out)
+    chat.save_template(out)
     yield f"model directory {out}"
 
 

@@ -101,7 +101,7 @@ AXOLOTL = {
     "optimizer": "always on (AdamW",
     "lr_scheduler": "always on (a cosine",
     "train_on_inputs": "always on",
-    "chat_template": "always on",
+    "chat_template": "data.chat_template",
     "wandb_project": "not supported: set observe.trackers",
     "special_tokens": "not supported: read from the model",
     "auto_resume_from_checkpoints": "not supported: resume a run",

@@ -30,6 +30,7 @@ from npd.config.sections import (
     RuntimeConfig,
     ScheduleConfig,
     ScoreConfig,
+    SourceConfig,
     TeacherConfig,
     TrainConfig,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "ScheduleConfig",
     "ScoreConfig",
     "ServedConfig",
+    "SourceConfig",
     "TeacherConfig",
     "TrainConfig",
 ]

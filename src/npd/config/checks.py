@@ -36,7 +36,7 @@ def problems(c: RunValues) -> list[str]:
     checks = (
         *(_length_problems, _window_problems, _share_problems),
         *(_refresh_problems, _at_epochs_problems, _at_steps_problems, in_flight_problems),
-        *(_token_limit_problems, _sampling_problems, _heldout_problems),
+        *(_token_limit_problems, _sampling_problems, _mix_problems, _heldout_problems),
         *(_teacher_problems, _rate_problems, _determinism_problems, _filter_problems),
         *(_loss_problems, _name_problems),
         *(_shared_problems, servers_problems, engine_problems),
@@ -235,6 +235,19 @@ def _sampling_problems(c: RunValues) -> Iterator[str]:
             f"generate.samples_per_prompt ({g.samples_per_prompt}) with generate.temperature 0 "
             "gives identical responses: "
             f"{_set(generate__samples_per_prompt=1)}, or {_set(generate__temperature=1)}"
+        )
+
+
+def _mix_problems(c: RunValues) -> Iterator[str]:
+    """`data.mix`: in place of `data.train`, with a weight for every source or for none."""
+    mix = c.data.mix
+    if mix and c.data.train is not None:
+        yield "data.mix holds the training prompts, and data.train too: --set data.train=null"
+    without = [name for name, source in mix.items() if source.weight is None]
+    if without and len(without) < len(mix):
+        yield (
+            f"data.mix.{without[0]} has no weight, and other sources have one: set "
+            f"data.mix.{without[0]}.weight, or leave all weights out"
         )
 
 

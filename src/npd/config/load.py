@@ -446,6 +446,8 @@ def _is_section_of(path: str) -> str:
     key, besides = shown(path), {"schedule.refresh": " (except to `never`)"}.get(path, "")
     if path.startswith("teachers."):
         return f"{key} must be a model's directory or name, or a section with {key}.model"
+    if path.startswith("data.mix."):
+        return f"{key} must be a file or a dataset's name, or a section with {key}.train"
     return f"{key} is a section: set {key}.<key>, not {key} itself{besides}"
 
 

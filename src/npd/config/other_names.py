@@ -21,7 +21,10 @@ _RENAMED = {
     "dataset": "data.train",
     "datasets": "data.train",
     "dataset_path": "data.train",
-    "dataset_mixer": "data.train (one source)",
+    "dataset_mixer": "data.mix",
+    "chat_template": "data.chat_template (a Jinja file)",
+    "chat_template_path": "data.chat_template",
+    "chat_template_kwargs": "data.chat_template_kwargs",
     "train_file": "data.train",
     "data_path": "data.train",
     "data_files": "data.train",
@@ -179,8 +182,8 @@ _ALWAYS = {
         "every step is in metrics.jsonl and report.html",
     ),
     **_each(
-        "chat_template template chat_template_path prompt_template default_system_message",
-        "the student's own chat template",
+        "template prompt_template default_system_message",
+        "the student's own chat template, or data.chat_template",
     ),
     **_each(
         "shuffle shuffle_dataset disable_dropout use_cache save_safetensors do_train "

@@ -14,6 +14,8 @@ from npd.text import shown, shown_path
 
 # The most bytes that file systems allow in a name, and in a path.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
+_DATA_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
 
 
 def is_data_file(source: str) -> bool:
@@ -22,7 +24,20 @@ def is_data_file(source: str) -> bool:
     >>> is_data_file("prompts.jsonl"), is_data_file("openai/gsm8k")
     (True, False)
     """
-    return source.endswith((".jsonl", ".ndjson", ".json", ".parquet"))
+    return bool(data_kind(source)[0])
+
+
+def data_kind(source: str) -> tuple[str, str]:
+    """The format and the compression of a data file, by its extensions; empty if it has none.
+
+    >>> data_kind("a/prompts.JSONL.gz"), data_kind("openai/gsm8k")
+    (('.jsonl', '.gz'), ('', ''))
+    """
+    name = source.lower()
+    compression = next((end for end in _COMPRESSIONS if name.endswith(end)), "")
+    name = name.removesuffix(compression)
+    kind = next((end for end in _DATA_KINDS if name.endswith(end)), "")
+    return (kind, compression) if kind else ("", "")
 
 
 def expanded(text: str) -> str:

@@ -29,12 +29,46 @@ from npd.config.base import (
 )
 from npd.config.length import DEFAULT_AT_EPOCHS, DEFAULT_EPOCHS, DEFAULT_REUSE, following
 
+DataFormat = Literal["auto", "messages", "prompt", "sharegpt", "alpaca", "question"]
+
+
+class SourceConfig(Section):
+    """One of several sources of prompts. `math: FILE` is short for `math: {train: FILE}`."""
+
+    train: Name
+    """Training prompts, given like `data.train`."""
+    weight: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    """Its part of the prompts, relative to the other weights; the rest of larger sources is left
+    out. None, for all sources or for none: every prompt is used."""
+    split: Text | None = None
+    """Split of a Hugging Face dataset; None is `data.split`."""
+    format: DataFormat | None = None
+    """Form of its records; None is `data.format`."""
+    columns: dict[str, Text] | None = None
+    """Its columns, given like `data.columns`; None is `data.columns`."""
+
+
+def _as_source(value: Any) -> Any:
+    """`math: FILE` is short for `math: {train: FILE}`."""
+    return {"train": value} if isinstance(value, str) else value
+
+
+NamedSource = Annotated[SourceConfig, BeforeValidator(_as_source)]
+
 
 class DataConfig(Section):
     """The prompts: their source, their columns and their maximum length in tokens."""
 
     train: Name | None = None
-    """JSONL or Parquet file, or a Hugging Face dataset name (`name` or `name:config`)."""
+    """File (JSONL, JSON, CSV, TSV or Parquet; also `.gz` or `.zst` of it), folder of such files, or
+    Hugging Face dataset name (`name` or `name:config`)."""
+    mix: dict[str, NamedSource] = Field(default_factory=dict)
+    """Several sources in place of `train`, by name, e.g. `{math: {train: FILE, weight: 2}, chat:
+    {train: FILE, weight: 1}}`."""
+    format: DataFormat = "auto"
+    """Form of the records: `messages`, `prompt` (with `completion`), `sharegpt` (`conversations`),
+    `alpaca` (`instruction`, `input`, `output`) or `question` (with `answer` or `response`); `auto`
+    recognises it from their keys."""
     split: Text = "train"
     """Split of a Hugging Face dataset; files have no splits."""
     heldout: Name | None = None
@@ -49,13 +83,19 @@ class DataConfig(Section):
     heldout_limit: Positive | None = None
     """Use only the first `heldout_limit` held-out prompts."""
     columns: dict[str, Text] = Field(default_factory=dict)
-    """npd's column names -> the data's, e.g. `{prompt: question, completion: answer}`."""
+    """npd's column names -> the data's, e.g. `{prompt: body, completion: reply}`."""
     leave_out: Texts = ()
     """Columns and message keys to ignore; other message keys go to the chat template unchanged."""
     system: str | None = None
     """System message for every conversation without one."""
     system_as: Literal["system", "user"] = "system"
     """`user` puts system messages before the user's text, for templates without a system role."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Jinja file, or the text of a template, in place of the student's own; saved students get
+    it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Switches of the chat template for every conversation, e.g. `{enable_thinking: false}`. A
+    record's own `chat_template_kwargs` go first."""
     max_prompt_tokens: Positive = 1024
     """Maximum prompt length, chat template included."""
     on_long_prompt: Literal["error", "drop"] = "error"
@@ -281,7 +321,8 @@ class FilterConfig(Section):
     keep: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of samples that a control keeps; None: as many as delta_ifd would keep."""
     drop_truncated: bool = True
-    """Pre-filter: reject responses that reached `generate.max_new_tokens`; `false` disables it."""
+    """Pre-filter: reject responses that reached `generate.max_new_tokens`; with `false` they are
+    trained on as they are, without an end token."""
     min_response_tokens: Positive = 4
     """Pre-filter: reject shorter responses; 1 disables it."""
     max_repeat: Share = 0.5

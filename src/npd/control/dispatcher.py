@@ -290,7 +290,7 @@ class Dispatcher:
         raise AssertionError(f"not an action of the trainer: {action!r}")
 
     async def _release(self, worker: Worker) -> None:
-        """Make a worker free its models; one that is lost meanwhile is restarted and asked again."""
+        """Make a worker free its models; one that is lost in it is restarted and asked again."""
         self._served.pop(worker.name, None)
 
         async def recover() -> None:

@@ -51,7 +51,7 @@ from npd.models.tensors import about
 from npd.observe.trackers import check_trackers
 from npd.remote.shared_folder import check_shared
 from npd.score.tensor_parallel import check_divisible
-from npd.text import counted, shown_path
+from npd.text import counted, shown, shown_path
 from npd.types import Check, EncodedPrompt, role_of
 
 # One thread at a time: preparing imports transformers, and of that the module of each model and
@@ -314,13 +314,17 @@ class Preflight:
 
     def _end_tokens(self) -> list[Check]:
         assert self._chat is not None
-        self._stop_ids, notes = compare_ends(self._config, self._chat)
+        self._stop_ids, notes, samples = compare_ends(self._config, self._chat)
         self._notes[:0] = notes
         names = self._chat.tokenizer.convert_ids_to_tokens(sorted(self._stop_ids))
         says = f"a response ends with {' or '.join(map(str, names))}"
         return [
             Check.ok("end tokens", says),
             *(Check.warn("end tokens", note) for note in notes),
+            *(
+                Check.ok(f"template: {role}", f"a question is written as {shown(text, 240)}")
+                for role, text in samples.items()
+            ),
         ]
 
     def _read_data(self) -> str | list[Check]:
@@ -335,7 +339,7 @@ class Preflight:
         return [
             Check.ok("data", _counts(data.prompts, data.heldout, data.dropped)),
             *(Check.warn("data", note) for note in data.notes),
-            *(Check.ok("data", remark) for remark in data.remarks),
+            *map(_remark, data.remarks),
         ]
 
     def _check_longest(self, prompts: Sequence[EncodedPrompt]) -> None:
@@ -353,6 +357,12 @@ class Preflight:
                     trust_remote_code=config.trust_remote_code,
                     limit="the data's longest completion, which data.max_completion_tokens bounds",
                 )
+
+
+def _remark(text: str) -> Check:
+    """What the start of a run says of its data, as a check."""
+    what, is_form, says = text.partition("data: ")
+    return Check.ok("records", says) if is_form and not what else Check.ok("data", text)
 
 
 def _counts(

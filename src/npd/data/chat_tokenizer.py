@@ -12,7 +12,7 @@ are mostly chat models; without a template it is tokenised unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from npd.config import RunConfig
-from npd.data.template import SYSTEM_ROLES, Lost, RefusedError, Template, folded
-from npd.data.template_safety import check_template
-from npd.errors import DataError, ModelError
+from npd.data.template import OUR_ARGS, SYSTEM_ROLES, Lost, RefusedError, Template, folded
+from npd.data.template_safety import check_template, read_template
+from npd.errors import ConfigError, DataError, ModelError
 from npd.models.files import code_refusal, end_ids, explained, is_code_refused, rows_of
-from npd.text import counted
+from npd.text import counted, shown
 from npd.types import EncodedPrompt, IntArray, Message, Prompt
 
 # Roles whose text is kept in the answer-alone context; other text is the user's.
@@ -38,8 +38,9 @@ class ChatTokenizer:
     `system` is the system message of every conversation without one. With `system_as` "user", all
     system messages, the data's included, are put before the user's text. `extra_stop_ids`: end
     tokens that only the model's files name. `rows`: the number of ids with embeddings. `clock`: the
-    time for templates that write it (default: now). Raises ModelError for a tokenizer without an
-    end token, and for a `system` that the template does not write.
+    time for templates that write it (default: now). `template_args`: arguments of the template for
+    every conversation. Raises ModelError for a tokenizer without an end token, and for a `system`
+    that the template does not write.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class ChatTokenizer:
         extra_stop_ids: Iterable[int] = (),
         rows: int | None = None,
         clock: datetime | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system, self._folds_system = system, system_as == "user"
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.template = Template(tokenizer, clock) if self.has_template else None
+        self.template = Template(tokenizer, clock, template_args) if self.has_template else None
+        self.given_template = ""
+        """The text of the template that the config gave; empty if it is the model's own."""
         self._noticed: Counter[str] = Counter()
         self._check_system()
         eos = tokenizer.eos_token_id
@@ -95,28 +99,44 @@ class ChatTokenizer:
         clock: datetime | None = None,
         trust_remote_code: bool = False,
         role: str = "model",
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> ChatTokenizer:
-        """The tokenizer of a Hugging Face model directory or name; ModelError if it has none."""
+        """The tokenizer of a Hugging Face model directory or name; ModelError if it has none.
+
+        `chat_template`: a file, or the text of a template, that replaces the tokenizer's.
+
+        Raises:
+            ConfigError: `chat_template` cannot be used.
+        """
         tokenizer = load_tokenizer(path, trust_remote_code, role)
+        if chat_template is not None:
+            tokenizer.chat_template = read_template(chat_template)
         check_template(tokenizer, role, path)
         stops = _named_stop_ids(path) & set(tokenizer.get_vocab().values())
-        return cls(
+        chat = cls(
             tokenizer,
             system=system,
             system_as=system_as,
             extra_stop_ids=(*stops, *extra_stop_ids),
             rows=rows_of(Path(path)) if Path(path).is_dir() else None,
             clock=clock,
+            template_args=template_args,
         )
+        if chat_template is not None:
+            chat.given_template = str(tokenizer.chat_template)
+            chat._check_given()
+        return chat
 
     @classmethod
     def of_student(cls, config: RunConfig, *, clock: datetime | None = None) -> ChatTokenizer:
-        """The tokenizer of a run's student, with the system message and end tokens of its config.
+        """The tokenizer of a run's student, with what its config says of text and end tokens.
 
         Raises:
             ModelError: the student has no tokenizer, or the config does not fit it.
+            ConfigError: `data.chat_template` or `data.chat_template_kwargs` cannot be used.
         """
-        return cls.load(
+        chat = cls.load(
             config.student,
             system=config.data.system,
             system_as=config.data.system_as,
@@ -124,7 +144,11 @@ class ChatTokenizer:
             clock=clock,
             trust_remote_code=config.trust_remote_code,
             role="student",
+            chat_template=config.data.chat_template,
+            template_args=config.data.chat_template_kwargs,
         )
+        chat._check_args(config.data.chat_template_kwargs)
+        return chat
 
     @property
     def name(self) -> str:
@@ -140,10 +164,18 @@ class ChatTokenizer:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the template has dropped by its own rules or changed so far, with counts."""
-        return tuple(
+        found = [
             f"the chat template {what} ({counted(count, 'prompt')})"
             for what, count in sorted(self._noticed.items())
-        )
+        ]
+        mark = self._unclosed.strip()
+        if self.given_template and mark:
+            found.append(
+                f"data.chat_template ends a turn with {shown(mark, 40)}, which is no special token "
+                f"of {self.name}: responses end with {self._end} instead, and the model reads the "
+                "marks as text; give a template of the model's family"
+            )
+        return tuple(found)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """The prompt as token ids; see `encode_all`."""
@@ -204,6 +236,24 @@ class ChatTokenizer:
             return self.template is other.template
         return self.template.sample() == other.template.sample()
 
+    def sample(self) -> str | None:
+        """How a short question is written; None if the template refuses it."""
+        question = Message("user", "What is 2 + 2?")
+        if self.template is None:
+            return question.content
+        turns = [question] if self.system is None else [Message("system", self.system), question]
+        try:
+            turns = folded(turns) if self._folds_system else turns
+            return self.template.render(turns, {}, generate=True)
+        except RefusedError:
+            return None
+
+    def save_template(self, directory: Path) -> None:
+        """Write the template that the config gave beside a saved model; its own is copied there."""
+        if self.given_template:
+            path = directory / "chat_template.jinja"
+            path.write_text(self.given_template, encoding="utf-8")
+
     def check_alone(self, needed_by: str) -> None:
         """Check that the template accepts a prompt without the user's text.
 
@@ -227,6 +277,35 @@ class ChatTokenizer:
         # Templates write bos themselves; `add_special_tokens` would double it.
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def _check_given(self) -> None:
+        """Check that the template of the config writes a question."""
+        assert self.template is not None
+        question = [Message("user", "What is 2 + 2?")]
+        try:
+            self.template.render(question, {}, generate=True)
+        except RefusedError as error:
+            raise ConfigError(
+                f"data.chat_template cannot write a question: {error}; correct it there"
+            ) from error
+        if not self.template.shows(question):
+            raise ConfigError(
+                "data.chat_template does not write what the user says: correct it there"
+            )
+
+    def _check_args(self, args: Mapping[str, Any]) -> None:
+        """Check that the template uses every argument of `data.chat_template_kwargs`."""
+        for name in args:
+            if name in (*OUR_ARGS, "tools", "documents"):
+                raise ConfigError(
+                    f"data.chat_template_kwargs cannot set {name}, which npd or the records set: "
+                    "leave it out"
+                )
+            if self.template is None or not self.template.mentions(name):
+                raise ConfigError(
+                    f"data.chat_template_kwargs sets {name}, which the chat template of "
+                    f"{self.name} does not use: correct the name, or leave it out"
+                )
 
     def _check_system(self) -> None:
         if self.system is None:

@@ -24,8 +24,7 @@ def check_completions(prompts: Sequence[EncodedPrompt], needed_by: str, found: P
         remedy = "add a `completion` column, or name yours in data.columns"
         if "messages" in found.unread:
             remedy = (
-                "read `messages`, which go unused beside `prompt`, with "
-                "--set data.columns.messages=messages"
+                "read `messages`, which go unused beside `prompt`, with --set data.format=messages"
             )
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise DataError(

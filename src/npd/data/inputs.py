@@ -46,11 +46,13 @@ class RunInputs:
     """The time that chat templates wrote into prompts."""
     raw: str = ""
     """A checksum of the records, before they were rendered."""
+    template: str = ""
+    """The text of `data.chat_template`; empty without it."""
 
     @property
     def data_fingerprint(self) -> str:
         """A checksum of all prompts, completions and answers: the data must not change in a run."""
-        digest = hashlib.sha256(self.raw.encode())
+        digest = hashlib.sha256((self.raw + self.template).encode())
         for prompt in (*self.prompts, *self.heldout):
             completion = prompt.completion_ids
             for ids in (prompt.prompt_ids, prompt.header_ids, completion):
@@ -60,13 +62,22 @@ class RunInputs:
 
 
 def for_workers(config: RunConfig, prepared: RunInputs) -> RunConfig:
-    """The config with what the data and all models said: end tokens, and the longest completion."""
+    """The config with what the data and all models said: end tokens, and the longest completion.
+
+    It has the text of `data.chat_template`, since a worker's machine may lack the file.
+    """
     stops = tuple(sorted(prepared.stop_ids))
-    update: dict[str, object] = {"generate": config.generate.model_copy(update={"stop_ids": stops})}
+    data: dict[str, object] = {}
     if config.generate.source == "dataset":
-        longest = {"max_completion_tokens": max(1, longest_completion(prepared.prompts))}
-        update["data"] = config.data.model_copy(update=longest)
-    return config.model_copy(update=update)
+        data["max_completion_tokens"] = max(1, longest_completion(prepared.prompts))
+    if prepared.template:
+        data["chat_template"] = prepared.template
+    return config.model_copy(
+        update={
+            "generate": config.generate.model_copy(update={"stop_ids": stops}),
+            "data": config.data.model_copy(update=data),
+        }
+    )
 
 
 def read_data(config: RunConfig, chat: ChatTokenizer) -> RunInputs:
@@ -109,6 +120,7 @@ def read_data(config: RunConfig, chat: ChatTokenizer) -> RunInputs:
         ),
         clock=chat.clock,
         raw=_checksum(found),
+        template=chat.given_template,
     )
 
 
@@ -155,15 +167,31 @@ def _numbered(prompts: Sequence[EncodedPrompt], first: int) -> list[EncodedPromp
 
 
 def _remarks(found: PromptSet, chat: ChatTokenizer) -> Iterator[str]:
+    yield from _sources(found)
     if found.joined:
         yield f"`input` is put below the prompt, after an empty line, in {found.joined:,} records"
     if found.unread:
-        yield f"columns not used: {', '.join(found.unread)} (data.columns maps names)"
+        names = ", ".join(name or "(without a name)" for name in found.unread)
+        yield f"columns not used: {names} (data.columns maps names)"
     if chat.clock is not None:
         yield (
             f"the chat template writes the date; all prompts have {chat.clock:%d %b %Y %H:%M}, "
             "when the run is resumed too"
         )
+
+
+def _sources(found: PromptSet) -> Iterator[str]:
+    """The form of the records of each source, and of several what the run takes."""
+    for source in found.sources:
+        if not source.name:
+            yield f"data: read as {source.form}"
+            continue
+        rest = source.num_read - source.num_train - source.num_heldout
+        counts = f"{counted(source.num_train, 'prompt')}, {source.num_heldout:,} held out"
+        more = f", {rest:,} not used" if rest else ""
+        yield f"data: {source.name} read as {source.form}: {counts}{more}"
+    if found.heldout_form and {source.form for source in found.sources} != {found.heldout_form}:
+        yield f"data: held-out prompts read as {found.heldout_form}"
 
 
 def _checksum(found: PromptSet) -> str:

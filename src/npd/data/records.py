@@ -1,11 +1,11 @@
 """Turns one record of a data file into a prompt.
 
 Columns have TRL's names: `prompt` (text or messages) or `messages`, and optionally `completion`,
-`answer`, `teacher`, `system`, `tools`, `documents` and `chat_template_kwargs`; `data.columns` maps
-other names. Turns may also be in ShareGPT's form (`from` and `value`). Alpaca's `input` is appended
-to its `instruction`. Promises: a record without a usable prompt raises a `BadRecordError` whose
-remedy can be typed as it is; no text of a record is dropped silently. Does not read files and does
-not tokenise.
+`answer`, `teacher`, `system`, `tools`, `documents` and `chat_template_kwargs`; a form
+(`npd.data.forms`) maps other names. Turns may also be in ShareGPT's form (`from` and `value`).
+Alpaca's `input` is appended to its `instruction`. Promises: a record without a usable prompt raises
+a `BadRecordError` whose remedy can be typed as it is; no text of a record is dropped silently. Does
+not read files, and does not tokenise.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any
 
+from npd.data.forms import BadRecordError, Form, holds, names_of, present, quoted, set_columns
+from npd.data.template import OUR_ARGS
 from npd.types import DEFAULT_TEACHER, Message, Prompt
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 COLUMNS = (
     *("prompt", "messages", "completion", "answer", "teacher"),
     *("input", "system", *TEMPLATE_COLUMNS),
-)
-# Common column names of prompts and completions, to suggest a rename in the error.
-_USUAL_PROMPTS = ("question", "instruction", "problem", "query", "input", "user")
-_USUAL_COMPLETIONS = ("output", "response", "solution", "target", "answer")
-_USUAL_CONVERSATIONS = (
-    *("conversations", "conversation", "dialog", "dialogue", "chat", "turns", "chosen"),
-)
-# Text columns that never hold a prompt.
-_NO_PROMPT = re.compile(
-    r"(.*[_-])?(id|uid|uuid|hash|idx|index|source|category|subset|split|model|lang|language|role"
-    r"|chosen|rejected|completion|output|response|answer)s?",
-    re.IGNORECASE,
 )
 # ShareGPT's names for the speaker -> role.
 _SHAREGPT_ROLES = {
@@ -49,101 +39,63 @@ _ROLES = {
     **{name: role for name, role in _SHAREGPT_ROLES.items() if role != "tool"},
     **{name: name for name in ("tool", "developer")},
 }
-# Arguments that npd itself sets when it renders a conversation.
-_OUR_ARGS = (
-    *("conversation", "messages", "add_generation_prompt", "continue_final_message"),
-    *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
-    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
-)
-_INSTRUCTION = "instruction"
 _NOT_ASKING = ("system", "developer", "assistant")
-_PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[A-Za-z_][\w-]*", re.IGNORECASE)
-
-
-class BadRecordError(Exception):
-    """A record without a usable prompt. `reason` is its count's name if it is dropped."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+# Columns of other media, which the text of a conversation refers to.
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# A list of messages written as text, by JSON or by Python.
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def read_prompt(
-    record: Mapping[str, Any],
-    columns: Mapping[str, str] | None = None,
-    *,
-    ignored: Sequence[str] = (),
-    place: str = "",
+    record: Mapping[str, Any], form: Form, *, ignored: Sequence[str] = (), place: str = ""
 ) -> Prompt:
-    """A record as a prompt; the caller sets its index.
+    """A record of a form as a prompt; the caller sets its index.
 
-    `columns` maps npd's names to the record's. `ignored`: columns and message keys to leave out.
+    `ignored`: columns and message keys to leave out.
 
     Raises:
         BadRecordError: the record has no prompt, or something that a prompt cannot hold.
     """
-    columns = columns or {}
-    _check_columns(record, columns)
-    values = _values(record, columns, ignored)
-    source = _source(values, columns)
-    if source is None:
-        raise BadRecordError("no_prompt", _no_prompt(record))
-    name = columns.get(source, source)
-    text, messages, last = _asked(values[source], source, name, ignored)
-    completion = _only_completion(last, values["completion"], ignored)
-    text = _with_input(text, values["input"] if _reads_input(columns) else None)
+    _check_columns(record, form.required)
+    _check_media(record, ignored)
+    values = _values(record, form, ignored)
+    if values[form.source] is None:
+        raise BadRecordError("no_prompt", _no_question(record, form))
+    text, messages, last = _asked(values[form.source], form, ignored)
+    completion = _only_completion(last, values["completion"], form, ignored)
+    text = _with_input(text, values["input"] if form.reads_input else None)
     text, messages = _with_system(text, messages, values["system"])
     return Prompt(
         index=0,
         messages=messages,
         text=text,
         completion=completion,
-        answer=_answer(values["answer"], columns.get("answer", "answer")),
+        answer=_answer(values["answer"], form.columns.get("answer", "answer")),
         teacher=_teacher(values["teacher"]),
         template_args=_template_args(values),
         place=place,
     )
 
 
-def unread_columns(
-    record: Mapping[str, Any], columns: Mapping[str, str], ignored: Sequence[str] = ()
-) -> list[str]:
+def unread_columns(record: Mapping[str, Any], form: Form, ignored: Sequence[str] = ()) -> list[str]:
     """The record's non-empty columns that `read_prompt` does not use."""
-    source = _source(_values(record, columns, ignored), columns)
-    idle = {"prompt", "messages"} - {source}
-    if not _reads_input(columns):
+    idle = {"prompt", "messages"} - {form.source}
+    if not form.reads_input:
         idle.add("input")
-    read = {columns.get(name, name) for name in COLUMNS if name not in idle}
+    read = {form.columns.get(name, name) for name in COLUMNS if name not in idle}
     read.update(ignored)
-    return [name for name, value in record.items() if name not in read and _holds(value)]
+    return [name for name, value in record.items() if name not in read and holds(value)]
 
 
-def joins_input(record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+def joins_input(record: Mapping[str, Any], form: Form) -> bool:
     """Whether the record has an `input` that is appended to its prompt."""
-    return _reads_input(columns) and _holds(record.get(columns.get("input", "input")))
+    return form.reads_input and holds(record.get(form.columns.get("input", "input")))
 
 
-def _reads_input(columns: Mapping[str, str]) -> bool:
-    """Whether `input` is used: the config names it, or the prompts are Alpaca's."""
-    return "input" in columns or columns.get("prompt") == _INSTRUCTION
-
-
-def _values(
-    record: Mapping[str, Any], columns: Mapping[str, str], ignored: Sequence[str]
-) -> dict[str, Any]:
+def _values(record: Mapping[str, Any], form: Form, ignored: Sequence[str]) -> dict[str, Any]:
     """The record's values by npd's column names."""
-    names = {name: columns.get(name, name) for name in COLUMNS}
-    return {o: None if t in ignored else _present(record.get(t)) for o, t in names.items()}
-
-
-def _holds(value: Any) -> bool:
-    value = _present(value)
-    return value is not None and not (isinstance(value, str | list | dict) and not value)
-
-
-def _present(value: Any) -> Any:
-    """The value, or None if it is missing; data frames write a missing value as NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+    names = {name: form.columns.get(name, name) for name in COLUMNS}
+    return {o: None if t in ignored else present(record.get(t)) for o, t in names.items()}
 
 
 def _check_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -154,72 +106,39 @@ def _check_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> Non
             raise BadRecordError(
                 "no_column",
                 f"there is no column {theirs!r}, which data.columns gives for {ours}; {hint}the "
-                f"columns are {_names(record)}: correct data.columns",
+                f"columns are {names_of(record)}: correct data.columns",
             )
 
 
-def _source(values: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """`prompt` or `messages`: the one that data.columns names, else `prompt` if both are there."""
-    order = sorted(("prompt", "messages"), key=lambda name: name not in columns)
-    return next((name for name in order if values[name] is not None), None)
+def _check_media(record: Mapping[str, Any], ignored: Sequence[str]) -> None:
+    for name in _MEDIA:
+        if name not in ignored and holds(record.get(name)):
+            raise BadRecordError(
+                "not_text",
+                f"`{name}` holds something, and only text is read: take such records out, or "
+                f"ignore the column with --set 'data.leave_out=[{name}]'",
+            )
 
 
-def _names(record: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, record)) or "none"
-
-
-def _no_prompt(record: Mapping[str, Any]) -> str:
-    problem = f"there is no `prompt` and no `messages`; the columns are {_names(record)}: "
-    lists = [n for n in (*_USUAL_CONVERSATIONS, *record) if _has_turns(record.get(n))]
-    if lists:
-        return f"{problem}{_set_columns(messages=lists[0])}"
-    prompts = [name for name in _USUAL_PROMPTS if isinstance(record.get(name), str)]
-    if not prompts and isinstance(record.get("text"), str):
-        return (
-            f"{problem}split each `text` into `prompt` and `completion`; if it is only a prompt, "
-            f"{_set_columns(prompt='text')}"
-        )
-    texts = [n for n, v in record.items() if isinstance(v, str) and not _NO_PROMPT.fullmatch(n)]
-    if not prompts and not texts:
-        return f"{problem}give each record a `prompt` of text, or `messages`"
-    likely = [*prompts, *texts][0]
-    found = [n for n in _USUAL_COMPLETIONS if isinstance(record.get(n), str) and n != likely]
-    also = f", with completions {_set(prompt=likely, completion=found[0])}" if found else ""
-    return f"{problem}{_set_columns(prompt=likely)}{also}"
-
-
-def _has_turns(value: Any) -> bool:
-    """Whether a value is a conversation."""
-    turns = value if isinstance(value, list) else []
-    return any(isinstance(turn, dict) and not {"role", "from"}.isdisjoint(turn) for turn in turns)
-
-
-def _set_columns(**columns: str) -> str:
-    return f"set data.columns, e.g. {_set(**columns)}"
-
-
-def _set(**columns: str) -> str:
-    named = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in columns.items())
-    return f"--set 'data.columns={{{named}}}'"
-
-
-def _quoted(name: str) -> str:
-    # JSON's quoting is valid YAML; a plain word needs no quotes.
-    return name if _PLAIN.fullmatch(name) else json.dumps(name)
+def _no_question(record: Mapping[str, Any], form: Form) -> str:
+    if form.key in record:
+        return f"`{form.key}` is null, and holds the prompt: give it a value, or drop the record"
+    return (
+        f"there is no `{form.key}`, as {form.title} have; the columns are {names_of(record)}: "
+        "correct data.format, or name the column in data.columns"
+    )
 
 
 def _asked(
-    value: Any, column: str, name: str, ignored: Sequence[str]
+    value: Any, form: Form, ignored: Sequence[str]
 ) -> tuple[str | None, tuple[Message, ...], Message | None]:
-    """The prompt as plain text or messages, and the completion if `messages` ends with one.
-
-    `name` is the column's name in the record.
-    """
-    if isinstance(value, str) and column == "prompt":
-        return _text(value, column, reason="empty_prompt"), (), None
-    messages = _messages(value, column, ignored)
+    """The prompt as plain text or messages, and the completion if `messages` ends with one."""
+    column = form.key
+    if isinstance(value, str) and form.source == "prompt":
+        return _prompt_text(value, column), (), None
+    messages = _conversation(value, form, ignored)
     last = None
-    if column == "messages" and messages and messages[-1].role == "assistant":
+    if form.source == "messages" and messages and messages[-1].role == "assistant":
         last = messages[-1]
         _check_answer(last, "the last message")
         messages = messages[:-1]
@@ -227,49 +146,67 @@ def _asked(
     if not any(content.strip() for content in theirs):
         raise BadRecordError("empty_prompt", f"{column} has no user message with text")
     if messages[-1].role == "assistant":
-        raise BadRecordError("bad_messages", _answered(column, name))
+        raise BadRecordError("bad_messages", _answered(form))
     return None, messages, last
 
 
-def _answered(column: str, name: str) -> str:
-    if column == "messages":
-        return "messages ends with two assistant turns: keep one of them"
+def _prompt_text(text: str, column: str) -> str:
+    if _WRITTEN.match(text):
+        raise BadRecordError(
+            "bad_messages",
+            f"{column} is text that holds a list of messages: write the list itself, or, if the "
+            f"text is JSON, set {set_columns(messages=column)}",
+        )
+    return _text(text, column, reason="empty_prompt")
+
+
+def _conversation(value: Any, form: Form, ignored: Sequence[str]) -> tuple[Message, ...]:
+    """The messages of the column of the question; CSV files hold a list as JSON text."""
+    if isinstance(value, str) and form.source == "messages" and value.lstrip()[:1] == "[":
+        value = _parsed(value, form.key, "bad_messages")
+    return _messages(value, form.key, ignored, is_text_allowed=form.source == "prompt")
+
+
+def _answered(form: Form) -> str:
+    if form.source == "messages":
+        return f"{form.key} ends with two assistant turns: keep one of them"
     return (
-        f"{column} ends with an assistant turn: move it to `completion`, or use the whole column "
-        f"as messages: {_set(messages=name)}"
+        f"{form.key} ends with an assistant turn: move it to `completion`, or use the whole column "
+        f"as messages: {set_columns(messages=form.key)}"
     )
 
 
 def _check_answer(message: Message, what: str) -> None:
     """Check that an answer holds text, or something else such as a tool call."""
-    if message.content is None or any(map(_holds, message.extra.values())):
+    if message.content is None or any(map(holds, message.extra.values())):
         return
     if not message.content.strip():
         raise BadRecordError("empty_completion", f"{what} is empty: remove it, or write the answer")
 
 
 def _only_completion(
-    last: Message | None, column: Any, ignored: Sequence[str]
+    last: Message | None, column: Any, form: Form, ignored: Sequence[str]
 ) -> str | Message | None:
     """The completion, from the last message or the column; a str if it is only text."""
+    name = form.columns.get("completion", "completion")
     if last is not None and column is not None:
         raise BadRecordError(
             "two_completions",
-            "`messages` ends with an answer and `completion` holds another: leave one of them out, "
-            "e.g. --set 'data.leave_out=[completion]'",
+            f"`{form.key}` ends with an answer and `{name}` holds another: leave one of them out, "
+            f"e.g. --set 'data.leave_out=[{quoted(name)}]'",
         )
     if last is not None:
         return last if last.extra else last.content
-    return None if column is None else _completion(column, ignored)
+    return None if column is None else _completion(column, name, ignored)
 
 
-def _completion(value: Any, ignored: Sequence[str]) -> str | Message | None:
+def _completion(value: Any, name: str, ignored: Sequence[str]) -> str | Message | None:
     if isinstance(value, str):
-        return _text(value, "completion", reason="empty_completion")
-    messages = _messages(value, "completion", ignored)
+        return _text(value, name, reason="empty_completion")
+    messages = _messages(value, name, ignored)
     if [message.role for message in messages] != ["assistant"]:
-        raise BadRecordError("bad_messages", "completion must be text or one assistant message")
-    _check_answer(messages[0], "completion")
+        raise BadRecordError("bad_messages", f"{name} must be text or one assistant message")
+    _check_answer(messages[0], name)
     return messages[0] if messages[0].extra else messages[0].content
 
 
@@ -312,7 +249,7 @@ def _answer(value: Any, name: str) -> str | None:
         raise BadRecordError(
             "not_text",
             f"answer must be text or a number, not {value!r:.40}: correct it, or ignore the column "
-            f"with --set 'data.leave_out=[{_quoted(name)}]'",
+            f"with --set 'data.leave_out=[{quoted(name)}]'",
         )
     return None if value is None else _text(value, "answer")
 
@@ -331,7 +268,7 @@ def _template_args(values: Mapping[str, Any]) -> dict[str, Any]:
             "bad_tools", f"chat_template_kwargs must be an object, not {own!r:.60}"
         )
     for name in own:
-        if name in _OUR_ARGS or name in found:
+        if name in OUR_ARGS or name in found:
             raise BadRecordError("bad_tools", f"chat_template_kwargs cannot set {name!r}")
     for name, value in found.items():
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -343,19 +280,21 @@ def _template_args(values: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _parsed(value: Any, column: str) -> Any:
+def _parsed(value: Any, column: str, reason: str = "bad_tools") -> Any:
     """The value of a column that data sets often store as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError("bad_tools", f"{column} is text but not JSON: {error}") from error
+        raise BadRecordError(reason, f"{column} is text but not JSON: {error}") from error
 
 
-def _messages(value: Any, column: str, ignored: Sequence[str]) -> tuple[Message, ...]:
+def _messages(
+    value: Any, column: str, ignored: Sequence[str], *, is_text_allowed: bool = True
+) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        forms = "text or a list" if column != "messages" else "a list"
+        forms = "text or a list" if is_text_allowed else "a list"
         raise BadRecordError("not_text", f"{column} must be {forms} of messages, not {value!r:.60}")
     return tuple(_message(item, column, ignored) for item in value)
 
@@ -370,7 +309,7 @@ def _message(item: Any, column: str, ignored: Sequence[str]) -> Message:
         for key, value in item.items()
         if key not in ("role", "content", *ignored) and value is not None
     }
-    if content is None and not any(map(_holds, extra.values())):
+    if content is None and not any(map(holds, extra.values())):
         raise BadRecordError(
             "not_text",
             f"content of {column} must be text, or null with tool_calls, not {item!r:.80}",
@@ -402,7 +341,7 @@ def _as_openai(item: Any, column: str) -> Mapping[str, Any]:
 
 def _content(value: Any, column: str) -> str | None:
     """The text of a message; a list of text parts is joined."""
-    value = _present(value)
+    value = present(value)
     if isinstance(value, list):
         value = "".join(_part(part, column) for part in value)
     if value is None:

@@ -1,186 +1,110 @@
-"""Reads records from JSONL and Parquet files and from Hugging Face data sets.
+"""Finds what a source of prompts is: a file, a folder of files, or a Hugging Face data set.
 
-Promises: records come in the order of the source, each with its place for messages; a missing or
-broken source is a DataError with the remedy. Does not know what a prompt is.
+Promises: records come in the order of the source, the files of a folder sorted by path, each record
+with its place for messages; a missing source is a DataError with the remedy. Does not read files
+(`npd.data.formats`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from npd.config.paths import why_no_path, why_unreadable
+from npd.config.paths import data_kind, why_no_path, why_unreadable
+from npd.data.formats import file_records, of_arrow
 from npd.errors import DataError
-from npd.text import shown, shown_path
+from npd.text import shown_path
 
-_JSONL = (".jsonl", ".ndjson", ".json")
-# Extensions that mean a file, so that a mistyped file name does not start a download.
-_FILES = (*_JSONL, ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
-_BATCH = 1024
-_BLANK = b" \t\r\n\xef\xbb\xbf"
-_LONGEST_LINE = 2**26  # bytes; a longer line is not a record, and could fill memory
-_LONGEST_LIST = 2**30  # bytes of a file that is one JSON list, which is read at once
-_TOO_LONG = f"a line of over {_LONGEST_LINE >> 20} MiB: write one JSON object per line"
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A record that does not parse, with the reason."""
-
-    why: str
+# Endings of data that npd does not read; like those it reads, they mean a file, so that a mistyped
+# file name does not start a download.
+_UNREAD = (".txt", ".arrow", ".gz", ".zst", ".zip", ".bz2", ".xz", ".7z", ".xlsx")
+# What makes a folder a data set of the `datasets` library: its descriptions, and names of splits.
+_DESCRIPTIONS = ("README.md", "dataset_info.json", "dataset_dict.json", "state.json")
+_SPLIT = re.compile(
+    r"(?:^|[-._ 0-9/])(?:train|training|test|testing|eval|evaluation|valid|validation|val|dev)"
+    r"(?=[-._ 0-9/]|$)"
+)
+_MOST_FILES = 100_000
 
 
 def read_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
     """Each record of a source with its place (`train.jsonl:7`), in order.
 
     A record is any value, usually a dict, or `Unreadable` if it does not parse. `split` applies to
-    Hugging Face data sets only. Raises DataError if the source cannot be opened.
+    Hugging Face data sets only.
+
+    Raises:
+        DataError: the source cannot be opened.
+    """
+    files = data_files(source)
+    if files is None:
+        return _dataset_records(source, split)
+    return (record for file in files for record in file_records(file))
+
+
+def data_files(source: str) -> list[Path] | None:
+    """The files of a source, in order; None if the `datasets` library is to read it.
+
+    Raises:
+        DataError: the source is a file that is missing or cannot be read, or a folder with files
+            that npd cannot read.
     """
     if (why := why_no_path(source)) is not None:
         raise DataError(f"data file {shown_path(source)} {why}: correct the path")
     if "://" in source:
         raise DataError(f"data file {shown_path(source)} is a URL: download it, and give its path")
     path = Path(os.path.expanduser(source))
-    ending = path.suffix.lower()
-    is_path = ending in _FILES or source.startswith(("/", ".", "~")) or source.count("/") > 1
-    if os.path.isdir(path) or not (os.path.exists(path) or is_path):
-        return _dataset_records(source, split)
+    if os.path.isdir(path):
+        return _shards(path)
+    is_file = bool(data_kind(source)[0]) or path.suffix.lower() in _UNREAD
+    is_path = is_file or source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if not (os.path.exists(path) or is_path):
+        return None
     if (why := why_unreadable(path)) is not None:
         raise DataError(
             f"data file {shown_path(source)} {why} (looked from {shown_path(Path.cwd())}): check "
             "the path, or name a Hugging Face dataset"
         )
-    if ending == ".parquet":
-        return _parquet_records(path)
-    if ending in _JSONL:
-        return _jsonl_records(path)
-    raise DataError(f"data file {source} is neither .jsonl nor .parquet: convert it to one of them")
+    return [path]
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            if _is_list(path, file):
-                yield from _listed(path, file)
-                return
-            number = 0
-            while line := file.readline(_LONGEST_LINE + 1):
-                number += 1
-                if len(line) > _LONGEST_LINE:
-                    yield f"{path}:{number}", Unreadable(_TOO_LONG)
-                    _skip_line(file)
-                elif line.strip():
-                    yield f"{path}:{number}", _parsed(line)
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error}): check its permissions") from error
-
-
-def _is_list(path: Path, file: BinaryIO) -> bool:
-    """Whether a file is one JSON list. Rewinds the file.
-
-    A `.json` file is a list if it begins with `[`. In a `.jsonl` file a line may be a list (a bad
-    record with its line), so the file is a list only if its first line alone is not JSON, or is its
-    only line and a list of records. A list of messages is one conversation.
-    """
-    start = file.read(_BATCH).removeprefix(b"\xef\xbb\xbf").lstrip()
-    file.seek(0)
-    if not start.startswith(b"[") or path.suffix.lower() == ".json":
-        return start.startswith(b"[")
-    lines = (line for line in iter(lambda: file.readline(_LONGEST_LINE), b"") if line.strip(_BLANK))
-    first, has_more = next(lines), next(lines, None) is not None
-    file.seek(0)
-    found = _parsed(first)
-    if isinstance(found, Unreadable):
-        return has_more and start[1:].lstrip()[:1] in (b"{", b"]", b"")
-    records = [isinstance(record, dict) and "role" not in record for record in found]
-    return not has_more and bool(records) and all(records)
-
-
-def _listed(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The records of a file that is one JSON list."""
-    text = file.read(_LONGEST_LIST + 1)
-    if len(text) > _LONGEST_LIST:
-        raise DataError(
-            f"{path} is one JSON list of over {_LONGEST_LIST >> 30} GiB: write one JSON object per "
-            "line, as .jsonl"
-        )
-    found = _parsed(text)
-    if isinstance(found, Unreadable):
-        raise DataError(f"{path}: {found.why}")
-    for number, record in enumerate(found, 1):
-        yield f"{path} item {number}", record
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
-        pass
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-    except UnicodeDecodeError:
-        return Unreadable("not UTF-8 text: save the file as UTF-8")
-    except RecursionError:
-        return Unreadable("too deeply nested JSON: write one flat JSON object per line")
-    except _DuplicateKeyError as error:
-        return Unreadable(f"the key {error} is twice in one object: keep one of them")
-    except ValueError as error:
-        why = "a number of too many digits" if "digits" in str(error) else shown(error)
-        return Unreadable(f"not JSON ({why}): write one JSON object per line")
-
-
-class _DuplicateKeyError(Exception):
-    """A key that is twice in an object."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = next(key for key, count in counts.items() if count > 1)
-        raise _DuplicateKeyError(repr(twice)[:60])
+def _shards(folder: Path) -> list[Path] | None:
+    """The data files in a folder, sorted by path; None if it is a data set with splits."""
+    if any((folder / name).exists() for name in _DESCRIPTIONS):
+        return None
+    files = sorted(_files_below(folder), key=lambda path: path.relative_to(folder).as_posix())
+    found = [path for path in files if data_kind(path.name)[0]]
+    if not found or any(_SPLIT.search(path.relative_to(folder).as_posix()) for path in found):
+        return None
+    for path in files:
+        is_data = path.suffix.lower() in _UNREAD and path.suffix.lower() != ".txt"
+        if is_data and path not in found:
+            raise DataError(
+                f"the folder {shown_path(folder)} has {shown_path(path.name)} beside data files, "
+                "which is none itself: convert it (.jsonl, .csv, .parquet), or move it away"
+            )
+        if path in found and (why := why_unreadable(path)) is not None:
+            raise DataError(f"data file {shown_path(path)} {why}: correct it, or move it away")
     return found
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_names(path, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", _of_arrow(record)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot read {path} as Parquet ({error}): check that the file is complete"
-        ) from error
-
-
-def _check_names(path: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path} has two columns called {twice[0]!r}: rename or drop one of them")
-
-
-def _of_arrow(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: _without_nulls(value) for name, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without null keys, which Arrow adds to objects whose neighbours have the key."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its folders, without hidden ones."""
+    count = 0
+    for above, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        for name in names:
+            count += 1
+            if count > _MOST_FILES:
+                raise DataError(
+                    f"the folder {shown_path(folder)} has over {_MOST_FILES:,} files: name the "
+                    "folder that holds the data"
+                )
+            if not name.startswith((".", "_")):
+                yield Path(above, name)
 
 
 def _dataset_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -190,7 +114,7 @@ def _dataset_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
     except ImportError as error:
         raise DataError(
             f"{source} is not a file, and reading a Hugging Face dataset needs `pip install "
-            "'npd[datasets]'`: install it, or name a .jsonl or .parquet file"
+            "'npd[datasets]'`: install it, or name a .jsonl, .csv or .parquet file"
         ) from error
     if os.path.isdir(os.path.expanduser(source)):
         name, subset = os.path.abspath(os.path.expanduser(source)), ""
@@ -203,8 +127,8 @@ def _dataset_records(source: str, split: str) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{source} (split {split}) is not a file and cannot be loaded as a Hugging Face "
             f"dataset: {reason}; check the name, subset and split, download it where there is a "
-            "network, or name a .jsonl or .parquet file"
+            "network, or name a .jsonl, .csv or .parquet file"
         ) from error
     return (
-        (f"{source} ({split}) row {i}", _of_arrow(record)) for i, record in enumerate(dataset, 1)
+        (f"{source} ({split}) row {i}", of_arrow(record)) for i, record in enumerate(dataset, 1)
     )

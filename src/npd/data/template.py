@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 from npd.types import Message
 
 SYSTEM_ROLES = ("system", "developer")
+OUR_ARGS = (
+    *("conversation", "messages", "add_generation_prompt", "continue_final_message"),
+    *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+)
+"""Arguments that npd itself sets when it renders a conversation."""
 # A word that no template knows, writes or changes.
 _MARK = "npdmark{}x"
 # Message keys whose content is spoken by the model.
@@ -50,10 +56,18 @@ class Lost(NamedTuple):
 
 
 class Template:
-    """A tokenizer's chat template, with the time fixed at `clock`."""
+    """A tokenizer's chat template, with the time fixed at `clock`.
 
-    def __init__(self, tokenizer: Any, clock: datetime | None = None) -> None:
-        self._tokenizer = tokenizer
+    `args` are its arguments in every conversation, unless the conversation has its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        clock: datetime | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer, self._args = tokenizer, dict(args or {})
         self.clock = datetime.now() if clock is None else clock
         source = tokenizer.chat_template
         self._source = "\n".join(source.values()) if isinstance(source, dict) else str(source)
@@ -77,7 +91,7 @@ class Template:
         """
         from jinja2 import TemplateError
 
-        given = dict(args)
+        given = {**self._args, **args}
         if self.has_clock:
             given["strftime_now"] = self.clock.strftime
         turns = [self._turn(message) for message in messages]
@@ -154,6 +168,10 @@ class Template:
         mark = _MARK.format("")
         turns = (Message("user", "?"), Message("assistant", mark))
         return (self._tried(turns, {}, generate=False) or "").rpartition(mark)[2]
+
+    def mentions(self, key: str) -> bool:
+        """Whether the template's source has a name, e.g. of an argument."""
+        return re.search(rf"\b{re.escape(key)}\b", self._source) is not None
 
     def sample(self) -> str | None:
         """A short conversation as text, for comparing templates."""
@@ -258,7 +276,7 @@ class Template:
                 other = [*messages[:at], replace(message, extra=extra), *messages[at + 1 :]]
                 self._unused[known] = self._tried(other, args, generate=generate) == text
             if self._unused[known]:
-                by_rule = self._mentions(key) or not _is_spoken(key, message.extra[key])
+                by_rule = self.mentions(key) or not _is_spoken(key, message.extra[key])
                 what = f"`{key}` of {message.role} turns"
                 found.append(Lost(what, message.role, key, by_rule))
         return found
@@ -269,7 +287,7 @@ class Template:
         found = []
         for key in args:
             # Without a switch the text may be the same although the template uses the switch.
-            is_lost = not self._mentions(key)
+            is_lost = not self.mentions(key)
             if key in ("tools", "documents") and not is_lost:
                 known = (generate, key, _shape(messages), *args)
                 if known not in self._unused:
@@ -280,9 +298,6 @@ class Template:
                 by_rule = key not in ("tools", "documents")
                 found.append(Lost(f"`{key}`", "", key, by_rule))
         return found
-
-    def _mentions(self, key: str) -> bool:
-        return re.search(rf"\b{re.escape(key)}\b", self._source) is not None
 
 
 def folded(messages: Sequence[Message]) -> list[Message]:

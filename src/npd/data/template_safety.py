@@ -7,15 +7,19 @@ with limits (`npd.data.template_trial`), and only then in this one. Does not jud
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from npd.config.paths import why_unreadable
 from npd.data import template_trial
-from npd.errors import ModelError
+from npd.errors import ConfigError, ModelError
+from npd.text import shown_path
 
+_LONGEST = 2**20  # bytes of a template: some 50 times a long one
 # Seconds of wall time; on a busy machine the few CPU seconds of the process can take this long.
 _PATIENCE = 300.0
 _CONVERSATIONS = (
@@ -34,6 +38,35 @@ _CONVERSATIONS = (
         {"role": "tool", "content": "12:00"},
     ],
 )
+
+
+def read_template(source: str) -> str:
+    """The text of `data.chat_template`, which is a file or the text itself.
+
+    Raises:
+        ConfigError: there is no such file, or it is no template.
+    """
+    if "{{" in source or "{%" in source:
+        return source
+    path = Path(os.path.expanduser(source))
+    what = f"data.chat_template {shown_path(source)}"
+    if (why := why_unreadable(path)) is not None:
+        raise ConfigError(
+            f"{what} {why} (looked from {shown_path(Path.cwd())}): give a Jinja file, or the text "
+            "of a template"
+        )
+    with path.open("rb") as file:
+        raw = file.read(_LONGEST + 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not UTF-8 text: save the file as UTF-8") from error
+    if len(raw) > _LONGEST or "{{" not in text or text.lstrip().startswith('{"'):
+        raise ConfigError(
+            f"{what} is not a Jinja template of under {_LONGEST >> 20} MiB: give a file like "
+            "chat_template.jinja, which writes {{ message.content }}"
+        )
+    return text
 
 
 def check_template(tokenizer: Any, role: str, path: str | Path) -> None:

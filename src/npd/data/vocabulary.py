@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from npd.config import RunConfig
 from npd.data.chat_tokenizer import ChatTokenizer, load_tokenizer
@@ -99,8 +99,20 @@ def check_support(config: RunConfig, chat: ChatTokenizer) -> None:
         )
 
 
-def compare_ends(config: RunConfig, chat: ChatTokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Every token that ends a response of this run, and where teachers differ from the student.
+class Ends(NamedTuple):
+    """The ends and templates of a run's models.
+
+    `stop_ids`: every token that ends a response. `notes`: where teachers differ from the student.
+    `samples`: how the student, and each teacher that differs, would write a short question.
+    """
+
+    stop_ids: frozenset[int]
+    notes: tuple[str, ...]
+    samples: dict[str, str]
+
+
+def compare_ends(config: RunConfig, chat: ChatTokenizer) -> Ends:
+    """The end tokens of this run, and where teachers differ from the student.
 
     Raises:
         ConfigError: `generate.stop_ids` names an id that the vocabulary does not have.
@@ -112,19 +124,30 @@ def compare_ends(config: RunConfig, chat: ChatTokenizer) -> tuple[frozenset[int]
             f"{chat.vocab_size - 1}: take it out"
         )
     found, notes = set(chat.stop_ids), []
+    samples = {"student": chat.sample()}
     for name, model in config.teacher_models.items() if config.needs_teacher else ():
         try:
             trust = config.trust_remote_code
-            teacher = ChatTokenizer.load(model, trust_remote_code=trust, role=role_of(name))
+            teacher = ChatTokenizer.load(
+                model,
+                trust_remote_code=trust,
+                role=role_of(name),
+                template_args=config.data.chat_template_kwargs,
+            )
         except ModelError:
             continue  # without an end token of its own it adds none
         stops = {i for i in teacher.stop_ids if i < chat.vocab_size}
         if stops != chat.stop_ids:
             notes.append(_other_ends(role_of(name), teacher, chat))
-        if config.trains_by_teacher and not teacher.writes_like(chat):
-            notes.append(_other_template(role_of(name), teacher, chat))
+        elif teacher.end_id != chat.end_id:
+            notes.append(_other_closing(role_of(name), teacher, chat))
+        if not teacher.writes_like(chat):
+            samples[role_of(name)] = teacher.sample()
+            if config.trains_by_teacher:
+                notes.append(_other_template(role_of(name), teacher, chat))
         found |= stops
-    return frozenset(found) | set(config.generate.stop_ids), tuple(notes)
+    shown = {role: text for role, text in samples.items() if text is not None}
+    return Ends(frozenset(found) | set(config.generate.stop_ids), tuple(notes), shown)
 
 
 def _other_ends(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -> str:
@@ -132,6 +155,14 @@ def _other_ends(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -> st
         f"the {role} ends a response with {_tokens(teacher)}, the student with {_tokens(student)}: "
         "each of them ends a response in this run, and the generation config of the saved student "
         "names them all"
+    )
+
+
+def _other_closing(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -> str:
+    theirs, ours = (c.tokenizer.convert_ids_to_tokens(c.end_id) for c in (teacher, student))
+    return (
+        f"the {role} closes a turn with {theirs}, the student with {ours}: both end a response in "
+        "this run; if responses have no end, set data.chat_template to the teacher's template"
     )
 
 
@@ -150,7 +181,7 @@ def _other_template(role: str, teacher: ChatTokenizer, student: ChatTokenizer) -
     has = "another chat template than the student" if teacher.has_template else "no chat template"
     return (
         f"the {role} has {has}, and prompts are written as the student's has them: if the teacher "
-        "writes badly, give both the same template"
+        "writes badly, set data.chat_template to the teacher's"
     )
 
 

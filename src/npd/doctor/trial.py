@@ -36,11 +36,8 @@ _TOLERANCE = {"bfloat16": 0.35, "float32": 0.02}
 
 def trial_checks(config: RunConfig) -> Iterator[Check]:
     """A few tokens written by whoever writes in process, and read by each model read in process."""
-    trust = config.trust_remote_code
     try:
-        chat = ChatTokenizer.load(
-            config.student, system=config.data.system, trust_remote_code=trust
-        )
+        chat = ChatTokenizer.of_student(config)
         prompt = chat.encode(Prompt(0, text=_ASKED))
     except NpdError as error:
         yield Check.fail("trial", str(error))

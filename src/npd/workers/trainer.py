@@ -124,6 +124,11 @@ class TrainerWorker:
         is_served = generate.is_served and generate.source == "student"
         # vLLM 0.32 does not reload a tied LM head, so it is written as a separate tensor.
         self._trainer.save_snapshot(directory, untie=is_served, full=model)
+        self._chat.save_template(directory)
+
+    def _write_student(self, directory: Path, model: Any) -> None:
+        self._trainer.save_pretrained(directory, full=model)
+        self._chat.save_template(directory)
 
     def checkpoint(self, step: int) -> None:
         """Save the state for resuming from `step`, unless it is already saved."""
@@ -138,7 +143,7 @@ class TrainerWorker:
             if model is not None:
                 new = student.with_name(f"{student.name}-new")
                 remove(new)
-                publish(new, lambda into: self._trainer.save_pretrained(into, full=model))
+                publish(new, lambda into: self._write_student(into, model))
                 remove(student)
                 with explain_write(student):
                     new.rename(student)
