@@ -69,8 +69,8 @@ class HostCopy:
     a GPU writes into them without a detour. Not thread-safe.
     """
 
-    def __init__(self, *, is_pinned: bool) -> None:
-        self._is_pinned, self._blocks = is_pinned, list[Tensor]()
+    def __init__(self, *, is_pinned: bool, block: int = _BLOCK) -> None:
+        self._is_pinned, self._block, self._blocks = is_pinned, block, list[Tensor]()
         self._size = 0
         self._files: dict[str, tuple[int, dict[str, Any]]] = {}
 
@@ -97,11 +97,12 @@ class HostCopy:
 
     def _append(self, data: Tensor) -> None:
         while len(data):
-            index, offset = divmod(self._size, _BLOCK)
+            index, offset = divmod(self._size, self._block)
             if index == len(self._blocks):
-                block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=self._is_pinned)
+                block = torch.empty(self._block, dtype=torch.uint8, pin_memory=self._is_pinned)
                 self._blocks.append(block)
-            part, data = data[: _BLOCK - offset], data[_BLOCK - offset :]
+            room = self._block - offset
+            part, data = data[:room], data[room:]
             self._blocks[index][offset : offset + len(part)].copy_(part, non_blocking=True)
             self._size += len(part)
 
@@ -116,7 +117,7 @@ class HostCopy:
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
         while at < end:
-            index, offset = divmod(at, _BLOCK)
+            index, offset = divmod(at, self._block)
             piece = memoryview(self._blocks[index].numpy().data)[offset : offset + end - at]
             yield piece
             at += len(piece)
