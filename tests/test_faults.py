@@ -150,7 +150,12 @@ def test_a_disk_that_is_full_at_the_end_of_a_checkpoint_stops_the_run_in_one_lin
         run = make(disk)
         held = run.hold_checkpoints()
         process = run.start()
-        run.wait_until_trained_beside_a_write(process)
+        while not (metrics := run.layout.metrics_jsonl).exists() or not any(
+            line["step"] > 5 for line in read_metrics(metrics)
+        ):
+            assert process.poll() is None, run.log.read_text()[-2000:]
+            time.sleep(0.01)
+        assert list(run.layout.checkpoints.glob(".step-000005.*")), "it is being written"
         filler = tmp_path / "run" / "filler"
         disk.do("sh", "-c", f"cat /dev/zero > {filler} 2>/dev/null || true")
         held.unlink()
