@@ -26,8 +26,8 @@ from npd.models.loading import resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
 from npd.types import Check
 
-# Weights, gradients and AdamW's two moments, all float32.
-_STATE_BYTES = 16
+# Weights, gradients and AdamW's two moments, all float32; a checkpoint has no gradients.
+_STATE_BYTES, _SAVED_BYTES = 16, 12
 # Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
 # the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose
 # 30 layers take 1.0 MB a token in bfloat16.
@@ -173,6 +173,7 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
     if size is None:
         yield Check.warn("memory", f"{config.student} is no directory here: its size is not known")
         return
+    is_here = gpus is None
     if config.runtime.device == "cpu":
         gpus = ()
     gpus = gpus_here(config, may_open=True) if gpus is None else gpus
@@ -184,6 +185,8 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
     elif gpus:
         for gpu, here in _on_gpus(config, size, gpus):
             yield _gpu_check(gpu, here)
+        if is_here:
+            yield host_check(config, size)
     else:
         yield _cpu_memory(config, size)
 
@@ -192,17 +195,29 @@ def _cpu_memory(config: RunConfig, size: ModelSize) -> Check:
     state, row = trainer_bytes(config, size, is_cpu=True)
     row += heap_bytes(config, size, "cpu")
     state, row = over_ranks(config.train, "cpu", size, state, row)
-    beside = other_bytes(config, size)
-    needed, (free, total) = state + row + beside, device_bytes("cpu")
+    beside, copy = other_bytes(config, size), copy_bytes(config, size)
+    needed, (free, total) = state + row + copy + beside, device_bytes("cpu")
     says = (
         f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
-        f"{config.train.row_tokens:,} tokens), models beside it {_gib(beside)}; "
-        f"cpu has {_gib(free)} free of {_gib(total)}"
+        f"{config.train.row_tokens:,} tokens) + {_gib(copy)} (a checkpoint's copy), models beside "
+        f"it {_gib(beside)}; cpu has {_gib(free)} free of {_gib(total)}"
     )
     if state > total:
         return Check.fail("memory", f"{says}: the student does not fit, take a smaller one")
     if needed > free:
         return Check.warn("memory", f"{says}: {_SMALLER['row']}")
+    return Check.ok("memory", says)
+
+
+def host_check(config: RunConfig, size: ModelSize) -> Check:
+    """The main memory of a machine whose GPUs train: for the copy of the state that is saved."""
+    copy, (free, total) = copy_bytes(config, size), device_bytes("cpu")
+    says = (
+        f"main memory: {_gib(copy)} GiB (a checkpoint's copy, pinned) of {_gib(free)} GiB free of "
+        f"{_gib(total)}"
+    )
+    if copy > free:
+        return Check.warn("memory", f"{says}: take a machine with more, or train.lora")
     return Check.ok("memory", says)
 
 
@@ -398,13 +413,26 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     logits = width * min(chunk, train.row_tokens) * size.vocabulary
     head = 0 if train.lora is not None else 4 * size.vocabulary * size.hidden
     row = train.row_tokens * kept + logits + head
-    if train.lora is not None:
-        # Weights that stay as they are, and adapters beside four projections and three of the MLP.
-        sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
-        trained = size.layers * train.lora.rank * sides
-        return width * size.parameters + _STATE_BYTES * trained, row
+    if train.lora is not None:  # weights that stay as they are, and adapters beside them
+        return width * size.parameters + _STATE_BYTES * _num_trained(config, size), row
     copy = 0 if train.dtype == "float32" else width * size.parameters
     return _STATE_BYTES * size.parameters, row + copy
+
+
+def copy_bytes(config: RunConfig, size: ModelSize) -> int:
+    """The copy of weights and moments that is being written, in the first rank's main memory.
+
+    It is kept for the next checkpoint.
+    """
+    return _SAVED_BYTES * _num_trained(config, size)
+
+
+def _num_trained(config: RunConfig, size: ModelSize) -> int:
+    if config.train.lora is None:
+        return size.parameters
+    # Adapters beside four projections and three of the MLP.
+    sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
+    return size.layers * config.train.lora.rank * sides
 
 
 def heap_bytes(config: RunConfig, size: ModelSize, device: str) -> int:

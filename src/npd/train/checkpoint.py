@@ -289,8 +289,10 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for name, parameter in _trained(model).items():
         state = optimizer.state.get(parameter, {})
         for kind in _KINDS:
-            empty = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
-            out[f"{kind}/{name}"] = state.get(kind, empty).detach()
+            moment = state.get(kind)
+            if moment is None:
+                moment = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+            out[f"{kind}/{name}"] = moment.detach()
     return out
 
 
