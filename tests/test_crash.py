@@ -126,6 +126,18 @@ def test_a_second_signal_drops_the_checkpoint_that_is_being_written(whole, make_
     check_is_as_undisturbed(run, whole)
 
 
+def test_checkpoints_by_time_are_recorded_and_change_nothing_else(whole, make_run):
+    run = make_run(checkpoint={"every_steps": 5, "every_minutes": 1e-4}, schedule=IN_TURN)
+    run.finish_killed([0.4 * whole[0], 0.8 * whole[0]], made=(run.layout.root, "*.arrow"))
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == whole[1]
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        saved = [row.step for row in ledger.checkpoints()]
+    assert "CheckpointDue" in run.kinds()
+    assert any(step % 5 for step in saved[:-1]), "by time"
+    assert {5, 10} <= {*saved}, "and by steps"
+
+
 def test_killed_workers_are_replaced_and_nothing_is_lost(make_run):
     run = make_run(runtime={"kind": "local"}, schedule=WINDOWED)
     run.finish_killing(run.start())

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeAlias
 
 from safetensors import SafetensorError
@@ -29,13 +29,17 @@ Entry: TypeAlias = dict[str, Any]
 """Size and checksum of a file, as in a manifest."""
 
 
-def publish(final_dir: Path, write: Callable[[Path], Mapping[str, Entry] | None]) -> str:
+def publish(
+    final_dir: Path,
+    write: Callable[[Path], object],
+    hashed: Mapping[str, Entry] = MappingProxyType({}),
+) -> str:
     """Publish what `write` puts into a temporary directory as `final_dir`; returns a checksum.
 
-    The checksum covers names and contents of all files. `write` may return the entries of files
-    that it wrote as `HashedFile`, which are not read again. A valid `final_dir` is left unchanged,
-    a damaged one is replaced. Raises RunError if the disk is full, and StoreError if `final_dir`
-    exists and was not published.
+    The checksum covers names and contents of all files. `hashed` has, once `write` returns, the
+    entries of files that it wrote as `HashedFile`: they are not read again. A valid `final_dir` is
+    left unchanged, a damaged one is replaced. Raises RunError if the disk is full, and StoreError
+    if `final_dir` exists and was not published.
     """
     if _is_published(final_dir):
         try:
@@ -46,7 +50,7 @@ def publish(final_dir: Path, write: Callable[[Path], Mapping[str, Entry] | None]
     try:
         with files.explain_write(final_dir):
             tmp.mkdir(parents=True)
-            checksum = _fill(tmp, write)
+            checksum = _fill(tmp, write, hashed)
             os.replace(tmp, final_dir)
             files.sync(final_dir.parent)
     except SafetensorError as error:
@@ -181,13 +185,13 @@ def _discard(directory: Path) -> None:
         files.remove(tmp)
 
 
-def _fill(tmp: Path, write: Callable[[Path], Mapping[str, Entry] | None]) -> str:
+def _fill(tmp: Path, write: Callable[[Path], object], hashed: Mapping[str, Entry]) -> str:
     """Call `write`, flush everything to disk, then write the manifest."""
-    known = write(tmp) or {}
+    write(tmp)
     files.give_usual_modes(tmp)
     paths = [path for path in sorted(tmp.rglob("*")) if path.is_file()]
     names = [str(path.relative_to(tmp)) for path in paths]
-    listed = {n: known.get(n) or describe(p) for n, p in zip(names, paths, strict=True)}
+    listed = {n: hashed.get(n) or describe(p) for n, p in zip(names, paths, strict=True)}
     for path in (*paths, *(path for path in tmp.rglob("*") if path.is_dir())):
         files.sync(path)
     checksum = _checksum(listed)

@@ -215,15 +215,15 @@ class CheckpointWriter:
         store: Callable[[Path], None] | None,
     ) -> None:
         try:
-            _replace(directory, lambda into: self._write(into, state))
+            entries: dict[str, Entry] = {}
+            _replace(directory, lambda into: self._write(into, state, entries), entries)
             if store is not None:
                 store(directory)
             result.set_result(None)
         except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
             result.set_exception(error)
 
-    def _write(self, into: Path, state: dict[str, Any]) -> dict[str, Entry]:
-        entries = {}
+    def _write(self, into: Path, state: dict[str, Any], entries: dict[str, Entry]) -> None:
         for name, pieces in self._copy.files():
             with HashedFile(into / name) as file:
                 for piece in pieces:
@@ -232,22 +232,21 @@ class CheckpointWriter:
                     file.write(piece)
             entries[name] = file.entry
         (into / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-        return entries
 
 
-def _replace(directory: Path, write: Callable[[Path], dict[str, Entry]]) -> None:
+def _replace(directory: Path, write: Callable[[Path], object], hashed: Mapping[str, Entry]) -> None:
     """Publish a checkpoint at `directory`; an older one is replaced once the new one is complete.
 
     Raises:
         RunError: the disk is full or not writable; an older checkpoint stays.
     """
     if not directory.exists():
-        publish(directory, write)
+        publish(directory, write, hashed)
         return
     # `publish` would keep an existing one, which is damaged: a whole one is not saved again.
     fresh, old = files.temporary(directory), files.temporary(directory)
     try:
-        publish(fresh, write)
+        publish(fresh, write, hashed)
         os.replace(directory, old)
         os.replace(fresh, directory)
         files.sync(directory.parent)
