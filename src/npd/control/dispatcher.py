@@ -82,7 +82,7 @@ class Dispatcher:
             case ev.Score():
                 return await self._score(action)
             case ev.WriteCheckpoint(step):
-                await self._written(step)
+                await self._until_saved(step)
                 return ev.CheckpointSaved(step)
             case _:
                 return await self._with_trainer(lambda: self._trainer_event(action))
@@ -143,7 +143,7 @@ class Dispatcher:
     async def save_now(self, step: int) -> None:
         """Save the trainer outside the plan, after an interruption."""
         await self._with_trainer(lambda: self._copy(step))
-        await self._written(step)
+        await self._until_saved(step)
 
     async def _generate(self, action: ev.Generate) -> ev.Event:
         prompts = self._run.inputs.prompts
@@ -255,7 +255,7 @@ class Dispatcher:
                 "by time (checkpoint.every_minutes)"
             )
 
-    async def _written(self, step: int) -> None:
+    async def _until_saved(self, step: int) -> None:
         """Wait until the copied state after `step` is saved; the trainer works between questions.
 
         A restarted trainer catches up first, which copies that state again.

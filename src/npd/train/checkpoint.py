@@ -160,9 +160,12 @@ class CheckpointWriter:
         Raises:
             RunError: the last checkpoint could not be written.
         """
-        if directory == self._directory and directory not in self._done:
-            return 0.0
         started = time.monotonic()
+        # Rank 0 decides, because the copy is made together.
+        if not self._dist.from_rank0(lambda: self._can_start(directory)):
+            if directory != self._directory:
+                self._wait()
+            return 0.0
         self._wait()
         waited = time.monotonic() - started
         self._copy.clear()
@@ -201,6 +204,12 @@ class CheckpointWriter:
         self._is_closing.set()
         if self._thread is not None:
             self._thread.join()
+
+    def _can_start(self, directory: Path) -> bool:
+        """Whether none is being written any more; False for the same one, and after a failure."""
+        if self._directory is None or self._directory in self._done:
+            return True
+        return directory != self._directory and self._result.exception() is None
 
     def _wait(self) -> None:
         if self._directory is not None and self._directory not in self._done:
