@@ -24,6 +24,7 @@ from tiny_run import tiny_settings, write_prompts
 
 # A run of seconds may take minutes on a machine that others use too.
 LIMIT = 600.0
+FAULTY = Path(__file__).parent / "faulty"
 # Stages overlap, samples come and go, snapshots are refreshed: what there is to be lost.
 WINDOWED = {
     "epochs": None, "steps": 24, "window": 20, "reuse": 2, "max_lag": 2,
@@ -110,13 +111,33 @@ class Run:
         assert {path: path.stat().st_mtime_ns for path in times} == times, "made twice"
 
     def num_events(self) -> int:
+        return len(self.kinds())
+
+    def hold_checkpoints(self) -> Path:
+        """Let every thread that writes a checkpoint wait while the file returned exists."""
+        held = self.config.with_name("held")
+        held.touch()
+        path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")])
+        self.environment |= {"PYTHONPATH": path, "NPD_TEST_HELD_CHECKPOINT": str(held)}
+        return held
+
+    def wait_until_trained_beside_a_write(self, process: subprocess.Popen) -> None:
+        """Wait until steps were trained while a checkpoint was being written."""
+        deadline = time.monotonic() + LIMIT
+        while not _is_ahead_of_a_write(self.kinds()):
+            assert process.poll() is None, self.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, "training waits for the checkpoint"
+            time.sleep(0.01)
+
+    def kinds(self) -> list[str]:
+        """The kinds of the recorded events."""
         if not self.layout.ledger_db.exists():
-            return 0
+            return []
         try:
             with Ledger.reader(self.layout.ledger_db) as ledger:
-                return sum(1 for _ in ledger.events())
+                return [kind for _, kind, _ in ledger.events()]
         except NpdError:
-            return 0  # the file is there, its tables not yet
+            return []  # the file is there, its tables not yet
 
     def wait_for(self, events: int, process: subprocess.Popen) -> bool:
         """Wait until so many events are recorded; False when the run ended before."""
@@ -126,6 +147,13 @@ class Run:
                 return False
             time.sleep(0.01)
         return process.poll() is None
+
+
+def _is_ahead_of_a_write(kinds: list[str]) -> bool:
+    if "CheckpointCopied" not in kinds:
+        return False
+    since = kinds[len(kinds) - kinds[::-1].index("CheckpointCopied") :]
+    return "SegmentTrained" in since and "CheckpointSaved" not in since
 
 
 def child_named(parent: int, name: str) -> int | None:

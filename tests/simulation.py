@@ -52,13 +52,17 @@ class Simulation:
     """One run, checked as it goes. `fail` is the probability that a try at a shard fails.
 
     With it single samples fail too, in writing and in scoring, and some are written by a newer
-    snapshot than was asked, as when a refresh falls into their middle.
+    snapshot than was asked, as when a refresh falls into their middle. `due` is the probability
+    that before an event the time for a checkpoint has come; `copies` is False in runs of an npd
+    whose trainer waited until a checkpoint was on disk.
     """
 
     config: RunConfig
     num_prompts: int
     seed: int = 0
     fail: float = 0.0
+    due: float = 0.0
+    copies: bool = True
     events: list[ev.Event] = field(default_factory=list)
     decided: list[list[ev.Action]] = field(default_factory=list)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -80,6 +84,9 @@ class Simulation:
         self.open: list[ev.Action] = []
         self.prompts: Counter = Counter()
         self.stages_at_once: set[frozenset[str]] = set()
+        # Draws of its own, so that a run with and one without have equal answers otherwise.
+        self.clock = random.Random(f"clock {self.seed}")
+        self.saved: list[int] = []
 
     def run(self, max_events: int = 20_000) -> Simulation:
         self._take(ev.Started(self.num_prompts))
@@ -87,6 +94,10 @@ class Simulation:
             if self.stop is not None:
                 return self
             assert self.open or self.trainer_queue, "nothing is under way and the run is not over"
+            if self.due and self.clock.random() < self.due:
+                self._take(ev.CheckpointDue())
+                if self.stop is not None:
+                    return self
             self._take(self._finish_one())
         raise AssertionError("the run does not end")
 
@@ -123,7 +134,11 @@ class Simulation:
             case ev.Train(segment):
                 self._check_segment(segment)
                 self.trainer_queue.append(action)
-            case ev.Stop():
+            case ev.WriteCheckpoint():
+                self.open.append(action)
+            case ev.Stop(_, failed):
+                is_writing = any(isinstance(a, ev.WriteCheckpoint) for a in self.open)
+                assert failed or not is_writing, "the end does not wait for the checkpoint"
                 self.stop = action
             case _:
                 self.trainer_queue.append(action)
@@ -163,7 +178,7 @@ class Simulation:
         self.most_generating = max(self.most_generating, generating)
         generate = self.config.generate
         assert generating <= generate.workers * generate.num_in_flight
-        stages = {type(action).__name__ for action in self.open}
+        stages = {type(a).__name__ for a in self.open if not isinstance(a, ev.WriteCheckpoint)}
         stages |= {"Trainer"} if self.trainer_queue else set()
         self.stages_at_once.add(frozenset(stages))
 
@@ -203,14 +218,21 @@ class Simulation:
                 stats = tuple(self._scored(i) for i in ids if i not in failed)
                 return ev.ShardScored(shard, stats, tuple((i, "unreadable") for i in failed))
             case ev.Train(segment):
+                size = self.config.train.batch_size
                 reports = tuple(
-                    step_report(step.index, self.config.train.batch_size, draw.uniform(0, 0.2))
-                    for step in segment.steps
+                    step_report(
+                        s.index, size, random.Random(f"{self.seed}~{s.index}").uniform(0, 0.2)
+                    )
+                    for s in segment.steps
                 )
                 return ev.SegmentTrained(SegmentReport(segment.index, reports))
             case ev.Publish(version, step):
                 return ev.SnapshotPublished(version, step, f"sum{version}")
-            case ev.Checkpoint(step):
+            case ev.Checkpoint(step) if self.copies:
+                return ev.CheckpointCopied(step)
+            case ev.Checkpoint(step) | ev.WriteCheckpoint(step):
+                assert step not in self.saved, "saved twice"
+                self.saved.append(step)
                 return ev.CheckpointSaved(step)
             case ev.Evaluate(step):
                 return ev.Evaluated(EvalReport(step, 1.0, 0.5, None, 4, 10, 0.1))

@@ -141,7 +141,7 @@ class Shell:
     async def prepare_heldout(self):
         pass
 
-    async def restore(self):
+    async def restore(self, unsaved):
         pass
 
     def pass_over(self, steps):
@@ -161,7 +161,7 @@ class Shell:
                 write_scored(self.layout.scored(shard), [])
             case ev.Publish(version):
                 publish(self.layout.snapshot(version), lambda into: (into / "weights").touch())
-            case ev.Checkpoint(step):
+            case ev.WriteCheckpoint(step):
                 publish(self.layout.checkpoint(step), lambda into: (into / "state").touch())
         return self.simulation._event(action)
 

@@ -1,9 +1,17 @@
 """Checkpoints: what is loaded goes on exactly where it stopped, and damage is seen."""
 
+import threading
+import time
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load
 
-from npd.errors import StoreError
+from npd.errors import RunError, StoreError
+from npd.models.distributed import DistContext
+from npd.train.checkpoint import _DTYPES, HostCopy
 from npd.types import Segment
 from test_trainer import (
     FP32,
@@ -119,6 +127,95 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tiny_model_dir, tmp_path):
         trainer.save_checkpoint(tmp_path / "c")
     assert make_trainer(tiny_model_dir, rollouts).load_checkpoint(tmp_path / "c") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def wait_until_saved(trainer, directory):
+    while not trainer.is_saved(directory):
+        time.sleep(0.001)
+
+
+def test_a_checkpoint_holds_the_state_of_its_start_though_training_goes_on(
+    tiny_model_dir, tmp_path
+):
+    rollouts = make_rollouts()
+    head, tail = segments(rollouts, 2)
+    trainer = make_trainer(tiny_model_dir, rollouts)
+    trainer.train(head)
+    trainer.save_checkpoint(tmp_path / "waited")
+    is_over = threading.Event()
+    trainer.start_checkpoint(tmp_path / "c", lambda _: is_over.wait(60))
+    trainer.train(tail)
+    assert not trainer.is_saved(tmp_path / "c"), "it is kept elsewhere too, which is not over"
+    is_over.set()
+    wait_until_saved(trainer, tmp_path / "c")
+    assert trainer.is_saved(tmp_path / "c"), "for good"
+    for file in (tmp_path / "waited").iterdir():
+        assert file.read_bytes() == (tmp_path / "c" / file.name).read_bytes()
+    assert make_trainer(tiny_model_dir, rollouts).load_checkpoint(tmp_path / "c") == 1
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tiny_model_dir, tmp_path):
+    rollouts = make_rollouts()
+    head, tail = segments(rollouts, 2)
+    trainer = make_trainer(tiny_model_dir, rollouts)
+    trainer.train(head)
+    stored = []
+    assert trainer.start_checkpoint(tmp_path / "a", lambda path: stored.append(path.name)) >= 0.0
+    trainer.start_checkpoint(tmp_path / "a")
+    trainer.train(tail)
+    trainer.start_checkpoint(tmp_path / "b", lambda path: stored.append(path.name))
+    assert trainer.is_saved(tmp_path / "a")
+    wait_until_saved(trainer, tmp_path / "b")
+    assert stored == ["a", "b"]
+    steps = [make_trainer(tiny_model_dir, rollouts).load_checkpoint(tmp_path / n) for n in "ab"]
+    assert steps == [1, 3]
+
+
+def test_a_failed_write_is_told_by_every_later_call_about_it(tiny_model_dir, tmp_path):
+    trainer = make_trainer(tiny_model_dir, make_rollouts())
+    (tmp_path / "file").touch()
+    trainer.start_checkpoint(tmp_path / "file" / "c")
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"cannot write .*file/c"):
+            wait_until_saved(trainer, tmp_path / "file" / "c")
+    with pytest.raises(RunError, match=r"cannot write .*file/c"):
+        trainer.start_checkpoint(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_closed_trainer_writes_no_more(tiny_model_dir, tmp_path):
+    trainer = make_trainer(tiny_model_dir, make_rollouts())
+    trainer.start_checkpoint(tmp_path / "a")
+    trainer.close()
+    assert not [t for t in threading.enumerate() if t.name == "npd-checkpoint"]
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["a"]), "whole or not at all"
+    other = make_trainer(tiny_model_dir, make_rollouts())
+    other.close()
+    other.start_checkpoint(tmp_path / "b")
+    other.close()
+    assert not list(tmp_path.glob("*b*"))
+
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3)
+
+
+@given(st.lists(st.tuples(SHAPES, st.sampled_from([*_DTYPES])), max_size=6), st.integers(3, 7))
+def test_a_copy_is_what_safetensors_reads_wherever_its_blocks_end(shapes, power):
+    copy = HostCopy(is_pinned=False, block=2**power)
+    for turn in range(2):  # the second into the memory of the first
+        tensors = {
+            f"t{i}": (100 * torch.rand(shape) - turn).to(dtype)
+            for i, (shape, dtype) in enumerate(shapes)
+        }
+        copy.clear()
+        copy.add("one", tensors, DistContext())
+        copy.add("two", {"only": torch.arange(9.0).reshape(3, 3).t()}, DistContext())
+        files = {name: b"".join(map(bytes, pieces)) for name, pieces in copy.files()}
+        found = load(files["one"])
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert all(found[name].dtype is tensor.dtype for name, tensor in tensors.items())
+        assert torch.equal(load(files["two"])["only"], torch.arange(9.0).reshape(3, 3).t())
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from run_process import (
 )
 
 pytestmark = pytest.mark.timeout(1200)
+# As threads of one process are, so that the student is the same bit for bit.
+IN_TURN = {"overlap": False}
 
 
 def student_bytes(run: Run) -> bytes:
@@ -49,6 +51,91 @@ def test_a_controller_killed_four_times_makes_the_same_student_bit_for_bit(whole
     check_books(run.layout, reuse=2)
     assert student_bytes(run) == expected
     assert run.num_events() == events
+
+
+def check_is_as_undisturbed(run: Run, whole) -> None:
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == whole[1]
+    assert run.num_events() == whole[0]
+    assert not list(run.layout.checkpoints.glob(".*")), "a part of a checkpoint"
+
+
+@pytest.mark.parametrize("kind", ["inline", "local"])
+def test_a_run_killed_while_a_checkpoint_is_written_beside_training_goes_on_before_it(
+    kind, whole, make_run
+):
+    run = make_run(runtime={"kind": kind}, schedule=IN_TURN)
+    held = run.hold_checkpoints()
+    process = run.start()
+    run.wait_until_trained_beside_a_write(process)
+    process.kill()
+    process.wait()
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        assert ledger.last_checkpoint() is None, "it does not count before it is complete"
+    held.unlink()
+    run.finish()
+    check_is_as_undisturbed(run, whole)
+
+
+def test_a_trainer_killed_while_a_checkpoint_is_written_makes_it_again(whole, make_run):
+    run = make_run(runtime={"kind": "local"}, schedule=IN_TURN)
+    held = run.hold_checkpoints()
+    process = run.start()
+    run.wait_until_trained_beside_a_write(process)
+    os.kill(wait_for_child(process, "trainer"), signal.SIGKILL)
+    held.unlink()
+    run.finish(process)
+    check_is_as_undisturbed(run, whole)
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        assert ledger.checkpoints()[0].step == 5
+
+
+@pytest.mark.parametrize("kind", ["inline", "local"])
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(kind, whole, make_run):
+    run = make_run(runtime={"kind": kind}, schedule=IN_TURN)
+    held = run.hold_checkpoints()
+    process = run.start()
+    run.wait_until_trained_beside_a_write(process)
+    process.send_signal(signal.SIGINT)
+    while "stopping: waiting for running work" not in run.log.read_text():
+        time.sleep(0.01)
+    held.unlink()
+    assert process.wait(LIMIT) == 130, run.log.read_text()[-2000:]
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        saved = [row.step for row in ledger.checkpoints()]
+    assert len(saved) == 2, "the one being written, and the one of the end"
+    assert saved[0] == 5
+    run.finish()
+    check_is_as_undisturbed(run, whole)
+
+
+def test_a_second_signal_drops_the_checkpoint_that_is_being_written(whole, make_run):
+    run = make_run(runtime={"kind": "local"}, schedule=IN_TURN)
+    held = run.hold_checkpoints()
+    process = run.start()
+    run.wait_until_trained_beside_a_write(process)
+    for said in ("stopping: waiting for running work", "stopped without saving"):
+        process.send_signal(signal.SIGINT)
+        while said not in run.log.read_text():
+            time.sleep(0.01)
+    assert process.wait(LIMIT) == 1, run.log.read_text()[-2000:]
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        assert ledger.last_checkpoint() is None
+    held.unlink()
+    run.finish()
+    check_is_as_undisturbed(run, whole)
+
+
+def test_checkpoints_by_time_are_recorded_and_change_nothing_else(whole, make_run):
+    run = make_run(checkpoint={"every_steps": 5, "every_minutes": 1e-4}, schedule=IN_TURN)
+    run.finish_killed([0.4 * whole[0], 0.8 * whole[0]], made=(run.layout.root, "*.arrow"))
+    check_books(run.layout, reuse=2)
+    assert student_bytes(run) == whole[1]
+    with Ledger.reader(run.layout.ledger_db) as ledger:
+        saved = [row.step for row in ledger.checkpoints()]
+    assert "CheckpointDue" in run.kinds()
+    assert any(step % 5 for step in saved[:-1]), "by time"
+    assert {5, 10} <= {*saved}, "and by steps"
 
 
 def test_killed_workers_are_replaced_and_nothing_is_lost(make_run):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 
@@ -13,9 +14,15 @@ import numpy as np
 import pytest
 
 from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
-from npd.control.memory import heap_bytes, over_ranks, trainer_bytes
+from npd.control.memory import (
+    copy_bytes,
+    heap_bytes,
+    over_ranks,
+    trainer_bytes,
+)
 from npd.doctor import summary
 from npd.doctor.gpus import gpu_checks
+from npd.doctor.memory import host_check
 from npd.models.metadata import size_of
 from npd.types import Check, FinishReason, Rollout
 from tiny_model import make_model, make_tokenizer
@@ -274,6 +281,12 @@ def test_memory_counts_state_and_rows(tmp_path):
         update={"train": TrainConfig(lora=LoraConfig(rank=1), dtype="bfloat16")}
     )
     assert trainer_bytes(adapters, size, is_cpu=True)[0] < state / 2
+    assert copy_bytes(plain, size) == 12 * size.parameters
+    assert copy_bytes(adapters, size) < copy_bytes(plain, size) / 2
+    check = host_check(plain, size)
+    assert check.status == "ok"
+    assert "(a checkpoint's copy)" in check.says
+    assert host_check(plain, replace(size, parameters=10**14)).status == "warn"
     assert trainer_bytes(thrifty, size, is_cpu=True)[1] < row
     assert trainer_bytes(shorter, size, is_cpu=True)[1] < row
 

@@ -21,11 +21,10 @@ from npd.observe.trace import read_trace
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.types import Outcome
-from run_process import LIMIT, WINDOWED, Run, check_all_steps, check_books, child_named
+from run_process import FAULTY, LIMIT, WINDOWED, Run, check_all_steps, check_books, child_named
 from small_disk import DyingDisk, SmallDisk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-FAULTY = Path(__file__).parent / "faulty"
 
 
 @pytest.fixture
@@ -142,6 +141,33 @@ def test_damaged_files_are_found_named_and_made_again(make, expected):
     assert re.search(r"regenerated: \d+ missing or damaged shard files", said)
     check_books(run.layout, reuse=2)
     assert student_bytes(run) == expected[0]
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_checkpoint_stops_the_run_in_one_line(
+    make, tmp_path, expected
+):
+    with SmallDisk(tmp_path / "run", kib=64 * 1024) as disk:
+        run = make(disk)
+        held = run.hold_checkpoints()
+        process = run.start()
+        while not (metrics := run.layout.metrics_jsonl).exists() or not any(
+            line["step"] > 5 for line in read_metrics(metrics)
+        ):
+            assert process.poll() is None, run.log.read_text()[-2000:]
+            time.sleep(0.01)
+        assert list(run.layout.checkpoints.glob(".step-000005.*")), "it is being written"
+        filler = tmp_path / "run" / "filler"
+        disk.do("sh", "-c", f"cat /dev/zero > {filler} 2>/dev/null || true")
+        held.unlink()
+        line = complaint(run, process)
+        assert "no space left while writing" in line or "free disk space" in line
+        disk.do("rm", str(filler))
+        run.finish()
+        run.layout = RunLayout(disk.copied(tmp_path / "copy"))
+        check_books(run.layout, reuse=2)
+        assert not list(run.layout.checkpoints.glob(".*"))
+        assert student_bytes(run) == expected[0]
+        assert run.num_events() == expected[1]
 
 
 def test_a_slow_disk_only_takes_longer(make, expected):

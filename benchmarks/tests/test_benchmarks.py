@@ -37,7 +37,7 @@ import gpu  # noqa: E402
 import training  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["pack", "controller", "scale"])
+@pytest.mark.parametrize("name", ["pack", "controller", "scale", "checkpoint"])
 def test_a_quick_benchmark_prints_a_figure(name, tmp_path):
     found = tmp_path / "figures.json"
     command = [sys.executable, BENCHMARKS / f"bench_{name}.py", "--quick", "--json", found]

@@ -6,10 +6,13 @@ which the wall clock jumps, forwards and backwards in turn, at every 20th look a
 
 import itertools
 import os
+import threading
 import time
+from pathlib import Path
 
 SLOW = float(os.environ.get("NPD_TEST_SLOW_DISK", "0"))
 JUMP = float(os.environ.get("NPD_TEST_CLOCK", "0"))
+HELD = os.environ.get("NPD_TEST_HELD_CHECKPOINT")
 
 
 def _slowly(call):
@@ -29,6 +32,18 @@ def _jumping(call):
     return clock
 
 
+def _held(call):
+    def held(*args, **kwargs):
+        is_writer = threading.current_thread().name == "npd-checkpoint"
+        while is_writer and Path(HELD).exists():
+            time.sleep(0.01)
+        return call(*args, **kwargs)
+
+    return held
+
+
+if HELD:
+    os.fsync = _held(os.fsync)
 if SLOW:
     os.fsync, os.replace = _slowly(os.fsync), _slowly(os.replace)
 if JUMP:

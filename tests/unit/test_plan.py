@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import pairwise
+from zlib import crc32
 
 import pytest
 from hypothesis import given, settings
@@ -60,9 +61,15 @@ def configs(draw) -> RunConfig:
 
 
 @settings(max_examples=150, deadline=None)
-@given(configs(), st.integers(1, 25), st.integers(0, 10**6), st.sampled_from([0.0, 0.3]))
-def test_every_promise_holds_over_a_whole_run(config, num_prompts, seed, fail):
-    simulation = Simulation(config, num_prompts, seed, fail).run()
+@given(
+    configs(),
+    st.integers(1, 25),
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_every_promise_holds_over_a_whole_run(config, num_prompts, seed, fail, due):
+    simulation = Simulation(config, num_prompts, seed, fail, due).run()
     assert simulation.stop is not None
     published = [e.step for e in simulation.events if isinstance(e, ev.SnapshotPublished)]
     assert published == sorted(set(published)), "a snapshot of nothing new"
@@ -76,7 +83,7 @@ def test_every_promise_holds_over_a_whole_run(config, num_prompts, seed, fail):
 @settings(max_examples=40, deadline=None)
 @given(configs(), st.integers(1, 20), st.integers(0, 10**6))
 def test_the_same_events_give_the_same_actions_also_through_json(config, num_prompts, seed):
-    simulation = Simulation(config, num_prompts, seed, 0.2).run()
+    simulation = Simulation(config, num_prompts, seed, 0.2, 0.2).run()
     plan = Plan(config)
     for event, expected in zip(simulation.events, simulation.decided, strict=True):
         kind, payload = events.encode(event)
@@ -114,6 +121,87 @@ def test_a_checksum_of_decisions_changes_with_any_number_in_them():
     assert [events.digest([action]) for action in decide()] == GOLDEN
     others = [ev.Checkpoint(3), ev.Evaluate(3), ev.Stop("all done")]
     assert [events.digest([action]) for action in others] == GOLDEN_OTHERS
+
+
+class OneAtATime(Simulation):
+    """Stages answer in the order in which they were asked; checkpoints are copied and written, and
+    their time comes, by the draws of the clock."""
+
+    def _finish_one(self):
+        is_write = [isinstance(action, ev.WriteCheckpoint) for action in self.open]
+        writes = [a for a, is_one in zip(self.open, is_write, strict=True) if is_one]
+        work = [a for a, is_one in zip(self.open, is_write, strict=True) if not is_one]
+        copies = [a for a in self.trainer_queue[:1] if isinstance(a, ev.Checkpoint)]
+        rest = [a for a in self.trainer_queue[:1] if a not in copies]
+        action = self.clock.choice([*work[:1], *rest, *copies, *writes])
+        (self.trainer_queue if action in self.trainer_queue else self.open).remove(action)
+        return self._event(action)
+
+    @property
+    def others(self) -> list[ev.Action]:
+        """What was decided but checkpoints."""
+        of_checkpoints = ev.Checkpoint | ev.WriteCheckpoint
+        return [a for acts in self.decided for a in acts if not isinstance(a, of_checkpoints)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs(), st.integers(1, 20), st.integers(0, 10**6))
+def test_checkpoints_by_time_change_no_other_decision_where_stages_are_in_turn(
+    config, num_prompts, seed
+):
+    generate = config.generate.model_copy(update={"workers": 1})
+    schedule = config.schedule.model_copy(update={"overlap": False})
+    config = config.model_copy(update={"generate": generate, "schedule": schedule})
+    plain = OneAtATime(config, num_prompts, seed).run()
+    timed = OneAtATime(config, num_prompts, seed, due=0.4).run()
+    assert timed.others == plain.others
+    assert set(timed.saved) >= set(plain.saved), "those by steps stay where they are"
+
+
+def test_a_checkpoint_by_time_is_saved_once_there_is_a_step_and_no_other_is_being_written():
+    config = make_config(
+        steps=9, window=8, reuse=1, overlap=False, filter={"name": "none"},
+        checkpoint={"every_steps": None},
+    )  # fmt: skip
+    simulation = Simulation(config, 30)
+    simulation._take(ev.Started(30))
+
+    def until(kind):
+        simulation._take(simulation._finish_one())
+        while not any(isinstance(a, kind) for a in simulation.decided[-1]):
+            simulation._take(simulation._finish_one())
+        return next(a for a in simulation.decided[-1] if isinstance(a, kind))
+
+    simulation._take(ev.CheckpointDue())
+    until(ev.Train)
+    decided = [action for actions in simulation.decided for action in actions]
+    assert not any(isinstance(a, ev.Checkpoint) for a in decided), "nothing is trained"
+    saved = until(ev.Checkpoint)
+    assert saved.step == simulation.steps > 0
+    write = until(ev.WriteCheckpoint)
+    simulation._take(ev.CheckpointDue())
+    simulation.open.remove(write)
+    first = until(ev.Train).segment
+    assert until(ev.Train).segment.index == first.index + 1, "training goes on while it is written"
+    simulation._take(ev.CheckpointSaved(write.step))
+    assert until(ev.Checkpoint).step > saved.step
+
+
+# Digests of all decisions of runs in which the trainer waited until a checkpoint was on disk, as
+# the npd of that time recorded them.
+BEFORE_COPIES = {1: 1333455160, 3: 2252588084, 7: 1809618670}
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_runs_from_before_checkpoints_were_copied_are_decided_as_they_were(every):
+    config = make_config(
+        epochs=6, reuse=2, refresh={"at_epochs": [2, 4]}, window="all", overlap=False,
+        checkpoint={"every_steps": every}, eval={"source": "teacher", "every_steps": 4},
+    )  # fmt: skip
+    simulation = Simulation(config, 20, every, copies=False).run()
+    assert not any(isinstance(e, ev.CheckpointCopied) for e in simulation.events)
+    found = [events.digest(actions) for actions in simulation.decided]
+    assert crc32(repr(found).encode()) == BEFORE_COPIES[every]
 
 
 class Unlucky(Simulation):

@@ -17,6 +17,7 @@ from npd.config.base import (
     Dtype,
     Gpus,
     LaunchConfig,
+    Minutes,
     Name,
     Positive,
     Processes,
@@ -483,10 +484,16 @@ class RuntimeConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the trainer's state is saved for `--resume`. It is also saved at the end of the run."""
+    """When the trainer's state is saved for `--resume`. It is also saved at the end of the run.
+
+    It is copied at the end of a step, and written while training goes on.
+    """
 
     every_steps: Positive | None = 100
-    """Steps between checkpoints; None saves at the end only."""
+    """Steps between checkpoints; None saves by time and at the end only."""
+    every_minutes: Minutes | None = 15.0
+    """Minutes after the last checkpoint until the next is saved, at the end of a segment; None
+    saves by steps only."""
     keep: Positive = 1
     """Number of newest checkpoints to keep."""
 

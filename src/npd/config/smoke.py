@@ -44,6 +44,7 @@ def _changes(config: RunConfig) -> dict[str, Any]:
         "eval.num_samples": min(config.eval.num_samples, 2),
         "eval.every_steps": None,
         "checkpoint.every_steps": None,
+        "checkpoint.every_minutes": None,
     }
 
 

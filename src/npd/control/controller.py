@@ -1,7 +1,8 @@
 """The asyncio loop of a run: takes events, records decisions, launches actions.
 
-Consumes: events from running actions. Produces: one task per action, and the ledger's rows.
-Waits for: the first running task to end. Unblocked by: the end of any task, or a request to stop.
+Consumes: events from running actions, and the time since the last checkpoint. Produces: one task
+per action, and the ledger's rows. Waits for: the first running task to end. Unblocked by: the end
+of any task, the time of a checkpoint, or a request to stop.
 An event and the actions decided on it are recorded in one transaction before any of the actions
 starts; events that arrive together share a transaction. After a crash at any moment the events are
 replayed (`resume`). Keeps only running actions, and nothing about finalized samples.
@@ -44,6 +45,8 @@ class Controller:
         self._num_shards = 0
         # Optimiser steps trained; the plan's step counts steps decided.
         self._trained = 0
+        self._clock: asyncio.Task[ev.Event] | None = None
+        self._copied_at = 0
         self._stop: ev.Stop | None = None
         self._interrupted = asyncio.Event()
 
@@ -65,7 +68,8 @@ class Controller:
         if not self._plan.is_stopped:
             await self._dispatcher.prepare_heldout()
         if self._trained:
-            await self._dispatcher.restore()
+            writes = [a.step for a in unfinished if isinstance(a, ev.WriteCheckpoint)]
+            await self._dispatcher.restore(() if self._plan.is_stopped else writes)
         if self._plan.is_stopped:
             return await self._finish()
         num_prompts = len(self._run.inputs.prompts)
@@ -85,6 +89,8 @@ class Controller:
         replayed = replay(self._run, self._plan)
         self._trained, self._segments = replayed.trained, replayed.segments
         self._num_shards, self._stop = replayed.num_shards, replayed.stop
+        saved = self._ledger.last_checkpoint()
+        self._copied_at = saved.step if saved else 0
         await self._dispatcher.load()
         for line in await restore_files(self._run, self._plan, self._dispatcher, replayed):
             self._monitor.message(line)
@@ -92,6 +98,7 @@ class Controller:
 
     async def _loop(self, actions: list[ev.Action]) -> Ending:
         self._launch(actions)
+        self._start_clock()
         while self._running:
             ended = await self._next_ended()
             failed = [task for task in ended if task.exception() is not None]
@@ -124,7 +131,25 @@ class Controller:
         ordered = [task for task in self._running if task in ended]
         for task in ordered:
             del self._running[task]
+        if self._clock is None or self._clock not in ended:
+            return ordered
+        if self._trained > self._copied_at:
+            return [*ordered, self._clock]
+        self._start_clock()
         return ordered
+
+    def _start_clock(self) -> None:
+        """Tell the plan when `checkpoint.every_minutes` have passed from now."""
+        self._stop_clock()
+        minutes = self._run.config.checkpoint.every_minutes
+        if minutes is not None:
+            self._clock = asyncio.create_task(_checkpoint_due(60 * minutes))
+            self._clock.add_done_callback(self._ended.put_nowait)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.remove_done_callback(self._ended.put_nowait)
+            self._clock.cancel()
 
     async def _finish(self) -> Ending:
         await self._cancel()
@@ -149,6 +174,7 @@ class Controller:
     async def _cancel(self) -> None:
         for task in self._running:
             task.cancel()
+        self._stop_clock()
         await asyncio.gather(*self._running, return_exceptions=True)
         self._running.clear()
 
@@ -177,6 +203,9 @@ class Controller:
         match event:
             case ev.SnapshotPublished(version, step, checksum):
                 self._ledger.add_snapshot(version, step, self._layout.snapshot(version), checksum)
+            case ev.CheckpointCopied(step):
+                self._copied_at = step
+                self._start_clock()
             case ev.CheckpointSaved(step):
                 self._ledger.add_checkpoint(step, self._layout.checkpoint(step))
             case ev.ShardGenerated(shard):
@@ -210,3 +239,8 @@ class Controller:
             -self._run.config.checkpoint.keep :
         ]
         self._artifacts.prune(self._layout.checkpoints, saved)
+
+
+async def _checkpoint_due(seconds: float) -> ev.Event:
+    await asyncio.sleep(seconds)
+    return ev.CheckpointDue()

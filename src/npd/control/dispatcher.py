@@ -4,13 +4,14 @@ Consumes: actions. Produces: one event and one span per action.
 Waits for: a generator with room, an idle scorer, or the trainer's turn. Unblocked by: the worker's
 reply, or its loss. A lost worker is restarted here. A generator's or scorer's shard is reported as
 `ShardFailed`, and `SampleTracker.retry` decides whether it is requested again. A trainer returns to
-its last checkpoint, repeats the segments recorded since, and then the call.
+its last checkpoint, repeats the segments recorded since, and then the call. A checkpoint that was
+being written when the trainer was lost is copied again on the way, at its step.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,10 @@ from npd.workers.tasks import ShardResult
 T = TypeVar("T")
 # How long a worker waits for a shard in one call; others are heard between calls.
 _LOOK_SECONDS = 0.5
+# Pauses between the questions whether a checkpoint is written: the first, and the longest.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
+# A shorter wait of one checkpoint for another is not worth a line.
+_TOLD_SECONDS = 5.0
 
 
 class Dispatcher:
@@ -53,6 +58,9 @@ class Dispatcher:
             self._device = DeviceTurns(with_models(workers, self._config), self._release)
         self._is_trainer_behind = False
         self._damaged: set[int] = set()
+        # Steps whose checkpoint was decided and is not known to be on disk.
+        self._unsaved: set[int] = set()
+        self._has_told_of_waiting = False
         self._served: dict[str, int] = {}
 
     @property
@@ -87,6 +95,9 @@ class Dispatcher:
                 return await self._generate(action)
             case ev.Score():
                 return await self._score(action)
+            case ev.WriteCheckpoint(step):
+                await self._until_saved(step)
+                return ev.CheckpointSaved(step)
             case _:
                 return await self._with_trainer(lambda: self._trainer_event(action))
 
@@ -106,9 +117,13 @@ class Dispatcher:
 
         return await self._retry_after_loss(attempt, worker.restart)
 
-    async def restore(self) -> None:
-        """Bring the trainer to the end of the ledger: the last checkpoint, then later segments."""
+    async def restore(self, unsaved: Collection[int] = ()) -> None:
+        """Bring the trainer to the end of the ledger: the last checkpoint, then later segments.
+
+        `unsaved` are the steps whose checkpoints were being written; they are copied on the way.
+        """
         self._is_trainer_behind = True
+        self._unsaved.update(unsaved)
         await self._with_trainer(_nothing)
 
     def pass_over(self, checkpoints: Mapping[int, Path]) -> None:
@@ -141,7 +156,8 @@ class Dispatcher:
 
     async def save_now(self, step: int) -> None:
         """Save the trainer outside the plan, after an interruption."""
-        await self._with_trainer(self._on_trainer("checkpoint", "checkpoint", step))
+        await self._with_trainer(lambda: self._copy(step))
+        await self._until_saved(step)
 
     async def _generate(self, action: ev.Generate) -> ev.Event:
         prompts = self._run.inputs.prompts
@@ -239,11 +255,47 @@ class Dispatcher:
         """Bring a freshly started trainer to the end of the ledger, or to step `until`."""
         trainer = self._workers.trainer
         step = await self._restore_newest(until)
+        unsaved = self._unsaved if until is None else set()
+        if step in unsaved:
+            await self._copy(step)
         for segment in self._ledger.segments_after(step):
             if until is not None and segment.steps[0].index > until:
                 break
             await self._call(trainer, "train", segment, doing="redo", segment=segment.index)
+            if segment.steps[-1].index in unsaved:
+                await self._copy(segment.steps[-1].index)
         self._is_trainer_behind = False
+
+    async def _copy(self, step: int) -> None:
+        """Let the trainer copy its state after `step` and begin to write it, unless it is saved."""
+        self._unsaved.add(step)
+        if self._artifacts.is_whole(self._run.layout.checkpoint(step)):
+            self._unsaved.discard(step)
+            return
+        waited = await self._call(self._workers.trainer, "checkpoint", step, doing="checkpoint")
+        if waited > _TOLD_SECONDS and not self._has_told_of_waiting:
+            self._has_told_of_waiting = True
+            self._monitor.message(
+                f"training waited {waited:.0f} s at step {step}, because the checkpoint before it "
+                "was still being written: raise checkpoint.every_steps, or set it to null to save "
+                "by time (checkpoint.every_minutes)"
+            )
+
+    async def _until_saved(self, step: int) -> None:
+        """Wait until the copied state after `step` is saved; the trainer works between questions.
+
+        A restarted trainer catches up first, which copies that state again.
+        """
+        trainer, pause, started = self._workers.trainer, _FIRST_PAUSE, steady_time()
+
+        async def is_saved() -> bool:
+            return step not in self._unsaved or (await trainer.call("is_saved", step)).value
+
+        while not await self._with_trainer(is_saved):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._unsaved.discard(step)
+        self._monitor.saved(steady_time() - started)
 
     async def _restore_newest(self, until: int | None) -> int:
         """Restore the newest undamaged checkpoint that is not after `until`.
@@ -280,8 +332,8 @@ class Dispatcher:
                 checksum = await self._call(trainer, "publish", version, doing="publish")
                 return ev.SnapshotPublished(version, step, checksum)
             case ev.Checkpoint(step):
-                await self._call(trainer, "checkpoint", step, doing="checkpoint")
-                return ev.CheckpointSaved(step)
+                await self._copy(step)
+                return ev.CheckpointCopied(step)
             case ev.Evaluate(step):
                 report = await self._call(
                     trainer, "evaluate", step, self._heldout, doing="evaluate", step=step

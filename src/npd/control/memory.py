@@ -21,8 +21,8 @@ from npd.errors import InputError
 from npd.models.device import CUDA, driver_gpus, free_and_total, is_gpu, kind_of, resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
 
-# Weights, gradients and AdamW's two moments, all float32.
-_STATE_BYTES = 16
+# Weights, gradients and AdamW's two moments, all float32; a checkpoint has no gradients.
+_STATE_BYTES, _SAVED_BYTES = 16, 12
 # Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
 # the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose
 # 30 layers take 1.0 MB a token in bfloat16.
@@ -268,13 +268,26 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     # without ranks.
     copied = 0 if is_cpu and train.ranks == 1 else head
     row = train.row_tokens * kept + max(logits, copied) + head
-    if train.lora is not None:
-        # Weights that stay as they are, and adapters beside four projections and three of the MLP.
-        sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
-        trained = size.layers * train.lora.rank * sides
-        return width * size.parameters + _STATE_BYTES * trained, row
+    if train.lora is not None:  # weights that stay as they are, and adapters beside them
+        return width * size.parameters + _STATE_BYTES * _num_trained(config, size), row
     copy = 0 if train.dtype == "float32" else width * size.parameters
     return _STATE_BYTES * size.parameters, row + copy
+
+
+def copy_bytes(config: RunConfig, size: ModelSize) -> int:
+    """The copy of weights and moments that is being written, in the first rank's main memory.
+
+    It is kept for the next checkpoint.
+    """
+    return _SAVED_BYTES * _num_trained(config, size)
+
+
+def _num_trained(config: RunConfig, size: ModelSize) -> int:
+    if config.train.lora is None:
+        return size.parameters
+    # Adapters beside four projections and three of the MLP.
+    sides = 4 * 2 * size.hidden + 3 * (size.hidden + size.intermediate)
+    return size.layers * config.train.lora.rank * sides
 
 
 def heap_bytes(config: RunConfig, size: ModelSize, device: str) -> int:
@@ -324,10 +337,11 @@ def _teacher_sizes(config: RunConfig) -> list[ModelSize]:
     return [size for size in sizes if size is not None]
 
 
-def host_bytes(config: RunConfig, size: ModelSize) -> int:
+def away_bytes(config: RunConfig, size: ModelSize) -> int:
     """What a trainer keeps in main memory while others have its device: weights and moments."""
-    state, _ = trainer_bytes(config, size, is_cpu=False)
-    return state * 3 // 4 if config.train.lora is None else state
+    if config.train.lora is None:
+        return _SAVED_BYTES * size.parameters
+    return _BYTES[config.train.dtype] * size.parameters + _SAVED_BYTES * _num_trained(config, size)
 
 
 def device_bytes(device: str) -> tuple[int, int]:

@@ -166,6 +166,10 @@ class Monitor:
             self._seconds[span.name] += span.seconds
         self._trace.append(span)
 
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was written, beside the work of the trainer, in so many seconds."""
+        self._pace.add(Span(CONTROLLER, "write", 0.0, seconds))
+
     def note(
         self, event: ev.Event, actions: list[ev.Action], plan: Plan, *, is_replay: bool = False
     ) -> None:

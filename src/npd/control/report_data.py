@@ -93,7 +93,7 @@ class RunEvents:
                 self.snapshots.append((version, step))
             case ev.ShardFailed(shard, stage, error):
                 self.failures.append(f"shard {shard}, {stage}: {error}")
-            case ev.Started() | ev.CheckpointSaved():
+            case ev.Started() | ev.CheckpointDue() | ev.CheckpointCopied() | ev.CheckpointSaved():
                 pass
 
     def _keep(self, stats: Sequence[SampleStats]) -> None:

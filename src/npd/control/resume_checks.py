@@ -48,7 +48,7 @@ _SERVER_ACCESS = ("urls", "admin_urls", "launch", "api_key_env", "request_timeou
 _MAY_CHANGE = (
     *_COMPUTATION,
     *("train.gpus", "score.gpus", "generate.gpus"),
-    *("runtime.", "observe.", "checkpoint.keep", "run_dir", "name"),
+    *("runtime.", "observe.", "checkpoint.keep", "checkpoint.every_minutes", "run_dir", "name"),
     *(f"{section}.{key}" for section in ("generate", "score") for key in _SERVER_ACCESS),
     *("generate.refresh_timeout", "generate.probe_tolerance", "generate.seeded"),
 )

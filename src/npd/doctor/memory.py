@@ -11,11 +11,12 @@ from npd.control.memory import (
     Gpu,
     Part,
     at_once,
+    away_bytes,
+    copy_bytes,
     device_bytes,
     gpus_here,
     has_room,
     heap_bytes,
-    host_bytes,
     needed,
     on_gpus,
     other_bytes,
@@ -53,8 +54,8 @@ def memory_checks(config: RunConfig, gpus: Sequence[Gpu] | None = None) -> Itera
     elif gpus:
         for gpu, here in on_gpus(config, size, gpus):
             yield _gpu_check(config, gpu, here)
-        if is_here and config.has_phases:
-            yield _host_memory(config, size)
+        if is_here:
+            yield host_check(config, size)
     else:
         yield _cpu_memory(config, size)
 
@@ -63,17 +64,17 @@ def _cpu_memory(config: RunConfig, size: ModelSize) -> Check:
     state, row = trainer_bytes(config, size, is_cpu=True)
     row += heap_bytes(config, size, "cpu")
     state, row = over_ranks(config.train, "cpu", size, state, row)
-    beside = other_bytes(config, size)
-    needed, (free, total) = state + row + beside, device_bytes("cpu")
+    beside, copy = other_bytes(config, size), copy_bytes(config, size)
+    total_needed, (free, total) = state + row + copy + beside, device_bytes("cpu")
     says = (
         f"trainer about {_gib(state)} GiB (weights, gradients, AdamW) + {_gib(row)} (a row of "
-        f"{config.train.row_tokens:,} tokens), models beside it {_gib(beside)}; "
-        f"cpu has {_gib(free)} free of {_gib(total)}"
+        f"{config.train.row_tokens:,} tokens) + {_gib(copy)} (a checkpoint's copy), models beside "
+        f"it {_gib(beside)}; cpu has {_gib(free)} free of {_gib(total)}"
     )
     if state > total:
         return Check.fail("memory", f"{says}: the student does not fit, take a smaller one")
-    if needed > free:
-        return Check.warn("memory", f"{says}: {_SMALLER['row']}")
+    if total_needed > free:
+        return Check.warn("memory", f"{says}: {_SMALLER['row'][0]}")
     return Check.ok("memory", says)
 
 
@@ -142,16 +143,18 @@ def _smaller(part: Part, *, is_alone: bool) -> str:
     return alone if is_alone or not beside else f"{alone}, or {beside}"
 
 
-def _host_memory(config: RunConfig, size: ModelSize) -> Check:
-    """What waits in main memory while others have the GPU."""
-    away, (free, total) = host_bytes(config, size), device_bytes("cpu")
-    says = (
-        f"main memory: the student and its moments, {_gib(away)} GiB, wait there while others have "
-        f"the GPU; {_gib(free)} free of {_gib(total)}"
-    )
-    if away <= free:
+def host_check(config: RunConfig, size: ModelSize) -> Check:
+    """What a trainer on a GPU keeps in main memory."""
+    copy, away = copy_bytes(config, size), 0
+    says = f"main memory: {_gib(copy)} GiB (a checkpoint's copy)"
+    if config.has_phases:
+        away = away_bytes(config, size)
+        says += f" + {_gib(away)} (the student and its moments, while others have the GPU)"
+    free, total = device_bytes("cpu")
+    says += f" of {_gib(free)} GiB free of {_gib(total)}"
+    if copy + away <= free:
         return Check.ok("memory", says)
-    return Check.warn("memory", f"{says}: set runtime.share: together, or free some")
+    return Check.warn("memory", f"{says}: take a machine with more, or train.lora")
 
 
 def _gib(count: int) -> str:

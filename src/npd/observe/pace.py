@@ -78,4 +78,5 @@ class Pace:
             if mean is None:
                 return f"the time is unknown, as {worker.name} runs its first {worker.doing}"
             known.append(max(0.0, worker.since + mean - now))
-        return f"about {clock_text(max(known) + (self.mean('checkpoint') or 0.0))}"
+        saving = sum(self.mean(work) or 0.0 for work in ("checkpoint", "write"))
+        return f"about {clock_text(max(known) + saving)}"

@@ -71,6 +71,11 @@ class CacheLayout(RunLayout):
         """A trainer state."""
         return self.cache.downloaded(super().checkpoint(step))
 
+    def store(self, path: Path) -> None:
+        """Upload `path` and remove it here, in the calling thread; no call may access it."""
+        self.cache.sync.upload(path)
+        self.cache.sync.remove_local(path)
+
 
 @dataclass(slots=True)
 class WorkerCache:

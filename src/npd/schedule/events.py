@@ -82,6 +82,18 @@ class SegmentTrained:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointDue:
+    """`checkpoint.every_minutes` have passed since the last checkpoint, and steps were trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCopied:
+    """The trainer's state after `step` is copied, so that the trainer can go on."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSaved:
     """The trainer's state after `step` is on disk."""
 
@@ -102,6 +114,8 @@ Event: TypeAlias = (
     | ShardScored
     | ShardFailed
     | SegmentTrained
+    | CheckpointDue
+    | CheckpointCopied
     | CheckpointSaved
     | Evaluated
 )
@@ -150,7 +164,14 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Save the trainer's state after `step`."""
+    """Copy the trainer's state after `step`, to be saved."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Write the copied state after `step`; the trainer may go on meanwhile."""
 
     step: int
 
@@ -177,11 +198,16 @@ class Stop:
     failed: bool = False
 
 
-Action: TypeAlias = Generate | Score | Train | Publish | Checkpoint | Evaluate | Finalize | Stop
+Action: TypeAlias = (
+    Generate | Score | Train | Publish | Checkpoint | WriteCheckpoint | Evaluate | Finalize | Stop
+)
 
 
 def key(item: Event | Action) -> tuple[str, int]:
-    """The common key of an action and the event that ends it, e.g. ("score", shard)."""
+    """The common key of an action and the event that ends it, e.g. ("score", shard).
+
+    A checkpoint has one key from its decision until it is on disk.
+    """
     match item:
         case Generate(shard) | ShardGenerated(shard):
             return "generate", shard
@@ -195,10 +221,14 @@ def key(item: Event | Action) -> tuple[str, int]:
             return "train", report.segment
         case Publish(version) | SnapshotPublished(version):
             return "publish", version
-        case Checkpoint(step) | CheckpointSaved(step) | Evaluate(step):
-            return type(item).__name__[:5].lower(), step
+        case Checkpoint(step) | CheckpointCopied(step):
+            return "checkpoint", step
+        case WriteCheckpoint(step) | CheckpointSaved(step):
+            return "checkpoint", step
+        case Evaluate(step):
+            return "evaluate", step
         case Evaluated(report):
-            return "evalu", report.step
+            return "evaluate", report.step
         case _:
             return type(item).__name__, 0
 
@@ -212,6 +242,8 @@ _EVENTS: dict[str, type[Any]] = {
         ShardScored,
         ShardFailed,
         SegmentTrained,
+        CheckpointDue,
+        CheckpointCopied,
         CheckpointSaved,
         Evaluated,
     )

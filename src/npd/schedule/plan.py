@@ -44,6 +44,11 @@ class Plan:
         self._publishing = False
         self._step = 0
         self._saved_at = self._evaluated_at = 0
+        # Checkpoints by time do not move those by steps: segments end at these, and how training
+        # is cut into segments must not depend on a clock.
+        self._saved_by_steps_at = 0
+        self._is_checkpoint_due = False
+        self._being_written: set[int] = set()
         self._stopped = False
 
     @property
@@ -123,6 +128,15 @@ class Plan:
                 self._publishing, self._since = False, "refresh"
                 self._refresh.published(version, step)
                 self._tracker.finalize_stale(version)
+            case ev.CheckpointDue():
+                self._is_checkpoint_due = True
+            case ev.CheckpointCopied(step):
+                self._num_trainer_actions -= 1
+                self._being_written.add(step)
+                self._actions.append(ev.WriteCheckpoint(step))
+            case ev.CheckpointSaved(step) if step in self._being_written:
+                self._being_written.remove(step)
+            # In ledgers written before there were copies, the trainer waited for this.
             case ev.CheckpointSaved() | ev.Evaluated():
                 self._num_trainer_actions -= 1
 
@@ -170,7 +184,7 @@ class Plan:
             self._to_trainer(ev.Evaluate(self._step))
         if self._saved_at < self._step:
             self._to_trainer(ev.Checkpoint(self._step))
-        if self._num_trainer_actions == 0:
+        if self._num_trainer_actions == 0 and not self._being_written:
             self._stop("done" if self._step else "nothing was trained", failed=self._step == 0)
 
     def _stop(self, reason: str, *, failed: bool) -> None:
@@ -187,10 +201,18 @@ class Plan:
             if self._refresh.is_due(self._step, uses=uses, uses_per_epoch=epoch):
                 self._publish(self.version + 1)
         save, evaluate = self.config.checkpoint.every_steps, self.config.eval.every_steps
-        if save is not None and self._step - self._saved_at >= save:
+        if save is not None and self._step - self._saved_by_steps_at >= save:
+            self._saved_by_steps_at = self._step
+            self._to_trainer(ev.Checkpoint(self._step))
+        elif self._is_save_due_by_time():
             self._to_trainer(ev.Checkpoint(self._step))
         if self._evaluates and evaluate is not None and self._step - self._evaluated_at >= evaluate:
             self._to_trainer(ev.Evaluate(self._step))
+
+    def _is_save_due_by_time(self) -> bool:
+        """Whether time has passed, there is something to save, and the last one is written."""
+        is_new = self._step > self._saved_at
+        return self._is_checkpoint_due and is_new and not self._being_written
 
     def _publish(self, version: int) -> None:
         self._publishing = True
@@ -199,7 +221,7 @@ class Plan:
     def _to_trainer(self, action: ev.Publish | ev.Checkpoint | ev.Evaluate | ev.Train) -> None:
         self._num_trainer_actions += 1
         if isinstance(action, ev.Checkpoint):
-            self._saved_at = action.step
+            self._saved_at, self._is_checkpoint_due = action.step, False
         elif isinstance(action, ev.Evaluate):
             self._evaluated_at = action.step
         self._actions.append(action)
@@ -316,7 +338,7 @@ class Plan:
             (self._schedule.steps, 0),
             (self._schedule.refresh.every_steps, self._refresh.step),
             (self._refresh.next_step, 0),
-            (self.config.checkpoint.every_steps, self._saved_at),
+            (self.config.checkpoint.every_steps, self._saved_by_steps_at),
             (self.config.eval.every_steps, self._evaluated_at),
         ]
         remaining = [since + every - self._step for every, since in due if every is not None]

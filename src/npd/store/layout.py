@@ -107,6 +107,12 @@ class RunLayout:
         """A trainer state, e.g. `checkpoints/step-000200`."""
         return self.checkpoints / f"step-{step:06d}"
 
+    def store(self, path: Path) -> None:
+        """Bring `path`, which was written by a thread beside the worker's calls, where it is kept.
+
+        It is kept here; a worker's cache uploads it.
+        """
+
     @property
     def directories(self) -> tuple[Path, ...]:
         """Every directory that writers put files into."""

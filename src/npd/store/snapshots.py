@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeAlias
 
 from safetensors import SafetensorError
 
@@ -24,13 +25,21 @@ MANIFEST = "manifest.json"
 _LATEST = "LATEST"
 _VERSIONED = re.compile(r"(?:v|step-)(\d{6,})")
 
+Entry: TypeAlias = dict[str, Any]
+"""Size and checksum of a file, as in a manifest."""
 
-def publish(final_dir: Path, write: Callable[[Path], None]) -> str:
+
+def publish(
+    final_dir: Path,
+    write: Callable[[Path], object],
+    hashed: Mapping[str, Entry] = MappingProxyType({}),
+) -> str:
     """Publish what `write` puts into a temporary directory as `final_dir`; returns a checksum.
 
-    The checksum covers names and contents of all files. A valid `final_dir` is left unchanged, a
-    damaged one is replaced. Raises RunError if the disk is full, and StoreError if `final_dir`
-    exists and was not published.
+    The checksum covers names and contents of all files. `hashed` has, once `write` returns, the
+    entries of files that it wrote as `HashedFile`: they are not read again. A valid `final_dir` is
+    left unchanged, a damaged one is replaced. Raises RunError if the disk is full, and StoreError
+    if `final_dir` exists and was not published.
     """
     if _is_published(final_dir):
         try:
@@ -41,7 +50,7 @@ def publish(final_dir: Path, write: Callable[[Path], None]) -> str:
     try:
         with files.explain_write(final_dir):
             tmp.mkdir(parents=True)
-            checksum = _fill(tmp, write)
+            checksum = _fill(tmp, write, hashed)
             os.replace(tmp, final_dir)
             files.sync(final_dir.parent)
     except SafetensorError as error:
@@ -49,6 +58,40 @@ def publish(final_dir: Path, write: Callable[[Path], None]) -> str:
     finally:
         files.remove(tmp)
     return checksum
+
+
+class HashedFile:
+    """A new file of a published directory, hashed as it is written. Raises OSError.
+
+    Its `entry` describes the bytes that were to be written, so a disk that keeps others is found by
+    `verify`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; other threads run meanwhile."""
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    @property
+    def entry(self) -> Entry:
+        """What was written so far."""
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
 
 def verify(directory: Path) -> str:
@@ -142,12 +185,13 @@ def _discard(directory: Path) -> None:
         files.remove(tmp)
 
 
-def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
+def _fill(tmp: Path, write: Callable[[Path], object], hashed: Mapping[str, Entry]) -> str:
     """Call `write`, flush everything to disk, then write the manifest."""
     write(tmp)
     files.give_usual_modes(tmp)
     paths = [path for path in sorted(tmp.rglob("*")) if path.is_file()]
-    listed = {str(path.relative_to(tmp)): describe(path) for path in paths}
+    names = [str(path.relative_to(tmp)) for path in paths]
+    listed = {n: hashed.get(n) or describe(p) for n, p in zip(names, paths, strict=True)}
     for path in (*paths, *(path for path in tmp.rglob("*") if path.is_dir())):
         files.sync(path)
     checksum = _checksum(listed)
@@ -155,8 +199,8 @@ def _fill(tmp: Path, write: Callable[[Path], None]) -> str:
     return checksum
 
 
-def describe(path: Path) -> dict[str, Any] | None:
-    """Size and checksum of a file, as in a manifest; None if it does not exist."""
+def describe(path: Path) -> Entry | None:
+    """The entry of a file, read from the disk; None if it does not exist."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -8,6 +8,9 @@ so a failed load leaves model and optimiser unchanged. No pickle. The files hold
 any number of ranks, so that any number can resume. Rank 0 gathers and writes them, and needs the
 memory for it. Does not decide when to save or which checkpoint to load.
 
+Saving copies the state into main memory, which training waits for, and writes the copy in a thread
+(`CheckpointWriter`), which it does not wait for.
+
 A library may quantise, rename or drop tensors when it saves them. So a saved student is loaded
 again and compared in two ways: every tensor by name, to the bit in the saved dtype, and the
 log-probs of a probe text, which also depend on the config.
@@ -17,25 +20,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from npd.errors import RunError, StoreError
 from npd.models import lora
+from npd.models.distributed import DistContext
 from npd.models.files import in_one_line
 from npd.models.lm_head import head_of
 from npd.models.loading import autocast, hidden_states, load_model, pack_documents
 from npd.store import files
-from npd.store.snapshots import publish, verify
-from npd.train.fsdp import shard_like
+from npd.store.snapshots import Entry, HashedFile, publish, verify
+from npd.train.fsdp import gather, shard_like
 from npd.types import IntArray
 
 _FORMAT = 1
@@ -43,40 +49,213 @@ _WEIGHTS, _MOMENTS, _STATE = "model.safetensors", "optimizer.safetensors", "stat
 _KINDS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trained parameters and their moments by name, as sharded on this rank."""
-    weights = {name: p.detach() for name, p in _trained(model).items()}
-    return weights, _moments(model, optimizer)
+# A power of two, to which torch rounds up what it pins.
+_BLOCK = 2**26
+# The names of dtypes in safetensors files.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 
 
-def save(
-    directory: Path,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    *,
-    last_step: int | None,
-) -> None:
-    """Write a checkpoint at `directory`; an older one is replaced once the new one is complete.
+class HostCopy:
+    """Tensors of one moment in main memory, as the contents of safetensors files.
+
+    Their bytes lie one after the other in blocks, which the next copy uses again. With `is_pinned`
+    a GPU writes into them without a detour. Not thread-safe.
+    """
+
+    def __init__(self, *, is_pinned: bool, block: int = _BLOCK) -> None:
+        self._is_pinned, self._block, self._blocks = is_pinned, block, list[Tensor]()
+        self._size = 0
+        self._files: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def clear(self) -> None:
+        """Forget the tensors, not the memory."""
+        self._size, self._files = 0, {}
+
+    def add(self, file: str, tensors: Mapping[str, Tensor], dist: DistContext) -> None:
+        """Copy tensors as a file's contents, on rank 0; all ranks must call it, to gather them."""
+        start, header = self._size, dict[str, Any]()
+        # Wide numbers first, so that all are aligned.
+        for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+            whole = gather(tensors[name].detach())
+            if not dist.is_first:
+                continue
+            low = self._size - start
+            self._append(whole.contiguous().reshape(-1).view(torch.uint8))
+            offsets = [low, self._size - start]
+            kind = _DTYPES[whole.dtype]
+            header[name] = {"dtype": kind, "shape": [*whole.shape], "data_offsets": offsets}
+        self._files[file] = start, header
+        if self._is_pinned:
+            torch.cuda.synchronize()
+
+    def _append(self, data: Tensor) -> None:
+        while len(data):
+            index, offset = divmod(self._size, self._block)
+            if index == len(self._blocks):
+                block = torch.empty(self._block, dtype=torch.uint8, pin_memory=self._is_pinned)
+                self._blocks.append(block)
+            room = self._block - offset
+            part, data = data[:room], data[room:]
+            self._blocks[index][offset : offset + len(part)].copy_(part, non_blocking=True)
+            self._size += len(part)
+
+    def files(self) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
+        """The name of each file, and its bytes in pieces."""
+        ends = [*(start for start, _ in self._files.values()), self._size][1:]
+        for (name, (start, header)), end in zip(self._files.items(), ends, strict=True):
+            yield name, self._pieces(header, start, end)
+
+    def _pieces(self, header: dict[str, Any], at: int, end: int) -> Iterator[bytes | memoryview]:
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little") + text
+        while at < end:
+            index, offset = divmod(at, self._block)
+            piece = memoryview(self._blocks[index].numpy().data)[offset : offset + end - at]
+            yield piece
+            at += len(piece)
+
+
+class _Dropped(Exception):
+    """The checkpoint is no longer wanted."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on, at most one at a time.
+
+    Consumes: the trainer's state, which `start` copies. Produces: a checkpoint, whole or not at
+    all. Waits for: the disk. Unblocked by: the disk, or `close`, which drops an unfinished one. A
+    failed write is raised by each later call about it. All ranks must make the same calls.
+    """
+
+    def __init__(self, dist: DistContext, *, is_pinned: bool) -> None:
+        self._dist, self._copy = dist, HostCopy(is_pinned=is_pinned)
+        self._directory: Path | None = None
+        self._thread: Thread | None = None
+        self._result: Future[None] = Future()
+        self._is_closing = Event()
+        self._done: set[Path] = set()
+
+    def start(
+        self,
+        directory: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        last_step: int | None,
+        store: Callable[[Path], None] | None = None,
+    ) -> float:
+        """Copy the state and begin to write it; returns the seconds waited for the last one.
+
+        `store` is called with the complete directory, in the thread. Does nothing if this directory
+        is being written.
+
+        Raises:
+            RunError: the last checkpoint could not be written.
+        """
+        started = time.monotonic()
+        # Rank 0 decides, because the copy is made together.
+        if not self._dist.from_rank0(lambda: self._can_start(directory)):
+            if directory != self._directory:
+                self._wait()
+            return 0.0
+        self._wait()
+        waited = time.monotonic() - started
+        self._copy.clear()
+        self._copy.add(_WEIGHTS, _trained(model), self._dist)
+        self._copy.add(_MOMENTS, _moments(model, optimizer), self._dist)
+        self._directory, self._result = directory, Future()
+        self._done.discard(directory)
+        state = {"format": _FORMAT, "last_step": last_step, "torch": str(torch.__version__)}
+        if self._dist.is_first:
+            work = (self._result, directory, state, store)
+            self._thread = Thread(target=self._work, args=work, name="npd-checkpoint")
+            self._thread.start()
+        else:
+            self._result.set_result(None)
+        return waited
+
+    def is_done(self, directory: Path) -> bool:
+        """Whether a checkpoint that was started is complete. Raises what its write raised."""
+        if directory in self._done:
+            return True
+        assert directory == self._directory, f"{directory} was never started"
+        if not self._result.done():
+            return False
+        self._wait()
+        return True
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is complete. Raises what its write raised, once."""
+        try:
+            self._wait()
+        finally:
+            self._directory = None
+
+    def close(self) -> None:
+        """Drop the checkpoint that is being written, if any."""
+        self._is_closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _can_start(self, directory: Path) -> bool:
+        """Whether none is being written any more; False for the same one, and after a failure."""
+        if self._directory is None or self._directory in self._done:
+            return True
+        return directory != self._directory and self._result.exception() is None
+
+    def _wait(self) -> None:
+        if self._directory is not None and self._directory not in self._done:
+            self._result.result()
+            self._done.add(self._directory)
+
+    def _work(
+        self,
+        result: Future[None],
+        directory: Path,
+        state: dict[str, Any],
+        store: Callable[[Path], None] | None,
+    ) -> None:
+        try:
+            entries: dict[str, Entry] = {}
+            _replace(directory, lambda into: self._write(into, state, entries), entries)
+            if store is not None:
+                store(directory)
+            result.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            result.set_exception(error)
+
+    def _write(self, into: Path, state: dict[str, Any], entries: dict[str, Entry]) -> None:
+        for name, pieces in self._copy.files():
+            with HashedFile(into / name) as file:
+                for piece in pieces:
+                    if self._is_closing.is_set():
+                        raise _Dropped
+                    file.write(piece)
+            entries[name] = file.entry
+        (into / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _replace(directory: Path, write: Callable[[Path], object], hashed: Mapping[str, Entry]) -> None:
+    """Publish a checkpoint at `directory`; an older one is replaced once the new one is complete.
 
     Raises:
         RunError: the disk is full or not writable; an older checkpoint stays.
     """
-
-    def write(into: Path) -> None:
-        for file, tensors in ((_WEIGHTS, weights), (_MOMENTS, moments)):
-            save_file({name: t.contiguous() for name, t in tensors.items()}, into / file)
-        state = {"format": _FORMAT, "last_step": last_step, "torch": str(torch.__version__)}
-        (into / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-
     if not directory.exists():
-        publish(directory, write)
+        publish(directory, write, hashed)
         return
-    # `publish` would keep an existing one. The trainer skips a whole one, so this is damaged.
+    # `publish` would keep an existing one, which is damaged: a whole one is not saved again.
     fresh, old = files.temporary(directory), files.temporary(directory)
     try:
-        publish(fresh, write)
+        publish(fresh, write, hashed)
         os.replace(directory, old)
         os.replace(fresh, directory)
         files.sync(directory.parent)
@@ -118,8 +297,10 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for name, parameter in _trained(model).items():
         state = optimizer.state.get(parameter, {})
         for kind in _KINDS:
-            empty = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
-            out[f"{kind}/{name}"] = state.get(kind, empty).detach()
+            moment = state.get(kind)
+            if moment is None:
+                moment = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+            out[f"{kind}/{name}"] = moment.detach()
     return out
 
 

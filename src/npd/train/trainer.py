@@ -43,7 +43,7 @@ from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
-from npd.train.checkpoint import check_adapter, check_alike, check_written
+from npd.train.checkpoint import CheckpointWriter, check_adapter, check_alike, check_written
 from npd.train.fsdp import gather_all, shard, to_meta, with_params
 from npd.train.objective import Objective, build_optimizer, clip, move, to_host
 from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report
@@ -118,6 +118,7 @@ class Trainer:
         self._is_proven = False
         self._read, self._seed = read, seed
         self._is_away = False
+        self._checkpoints = CheckpointWriter(self.dist, is_pinned=is_pinnable(self.device))
         self._chunk = loss.chunk or chunk_for(
             self.model.config.get_text_config().vocab_size, is_cpu=self.device == "cpu"
         )
@@ -259,16 +260,35 @@ class Trainer:
         return self.model if full is None else full
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write the state for resuming, completely or not at all.
+        """Write the state for resuming, completely or not at all, and wait for it.
 
         Rank 0 writes full tensors, so that any number of ranks can resume.
+
+        Raises:
+            RunError: the disk is full or not writable; an older checkpoint stays.
         """
-        weights, moments = checkpoint.state_of(self.model, self.optimizer)
-        if self.dist.size > 1:
-            weights = gather_all(weights, self.dist, "cpu")
-            moments = gather_all(moments, self.dist, "cpu")
-        if self.dist.is_first:
-            checkpoint.save(Path(directory), weights, moments, last_step=self.last_step)
+        self.start_checkpoint(directory)
+        self._checkpoints.finish()
+
+    def start_checkpoint(
+        self, directory: str | Path, store: Callable[[Path], None] | None = None
+    ) -> float:
+        """Copy the state for resuming; it is written while training goes on.
+
+        Waits for the checkpoint before it; returns the seconds. `store` is called in the writing
+        thread with the complete directory. Raises RunError if the one before it failed.
+        """
+        return self._checkpoints.start(
+            Path(directory), self.model, self.optimizer, last_step=self.last_step, store=store
+        )
+
+    def is_saved(self, directory: str | Path) -> bool:
+        """Whether a checkpoint that was started is complete. Raises RunError if it failed."""
+        return self._checkpoints.is_done(Path(directory))
+
+    def close(self) -> None:
+        """Drop a checkpoint that is being written."""
+        self._checkpoints.close()
 
     def load_checkpoint(self, directory: str | Path) -> int | None:
         """Restore a checkpoint; returns its `last_step`.

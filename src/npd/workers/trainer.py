@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from npd.observe.pace import noted, write_note
 from npd.store.files import explain_write, remove
 from npd.store.layout import RunLayout
 from npd.store.shards import ShardReader, read_scored
-from npd.store.snapshots import is_whole, publish
+from npd.store.snapshots import publish
 from npd.types import EncodedPrompt, EvalReport, SampleRequest, Segment, SegmentReport, StepReport
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class TrainerWorker:
         self._chat = ChatTokenizer.of_student(config)
         self._device = resolve_device(config.runtime.device)
         self._dist: DistContext | None = None
+        self._opened = ExitStack()
         self._row_fitting = row_fitting(config.train.row_tokens)
         self._fitting = Fitting(
             "eval.batch_size", config.eval.batch_size, IF_NOTHING_FITS, is_alone=True
@@ -82,6 +83,7 @@ class TrainerWorker:
             dist=self._dist,
             stop_ids=self._chat.stop_ids,
         )
+        self._opened.callback(self._trainer.close)
 
     @property
     def _trainer(self) -> Trainer:
@@ -130,11 +132,24 @@ class TrainerWorker:
         self._trainer.save_pretrained(directory, full=model)
         self._chat.save_template(directory)
 
-    def checkpoint(self, step: int) -> None:
-        """Save the state for resuming from `step`, unless it is already saved."""
-        directory = self._layout.checkpoint(step)
-        if not self._trainer.dist.from_rank0(lambda: is_whole(directory)):
-            self._trainer.save_checkpoint(directory)
+    def checkpoint(self, step: int) -> float:
+        """Copy the state for resuming from `step`; it is written while training goes on.
+
+        Returns the seconds that it waited for the checkpoint before it.
+        """
+        return self._trainer.start_checkpoint(self._checkpoint(step), self._layout.store)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the copied state of `step` is where checkpoints are kept.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        return self._loaded.is_saved(self._checkpoint(step))  # wherever the student is
+
+    def _checkpoint(self, step: int) -> Path:
+        # Not by way of a cache, which takes part in the calls and not in what goes on beside them.
+        return RunLayout(self._layout.root).checkpoint(step)
 
     def export(self) -> str:
         """Write the final student as a Hugging Face model directory; replaces an older one."""
@@ -229,6 +244,7 @@ class TrainerWorker:
         """No-op. The first call constructs the worker; loading gets its own span in traces."""
 
     def close(self) -> None:
-        """Close the shard files and leave the other ranks."""
+        """Drop a checkpoint that is being written, close the shard files, leave the other ranks."""
+        self._opened.close()
         self._reader.close()
         self._rendezvous.leave()
