@@ -39,6 +39,7 @@ from npd.score.scorer import TeacherStudentScorer
 from npd.store.snapshots import publish, verify
 from npd.train import chunked
 from npd.train.batch import build_row
+from npd.train.fsdp import gather
 from npd.train.loss import near_policy_loss
 from training import TOP_K, matmul_rate, step_flops
 
@@ -392,7 +393,7 @@ def _same_step(meter: Meter) -> None:
     def grads() -> Tensor:
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer._objective(row, 100)[0].backward()
-        return torch.cat([p.grad.flatten()[::997] for p in trainer._parameters])
+        return torch.cat([gather(p.grad).flatten()[::997] for p in trainer._parameters])
 
     def is_same() -> bool:
         return torch.equal(grads(), grads())

@@ -38,7 +38,7 @@ class Bench:
         self.trainer = Trainer(
             made.config,
             made.loss,
-            student=made.student,
+            student=made.student if rank == 0 or made.elsewhere is None else made.elsewhere,
             read=lambda ref: by_id[ref.sample_id],
             device="cpu",
             dist=world,
@@ -74,6 +74,15 @@ class Bench:
             self.trainer.save_snapshot(directory / "snapshot", full=model)
             self.trainer.save_pretrained(directory / "export", full=model)
             return any(not (p.is_meta or p.requires_grad) for p in model.parameters())
+
+    def unshared(self) -> list[dict[str, Any]]:
+        """What each rank holds besides parameters: buffers and plain tensors, by name."""
+        from npd.train.fsdp import tensors_of
+
+        model = self.trainer.model
+        parameters = dict(model.named_parameters())
+        found = {n: t for n, t in tensors_of(model).items() if n not in parameters}
+        return self.trainer.dist.gather({name: t.numpy() for name, t in found.items()})
 
     def held(self) -> list[int]:
         """Numbers each rank holds of the weights."""
@@ -119,6 +128,8 @@ class BenchFactory:
     config: TrainConfig
     loss: LossConfig
     samples: tuple[tuple[int, Any], ...]
+    elsewhere: str | None = None
+    """The student's directory as ranks but the first find it."""
 
     def __call__(self) -> Bench:
         return Bench(self)

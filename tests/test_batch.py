@@ -87,7 +87,8 @@ def test_a_micro_batch_does_not_wait_for_its_device(
     config = FP32.model_copy(update={"dtype": dtype})
     trainer = make_trainer(tiny_model_dir, samples, config, LossConfig())
     row = build_row(samples, version=0, device="cpu").to(device)
-    objective = Objective(trainer.model.to(device), config, LossConfig(), is_sharded=False)
+    model, is_autocast = trainer.model.to(device), dtype == "bfloat16"
+    objective = Objective(model, LossConfig(), is_autocast=is_autocast)
     with Waits() as waits:
         loss, _ = objective(row, 29)
         loss.backward(torch.full_like(loss, 1.0))

@@ -23,7 +23,14 @@ from npd.models.loading import decoding, load_model
 from npd.score import build_scorer, in_process
 from npd.types import Row, Segment, Step
 from rank_bench import gradients_of, on_ranks
-from test_ranks import check_alike, check_same, factory_of, samples, segment_on  # noqa: F401
+from test_ranks import (
+    check_alike,
+    check_same,
+    factory_of,
+    one_rank,  # noqa: F401
+    samples,  # noqa: F401
+    segment_on,
+)
 from test_trainer import (
     FP32,
     make_rollouts,
@@ -151,6 +158,27 @@ def test_bfloat16_is_rounded_no_worse(samples, tiny_model_dir):  # noqa: F811
         runs[name] = np.array([(step.loss, step.grad_norm) for step in steps.steps])
     errors = {n: np.abs(runs[n] / runs["exact"] - 1).max() for n in ("eager", "compiled")}
     assert errors["compiled"] < 2 * errors["eager"] + 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_layers_compile_as_fsdp_casts_their_weights(recomputes, samples, one_rank, tiny_model_dir):  # noqa: F811
+    config = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": recomputes})
+    eager, compiled = (
+        make_trainer(tiny_model_dir, samples, c, LOSS, dist=one_rank(c))
+        for c in (config, with_compile(config))
+    )
+    assert num_graphs() == 0, "the check at the start compiles nothing"
+    (expected, grads), (found, others) = (
+        steps_and_gradients(trainer, samples) for trainer in (eager, compiled)
+    )
+    assert 0 < num_graphs() <= 3 * GRAPHS
+    # Each is a few parts in a thousand from float32.
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=5e-3)
+    for name, grad in grads.items():
+        apart = np.linalg.norm(others[name] - grad)
+        assert apart < 0.05 * np.linalg.norm(grad), name
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from npd.models.loading import load_model
 from npd.models.packed_attention import _on_device
 from npd.score import build_scorer
 from npd.train.batch import build_row
+from npd.train.fsdp import gather
 from npd.train.objective import Objective
 from npd.train.trainer import Trainer
 from run_process import WINDOWED, check_all_steps
@@ -131,7 +132,7 @@ def trained(directory, samples, device, loss, **changes):
     half = len(samples) // 2
     rows = [list(range(half)), list(range(half, len(samples)))]
     report = trainer.train(segment_of(samples, rows, steps=4))
-    weights = {name: p.detach().float().cpu() for name, p in trainer.model.named_parameters()}
+    weights = {name: gather(p.detach()).cpu() for name, p in trainer.model.named_parameters()}
     return report, weights
 
 
@@ -201,9 +202,8 @@ def test_a_killed_run_goes_on(make_run):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_micro_batch_does_not_wait_for_the_device(tiny_model_dir, teacher, dtype):
     samples = [score(teacher, own(teacher, rollout)) for rollout in make_rollouts(lengths=LENGTHS)]
-    config = TrainConfig(dtype=dtype, row_tokens=4096)
     model = load_model(tiny_model_dir, device="cuda").train()
-    objective = Objective(model, config, LossConfig(), is_sharded=False)
+    objective = Objective(model, LossConfig(), is_autocast=dtype == "bfloat16")
 
     def step():
         row = build_row(samples, version=0, device="cpu").pinned().to("cuda")

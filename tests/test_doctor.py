@@ -291,10 +291,13 @@ def test_memory_counts_state_and_rows(tmp_path):
     assert trainer_bytes(shorter, size, is_cpu=True)[1] < row
 
 
-def forward_and_backward(model_dir, config, tokens: int):
-    """One row through the trainer's objective, as often as it is called."""
+def forward_and_backward(model_dir, config, tokens: int, dist=None):
+    """One row through the trainer's objective, as often as it is called; by FSDP with `dist`."""
+    import torch
+
     from npd.models.loading import load_model
     from npd.train.batch import build_row
+    from npd.train.fsdp import shard
     from npd.train.objective import Objective
     from npd.train.trainer import recompute_activations
 
@@ -302,7 +305,10 @@ def forward_and_backward(model_dir, config, tokens: int):
     model.train()
     if config.train.activation_checkpointing:
         recompute_activations(model)
-    objective = Objective(model, config.train, config.loss, is_sharded=False)
+    is_autocast = config.train.dtype == "bfloat16" and dist is None
+    objective = Objective(model, config.loss, is_autocast=is_autocast)
+    if dist is not None:
+        shard(objective, model, dist, "cpu", torch.bfloat16)
     rollouts = []
     for i in range(0, tokens, 128):
         ids = np.arange(128, dtype=np.int32) % 300
@@ -328,12 +334,18 @@ def peak_of(work, path) -> int:
     return max(accumulate(size for _, size in sorted(sizes, key=lambda found: found[0])))
 
 
+@pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize(
     ("is_thrifty", "vocabulary", "dtype"),
     [(False, 512, "bfloat16"), (True, 8192, "bfloat16"), (True, 512, "float32")],
 )
-def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, vocabulary, dtype):
+def test_a_rows_forecast_is_what_the_trainer_allocates(
+    tmp_path, is_thrifty, vocabulary, dtype, is_gpu
+):
+    """On a GPU FSDP casts the weights to bfloat16, as it does here in a group of one."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from npd.models.distributed import connect_alone
 
     shape = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4,
         vocab_size=vocabulary, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
@@ -349,10 +361,37 @@ def test_a_rows_forecast_is_what_the_trainer_allocates(tmp_path, is_thrifty, voc
         data={"max_prompt_tokens": 512},
         eval={"source": "none"},
     )
-    work = forward_and_backward(tmp_path / "model", config, 1024)
+    dist = connect_alone("cpu") if is_gpu and dtype == "bfloat16" else None
+    work = forward_and_backward(tmp_path / "model", config, 1024, dist)
     work()  # from here on gradients are there, as in all rows of a step but the first
-    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")), is_cpu=True)[1]
-    assert 0.8 < forecast / peak_of(work, tmp_path / "trace.json") < 1.45
+    forecast = trainer_bytes(config, size_of(str(tmp_path / "model")), is_cpu=not is_gpu)[1]
+    peak = peak_of(work, tmp_path / "trace.json")
+    if dist is not None:
+        dist.close()
+    assert 0.8 < forecast / peak < 1.45
+
+
+def test_moments_of_8_bits_take_6_bytes_a_parameter_less(tmp_path):
+    make_model(0).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+    train = {"optimizer": "adamw8bit"}
+    config = RunConfig(student="a", teacher="b", schedule={"epochs": 10}, train=train)
+    assert trainer_bytes(config, size, is_cpu=False)[0] == 10 * size.parameters
+
+
+def test_ranks_that_share_only_the_optimiser_hold_all_weights(tmp_path):
+    make_model(0, tied=False, layers=8).save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+    plain = RunConfig(student="a", teacher="b", schedule={"epochs": 10}, train={"ranks": 4})
+    keeping = plain.model_copy(
+        update={"train": plain.train.model_copy(update={"shard": "optimizer"})}
+    )
+    (state, row), (same, more) = (
+        trainer_bytes(config, size, is_cpu=False) for config in (plain, keeping)
+    )
+    assert state == same
+    tables, layers = 304 * 32, (size.parameters - 304 * 32) / 8
+    assert more - row == pytest.approx(2 * (size.parameters - tables - 2 * layers), rel=0.01)
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), [("bfloat16", 512), ("float32", 32_768)])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from npd.config import LossConfig
-from npd.errors import RunError, WorkerLostError
+from npd.config import LoraConfig, LossConfig
+from npd.errors import ModelError, RunError, WorkerLostError
+from npd.models.distributed import connect_alone
+from npd.models.loading import load_model, outline
+from npd.train.fsdp import gather, layout, tensors_of
 from npd.types import Row, Segment, Step
 from rank_bench import BenchFactory, gradients_of, on_ranks
+from test_architectures import TAKEN, saved
 from test_trainer import (
     FP32,
+    SFT,
     make_rollouts,
     make_trainer,
     own,
@@ -98,10 +104,27 @@ def check_same(one, other, atol=3e-6, rtol=1e-5):
 
 
 def arrays(trainer):
-    return {name: w.numpy() for name, w in weights_of(trainer).items()}
+    return {name: gather(w).float().numpy() for name, w in weights_of(trainer).items()}
 
 
 BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": True})
+
+
+@pytest.fixture
+def one_rank():
+    """One rank as for the config: in bfloat16, ranks compute as one does in a group of its own."""
+    made = []
+
+    def make(config):
+        if config.dtype != "bfloat16":
+            return None
+        if not made:
+            made.append(connect_alone("cpu"))
+        return made[0]
+
+    yield make
+    for dist in made:
+        dist.close()
 
 
 @pytest.mark.slow
@@ -110,9 +133,9 @@ BF16 = FP32.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": 
     [(2, True, BF16, LOSS), (4, False, FP32, SKIPPING)],
     ids=["2-tied-bf16-recomputed", "4-untied-skipping"],
 )
-def test_ranks_take_the_steps_of_one(size, tied, config, loss, samples, tmp_path):
+def test_ranks_take_the_steps_of_one(size, tied, config, loss, samples, tmp_path, one_rank):
     directory = save_model(tmp_path / "student", seed=0, tied=tied)
-    alone = make_trainer(directory, samples, config, loss)
+    alone = make_trainer(directory, samples, config, loss, dist=one_rank(config))
     kept, smallest = {}, {}
 
     def keep(*_):
@@ -200,3 +223,64 @@ def test_ranks_go_on_after_one_was_killed_while_the_other_waited(samples, tmp_pa
 
     reports = on_ranks(tmp_path, factory_of(2, tiny_model_dir, samples), story)
     check_alike(expected.steps, reports[0].steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "family", "changes"),
+    [
+        (2, "Gemma3Text", {}),
+        (3, "Qwen2", {"dtype": "bfloat16"}),
+        (3, "Qwen3Moe", {"lora": LoraConfig(rank=3, alpha=6)}),
+    ],
+)
+def test_only_the_first_rank_reads_the_student(size, family, changes, tmp_path):
+    directory = saved(family, TAKEN[family], tmp_path / "student")
+    config = FP32.model_copy(update=changes)
+    elsewhere = shutil.copytree(
+        directory, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    texts = [replace(r, prompt_ids=r.prompt_ids % 96, response_ids=r.response_ids % 96)
+             for r in make_rollouts(lengths=LENGTHS)]  # fmt: skip
+    alone = make_trainer(directory, texts, config)
+    start = {n: p.detach().float().numpy().copy() for n, p in alone.model.named_parameters()}
+    expected = alone.train(segment_on(1, texts, STEPS[:1]))
+
+    segment = segment_on(size, texts, STEPS[:1])
+
+    async def story(group):
+        calls = [("weights",), ("unshared",), ("held",), ("train", segment)]
+        return [(await group.call(*call)).value for call in calls]
+
+    made = replace(factory_of(size, directory, texts, config, SFT), elsewhere=str(elsewhere))
+    weights, unshared, held, reports = on_ranks(tmp_path, made, story)
+    check_same(start, weights, atol=0, rtol=0)
+    assert sum(held) == sum(w.size for w in start.values())
+    own = {n: t.numpy() for n, t in tensors_of(alone.model).items() if n not in start}
+    for found in unshared:
+        check_same(own, found, atol=0, rtol=0)
+    assert own
+    rel = 0.02 if config.dtype == "bfloat16" else 2e-5
+    for a, b in zip(expected.steps, reports[0].steps, strict=True):
+        assert (b.loss, b.grad_norm) == pytest.approx((a.loss, a.grad_norm), rel=rel)
+
+
+@pytest.mark.slow
+def test_a_student_that_cannot_be_read_ends_all_ranks_alike(samples, tmp_path, tiny_model_dir):
+    empty = shutil.copytree(
+        tiny_model_dir, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+
+    async def story(group):
+        with pytest.raises(ModelError, match=r"rank 0, on .*: cannot load a causal language model"):
+            await group.call("weights")
+
+    on_ranks(tmp_path, factory_of(2, empty, samples), story)
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_a_student_built_without_memory_has_every_tensor(family, tmp_path):
+    directory = saved(family, TAKEN[family], tmp_path / "student")
+    built = outline(directory, is_packed=True).float()
+    assert layout(built) == layout(load_model(directory))
+    assert all(p.is_meta for p in built.parameters())

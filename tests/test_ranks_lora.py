@@ -10,6 +10,7 @@ import npd
 from npd.config import LoraConfig
 from npd.models.loading import load_model
 from npd.store.layout import RunLayout
+from npd.train.fsdp import gather
 from rank_bench import gradients_of, on_ranks
 from test_ranks import (
     BF16,
@@ -21,6 +22,7 @@ from test_ranks import (
     check_same,
     factory_of,
     numbers,
+    one_rank,  # noqa: F401
     samples,  # noqa: F401
     segment_on,
 )
@@ -39,7 +41,8 @@ def with_lora(config):
 
 
 def in_float32(trainer):
-    return {name: p.detach().float().numpy() for name, p in trainer.model.named_parameters()}
+    found = trainer.model.named_parameters()
+    return {name: gather(p.detach()).float().numpy() for name, p in found}
 
 
 @pytest.mark.slow
@@ -48,9 +51,9 @@ def in_float32(trainer):
     [(2, True, BF16), (4, False, FP32)],
     ids=["2-tied-bf16-recomputed", "4-untied"],
 )
-def test_ranks_train_the_adapters_of_one(size, tied, config, samples, tmp_path):  # noqa: F811
+def test_ranks_train_the_adapters_of_one(size, tied, config, samples, tmp_path, one_rank):  # noqa: F811
     directory, config = save_model(tmp_path / "student", seed=0, tied=tied), with_lora(config)
-    alone = make_trainer(directory, samples, config, LOSS)
+    alone = make_trainer(directory, samples, config, LOSS, dist=one_rank(config))
     start, kept = in_float32(alone), {}
     alone.optimizer.register_step_pre_hook(lambda *_: kept.update(gradients_of(alone)))
     expected = alone.train(segment_on(1, samples))

@@ -97,7 +97,7 @@ def segment_of(samples, rows, *, lr=1e-3, steps=1, version=0):
     return Segment(0, version, tuple(Step(i, lr, (packed,)) for i in range(steps)))
 
 
-def make_trainer(directory, samples, config=FP32, loss=SFT, seed=0):
+def make_trainer(directory, samples, config=FP32, loss=SFT, seed=0, dist=None):
     by_id = {ref.sample_id: sample for ref, sample in zip(refs_of(samples), samples, strict=True)}
     return Trainer(
         config,
@@ -106,6 +106,7 @@ def make_trainer(directory, samples, config=FP32, loss=SFT, seed=0):
         read=lambda ref: by_id[ref.sample_id],
         device="cpu",
         seed=seed,
+        dist=dist,
     )
 
 

@@ -64,6 +64,8 @@ _RENAMED = {
     "warmup_steps": "train.warmup (a share of the run, 0 to 1)",
     "num_warmup_steps": "train.warmup (a share of the run, 0 to 1)",
     "warmup_ratio": "train.warmup",
+    "optim": "train.optimizer (adamw, adamw8bit)",
+    "optimizer_type": "train.optimizer (adamw, adamw8bit)",
     "adam_beta1": "train.betas",
     "adam_beta2": "train.betas",
     "min_lr_ratio": "train.min_lr (a rate, not a ratio)",
@@ -71,6 +73,8 @@ _RENAMED = {
     "lr_scheduler_kwargs": "train.min_lr train.warmup",
     "gradient_checkpointing": "train.activation_checkpointing",
     "enable_activation_checkpointing": "train.activation_checkpointing",
+    "reshard_after_forward": "train.shard",
+    "fsdp_reshard_after_forward": "train.shard",
     "torch_compile": "train.compile",
     "bf16": "train.dtype (bfloat16 is the default)",
     "torch_dtype": "train.dtype generate.dtype score.dtype",
@@ -162,10 +166,6 @@ _ALWAYS = {
     **_each(
         "use_liger_kernel use_liger liger_fused_linear_cross_entropy chunked_cross_entropy",
         "the loss is computed in chunks (loss.impl: triton fuses it)",
-    ),
-    **_each(
-        "optim optimizer optimizer_type",
-        "AdamW, with train.lr, train.betas, train.weight_decay",
     ),
     **_each(
         "lr_scheduler_type lr_scheduler lr_schedule",

@@ -586,6 +586,9 @@ class TrainConfig(Section):
     """Share of the run over which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """AdamW's weight decay, on matrices only: not on norms, biases, embeddings or LM head."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` stores AdamW's moments in 8 bits, with a scale for every 256 of them: weights,
+    gradients and moments take 10 bytes a parameter instead of 16."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """AdamW's two decay rates."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
@@ -609,5 +612,11 @@ class TrainConfig(Section):
     ranks: Processes = 1
     """Processes (on GPUs: one each) that share the student and the rows of a step; `npd train`
     always uses one."""
+    shard: Literal["auto", "full", "optimizer"] = "auto"
+    """What ranks share: `full` (`auto`): weights, gradients and AdamW's moments (ZeRO-3), with
+    which each layer's weights are sent twice a row; `optimizer`: each rank keeps all weights from a
+    row's forward to its backward pass (ZeRO-2), with which they are sent once. `optimizer` is for
+    students of some 3B parameters or less and for slow links. With one GPU, `full` lets FSDP cast
+    the weights in place of autocast (not yet run on a GPU)."""
     gpus: Gpus = ()
     """GPUs of the trainer's ranks, as in `generate.gpus`. Empty: the first ones."""

@@ -21,12 +21,17 @@ from npd.errors import InputError
 from npd.models.device import CUDA, driver_gpus, free_and_total, is_gpu, kind_of, resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of
 
-# Weights, gradients and AdamW's two moments, all float32; a checkpoint has no gradients.
-_STATE_BYTES, _SAVED_BYTES = 16, 12
+# Weights, gradients and AdamW's two moments, all float32; or the moments in a byte each. A
+# checkpoint has no gradients, and its moments are float32.
+_STATE_BYTES = {"adamw": 16, "adamw8bit": 10}
+_SAVED_BYTES = 12
 # Values of size `hidden` and `intermediate` a layer keeps for its backward pass, at the width of
 # the compute type: residuals and norms stay float32, so count twice. Fitted to a 135M Llama, whose
 # 30 layers take 1.0 MB a token in bfloat16.
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 19, 4
+# The same where FSDP casts the weights instead of autocast: residuals and norms are bfloat16, and a
+# layer keeps about 5 values of size `hidden` less (25.2 KB a token instead of 30.8).
+_KEPT_HIDDEN_CAST = 14
 # On a CPU, glibc hands blocks below this back to its own heap. What activation checkpointing frees
 # in each layer lies between the layer inputs it keeps, and what no later block fits into stays
 # resident: 1.1 GiB of that 135M Llama with rows of 4,096 tokens, as 4 float32 values of size
@@ -254,11 +259,15 @@ def _generator_parts(config: RunConfig, size: ModelSize) -> list[Part]:
 def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[int, int]:
     """What the trainer holds always, and what a full row adds at its peak."""
     train, width = config.train, _BYTES[config.train.dtype]
-    layer = _KEPT_HIDDEN * size.hidden + _KEPT_INTERMEDIATE * size.intermediate
+    # One rank computes under autocast, unless `train.shard` says otherwise on a GPU.
+    is_sharded = train.ranks > 1 or (train.shard != "auto" and not is_cpu)
+    is_cast = train.dtype == "bfloat16" and is_sharded
+    layer = (_KEPT_HIDDEN_CAST if is_cast else _KEPT_HIDDEN) * size.hidden
+    layer += _KEPT_INTERMEDIATE * size.intermediate
     kept = width * size.layers * layer
     if train.activation_checkpointing is True:
-        # Each layer's input, in float32, and all of the one that is recomputed.
-        kept = 4 * size.layers * size.hidden + width * layer
+        # Each layer's input, in float32 under autocast, and all of the one that is recomputed.
+        kept = (width if is_cast else 4) * size.layers * size.hidden + width * layer
     # A chunk's logits (later their gradient) in the compute type; and the LM head's gradient, which
     # is made with the loss and waits for the rest.
     chunk = config.loss.chunk or chunk_for(size.vocabulary, is_cpu=is_cpu)
@@ -268,10 +277,26 @@ def trainer_bytes(config: RunConfig, size: ModelSize, *, is_cpu: bool) -> tuple[
     # without ranks.
     copied = 0 if is_cpu and train.ranks == 1 else head
     row = train.row_tokens * kept + max(logits, copied) + head
+    state = _STATE_BYTES[train.optimizer]
     if train.lora is not None:  # weights that stay as they are, and adapters beside them
-        return width * size.parameters + _STATE_BYTES * _num_trained(config, size), row
+        row += _gathered(train, size, is_cast)
+        return width * size.parameters + state * _num_trained(config, size), row
     copy = 0 if train.dtype == "float32" else width * size.parameters
-    return _STATE_BYTES * size.parameters, row + copy
+    if is_cast or train.ranks > 1:
+        copy = _gathered(train, size, is_cast)
+    return state * size.parameters, row + copy
+
+
+def _gathered(train: TrainConfig, size: ModelSize, is_cast: bool) -> int:
+    """The weights that a rank has gathered at once, in the compute type."""
+    width = _BYTES[train.dtype]
+    if train.ranks == 1 and not is_cast:
+        return 0
+    if train.ranks > 1 and train.shard == "optimizer":
+        return width * size.parameters
+    # Embeddings and LM head, counted once, and two layers: one computes, the next one is gathered.
+    tables = size.vocabulary * size.hidden
+    return width * (tables + 2 * max(0, size.parameters - tables) // max(1, size.layers))
 
 
 def copy_bytes(config: RunConfig, size: ModelSize) -> int:

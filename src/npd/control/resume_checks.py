@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # who only reads a run loads no torch
 
 # How much is computed at a time and by which kernels: the same numbers, to float noise.
 _COMPUTATION = (
-    *("train.activation_checkpointing", "train.compile", "train.deterministic"),
+    *("train.activation_checkpointing", "train.compile", "train.deterministic", "train.shard"),
     *("loss.impl", "loss.chunk"),
     *("score.row_tokens", "score.head_chunk", "score.compile", "generate.batch_size"),
     "eval.batch_size",

@@ -1,13 +1,15 @@
 """Process groups: the ranks that share one model, their rendezvous and collectives.
 
-With one rank every method is a no-op. Gathered values are the same on every rank. All ranks must
-call the methods in the same order, or they deadlock. Ranks on one machine use a file as rendezvous,
-and the loopback interface. Ranks on several machines use a port of the first rank's machine and its
-network, which must be trusted, because torch.distributed has no authentication.
+With one rank every method is a no-op; it may be in a group of its own, which needs no network.
+Gathered values are the same on every rank. All ranks must call the methods in the same order, or
+they deadlock. Ranks on one machine use a file as rendezvous, and the loopback interface. Ranks on
+several machines use a port of the first rank's machine and its network, which must be trusted,
+because torch.distributed has no authentication.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import struct
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npd.errors import ConfigError, InputError
-from npd.models.device import CPU, collective_backend, num_gpus
+from npd.models.device import CPU, collective_backend, num_gpus, use
 from npd.store.files import remove
 
 T = TypeVar("T")
@@ -31,10 +33,14 @@ _SIOCGIFADDR = 0x8915
 
 @dataclass(frozen=True, slots=True)
 class DistContext:
-    """A process group of `size` ranks; this process is number `rank`."""
+    """A process group of `size` ranks; this process is number `rank`.
+
+    With one rank, `is_group` says whether torch has a process group for it.
+    """
 
     rank: int = 0
     size: int = 1
+    is_group: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -72,7 +78,7 @@ class DistContext:
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.size > 1:
+        if self.is_group:
             import torch
 
             torch.distributed.destroy_process_group()
@@ -157,7 +163,48 @@ def connect(
     torch.distributed.init_process_group(
         collective_backend(kind), store=store, rank=rank, world_size=size, timeout=limit
     )
-    return DistContext(rank, size)
+    return DistContext(rank, size, is_group=True)
+
+
+def connect_alone(device: str) -> DistContext:
+    """This process as the only rank of a group, for libraries that work on groups only.
+
+    A group that the process is in already stays as it is. Otherwise the new one ends with the
+    process.
+    """
+    import torch
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    use(device)  # groups and streams are those of the current device
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            collective_backend(torch.device(device).type), store=HashStore(), rank=0, world_size=1
+        )
+        atexit.register(_end_group)
+    return DistContext(is_group=True)
+
+
+def _end_group() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def mesh_of(dist: DistContext, device: str) -> Any:
+    """The device mesh of the group's ranks: of this process alone, in whatever group it is."""
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    assert dist.is_group, "a mesh needs a process group"
+    kind = torch.device(device).type
+    if torch.distributed.get_world_size() == dist.size:
+        return init_device_mesh(kind, (dist.size,))
+    me = torch.distributed.get_rank()
+    own = torch.distributed.new_group(
+        [me], use_local_synchronization=True, backend=collective_backend(kind)
+    )
+    return DeviceMesh.from_group(own, kind)
 
 
 def _store(address: str, size: int, timeout: timedelta) -> Any:

@@ -87,13 +87,11 @@ def pack_documents(documents: Sequence[IntArray], device: str | torch.device) ->
     return PackedBatch(on_device(ids[None], device), on_device(positions[None], device), bounds)
 
 
-def autocast(
-    device: torch.device, *, is_on: bool, keeps_casts: bool = True
-) -> AbstractContextManager[object]:
+def autocast(device: torch.device, *, is_on: bool) -> AbstractContextManager[object]:
     """Autocast to bfloat16, or autocast off; a no-op on a device without autocast."""
     if not (is_on or torch.amp.is_autocast_available(device.type)):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_on, cache_enabled=keeps_casts)
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_on)
 
 
 def load_model(
@@ -343,8 +341,10 @@ def _is_code_of_its_own(config: Any) -> bool:
     return not is_known and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
-def outline(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def outline(path: str | Path, *, trust_remote_code: bool = False, is_packed: bool = False) -> Any:
     """The model of a directory or name on the meta device, from its config alone.
+
+    `is_packed` sets the packed attention, as `load_model` does.
 
     Raises:
         ModelError: there is no config, or the model cannot be built on the meta device.
@@ -353,7 +353,8 @@ def outline(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     config = read_config(path, trust_remote_code=trust_remote_code)
     # Shapes do not depend on it, and the one in config.json may not be installed.
-    config._attn_implementation = "eager"
+    config._attn_implementation = register_attention(config) if is_packed else "eager"
+    config.output_attentions, config.return_dict = False, True
     make = AutoModelForCausalLM.from_config
     what = f"no model can be built from the config.json of {path}"
     with explained(what, "copy or save the model again"), _LOADING, torch.device("meta"):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from npd.config import RunConfig, TrainConfig
-from npd.pack import balance, pack
+from npd.pack import balance, pack, row_cost
 from npd.schedule import events as ev
 from npd.schedule.learning_rate import learning_rate
 from npd.schedule.refresh import RefreshRule
@@ -389,8 +389,8 @@ def make_step(
 
 
 def _deal(rows: Sequence[Row], ranks: int) -> tuple[tuple[Row, ...], ...]:
-    """The rows of each rank, balanced by the cost of attention."""
+    """The rows of each rank, balanced by their cost."""
     if ranks == 1:
         return (tuple(rows),)
-    costs = [float(sum(ref.num_tokens**2 for ref in row.samples)) for row in rows]
+    costs = [row_cost([ref.num_tokens for ref in row.samples]) for row in rows]
     return tuple(tuple(rows[index] for index in indices) for indices in balance(costs, ranks))

@@ -42,6 +42,7 @@ from npd.models.loading import autocast, hidden_states, load_model, pack_documen
 from npd.store import files
 from npd.store.snapshots import Entry, HashedFile, publish, verify
 from npd.train.fsdp import gather, shard_like
+from npd.train.objective import moments_of
 from npd.types import IntArray
 
 _FORMAT = 1
@@ -295,7 +296,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     """Every moment by kind and parameter name; zeros at step 0 for a parameter never stepped."""
     out: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
-        state = optimizer.state.get(parameter, {})
+        state = moments_of(optimizer, parameter)
         for kind in _KINDS:
             moment = state.get(kind)
             if moment is None:

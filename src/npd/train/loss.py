@@ -100,8 +100,8 @@ def near_policy_loss(
     """
     spec = LossSpec(kd_weight, target, divergence, beta, temperature)
     spec.check()
-    head = gathered_head(head if isinstance(head, Head) else Head(head))
     hidden_ND = hidden_ND.to(_compute_dtype(hidden_ND))
+    head = gathered_head(head if isinstance(head, Head) else Head(head), hidden_ND.dtype)
     has_teacher = topk_ids_NK is not None and kd_weight > 0.0
     spec = spec if has_teacher else LossSpec(0.0, target, divergence, beta, temperature)
     teacher = (topk_ids_NK, topk_logprobs_NK) if has_teacher else (None, None)

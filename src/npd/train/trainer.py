@@ -7,7 +7,8 @@ repeats an uninterrupted one: bit for bit on a CPU, on a GPU to float noise with
 
 With several ranks (`fsdp`) each has a shard of the student and trains its rows of a step. Sums are
 reduced over ranks, so every rank has the same report. All ranks must make the same calls in the
-same order. A `Step` brings its samples, their order and its learning rate (`npd.schedule`).
+same order. On GPUs one rank works the same way in bfloat16, as a group of its own. A `Step` brings
+its samples, their order and its learning rate (`npd.schedule`).
 """
 
 from __future__ import annotations
@@ -31,20 +32,33 @@ from npd.models.device import (
     deterministic,
     free_cached,
     generators_of,
+    is_gpu,
     is_pinnable,
     reset_peak,
     resolve_device,
     set_cublas,
 )
-from npd.models.distributed import DistContext
+from npd.models.distributed import DistContext, connect_alone
 from npd.models.kernels.compile import compile_layers, uncompiled
-from npd.models.loading import load_model
+from npd.models.loading import load_model, pack_documents
 from npd.models.out_of_memory import Fitting
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
 from npd.train.checkpoint import CheckpointWriter, check_adapter, check_alike, check_written
-from npd.train.fsdp import gather_all, shard, to_meta, with_params
+from npd.train.fsdp import (
+    free_gathered,
+    gather_all,
+    has_no_weights,
+    is_kept_in_float32,
+    load_student,
+    recover,
+    shard,
+    share_out,
+    tensors_of,
+    to_meta,
+    with_params,
+)
 from npd.train.objective import Objective, build_optimizer, clip, move, to_host
 from npd.train.step_metrics import Measured, check_finite, peak_memory_mib, report
 from npd.types import Segment, SegmentReport, StepReport
@@ -91,11 +105,9 @@ class Trainer:
         self.dist = DistContext() if dist is None else dist
         # A student to be sharded may not fit the device, so sharding moves it there.
         first_device = self.device if self.dist.size == 1 else "cpu"
-        self.model = load_model(
-            student,
-            role="student",
-            device=first_device,
-            trust_remote_code=trust_remote_code,
+        self.model = load_student(
+            *(student, self.dist, first_device),
+            trust=trust_remote_code,
             compute_dtype=config.dtype,
         )
         self._more_ends = _add_stop_ids(self.model, stop_ids)
@@ -104,18 +116,24 @@ class Trainer:
         self.model.train()
         if config.activation_checkpointing is True:
             recompute_activations(self.model)
-        is_sharded = self.dist.size > 1
-        self._meta_model = to_meta(self.model) if is_sharded and self.dist.is_first else None
-        self._objective = Objective(self.model, config, loss, is_sharded=is_sharded)
+        is_bf16 = config.dtype == "bfloat16"
+        is_cast = is_bf16 and self._is_cast_by_fsdp()
+        self._meta_model = (
+            to_meta(self.model) if self.dist.is_group and self.dist.is_first else None
+        )
+        self._objective = Objective(self.model, loss, is_autocast=is_bf16 and not is_cast)
         if config.compile:
             compile_layers(self.model, self.device)
-        if is_sharded:
-            shard(self._objective, self.model, self.dist, self.device)
+        if self.dist.is_group:
+            self._shard(torch.bfloat16 if is_cast else None)
+        if is_cast:
+            check_computes(self._objective, self.model, self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.last_step: int | None = None
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._trust_remote_code = trust_remote_code
         self._is_proven = False
+        self._is_broken = False  # whether the last pass of a sharded student failed
         self._read, self._seed = read, seed
         self._is_away = False
         self._checkpoints = CheckpointWriter(self.dist, is_pinned=is_pinnable(self.device))
@@ -131,15 +149,38 @@ class Trainer:
     def off_device(self) -> None:
         """Move the student and the optimiser's state to main memory."""
         if not self._is_away:
-            move(self.model, self.optimizer, to_host)
+            move(self._objective, self.optimizer, to_host)
             self._is_away = True
             free_cached()
 
     def to_device(self) -> None:
         """Undo `off_device`."""
         if self._is_away:
-            move(self.model, self.optimizer, lambda tensor: tensor.to(self.device))
+            move(self._objective, self.optimizer, lambda tensor: tensor.to(self.device))
             self._is_away = False
+
+    def _shard(self, dtype: torch.dtype | None) -> None:
+        """Share the student out over the ranks; those that have not loaded it get their parts."""
+        is_read_once = self.dist.gather(has_no_weights(self.model))[-1]
+        whole = tensors_of(self._objective) if is_read_once and self.dist.is_first else {}
+        keeps_weights = self.config.shard == "optimizer" and self.dist.size > 1
+        given = (self._objective, self.model, self.dist, self.device, dtype)
+        shard(*given, keeps_weights=keeps_weights)
+        if is_read_once:
+            share_out(self._objective, whole, self.dist, self.device)
+
+    def _is_cast_by_fsdp(self) -> bool:
+        """Whether FSDP casts the weights instead of autocast.
+
+        Autocast keeps a copy of every weight until the backward pass has used it. One GPU becomes
+        a group if `train.shard` asks for that. On a CPU, one rank keeps autocast, which is more
+        exact there and faster.
+        """
+        if is_kept_in_float32(self.model):
+            return False
+        if self.config.shard != "auto" and not self.dist.is_group and is_gpu(self.device):
+            self.dist = connect_alone(self.device)
+        return self.dist.is_group
 
     def train(
         self, segment: Segment, *, on_step: Callable[[StepReport], None] | None = None
@@ -174,7 +215,7 @@ class Trainer:
         """
         if self.dist.size == 1:
             with uncompiled() if self.config.compile else nullcontext():
-                yield self.model
+                yield self._unsharded()
             return
         tensors = gather_all(dict(self.model.named_parameters()), self.dist, self.device)
         yield (
@@ -187,7 +228,7 @@ class Trainer:
     def gathered_for_save(self) -> Iterator[Any | None]:
         """As `full_model`, on the CPU for saving. With LoRA the base is loaded from disk."""
         if self.dist.size == 1:
-            yield self.model
+            yield self._unsharded()
             return
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         tensors = gather_all(trained, self.dist, "cpu")
@@ -257,7 +298,14 @@ class Trainer:
 
     def _written(self, full: Any) -> Any:
         assert full is not None or self.dist.size == 1, "only rank 0 writes"
-        return self.model if full is None else full
+        return self._unsharded() if full is None else full
+
+    def _unsharded(self) -> Any:
+        """The student of a single rank outside FSDP; the weights are the same tensors."""
+        if not self.dist.is_group:
+            return self.model
+        tensors = gather_all(dict(self.model.named_parameters()), self.dist, self.device)
+        return with_params(self._meta_model, tensors).to(self.device)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the state for resuming, completely or not at all, and wait for it.
@@ -305,7 +353,7 @@ class Trainer:
         doing = f"step {step.index}: "
         try:
             rows = self._fitting.run(
-                lambda: self._accumulate(given, tokens), doing=doing, least=given.longest
+                lambda: self._attempt(given, tokens), doing=doing, least=given.longest
             )
             norm = clip(self._parameters, self.config.clip)
             measured = Measured.together(self.dist.gather(Measured.of(rows, norm)))
@@ -323,6 +371,14 @@ class Trainer:
         seconds = time.perf_counter() - started
         found = report(step, measured, tokens, version, self.config.row_tokens, seconds)
         return replace(found, skipped_tokens=skipped)
+
+    def _attempt(self, given: StepRows, tokens: int) -> list[dict[str, Tensor]]:
+        if self._is_broken:
+            recover(self._objective)
+        self._is_broken = self.dist.is_group
+        rows = self._accumulate(given, tokens)
+        self._is_broken = False
+        return rows
 
     def _accumulate(self, given: StepRows, tokens: int) -> list[dict[str, Tensor]]:
         """Add the gradients of a step's rows, each in parts that fit; returns each row's numbers.
@@ -357,6 +413,36 @@ def step_randomness(device: str, seed: int, step: int, rank: int) -> Iterator[No
     with torch.random.fork_rng(**generators_of(device)):
         torch.manual_seed(int(state[0]) % 2**63)
         yield
+
+
+def check_computes(objective: Any, model: Any, device: str) -> None:
+    """Run a sharded student on a few tokens, because its code may demand weights of another dtype.
+
+    All ranks must call it.
+
+    Raises:
+        ModelError: it does not run.
+    """
+    ids = np.arange(6, dtype=np.int32) % model.config.get_text_config().vocab_size
+    row = TrainRow(
+        pack_documents([ids[:4], ids[4:]], device),
+        positions_N=torch.arange(len(ids), device=device),
+        labels_N=torch.zeros(len(ids), dtype=torch.int64, device=device),
+        topk_ids_NK=None,
+        topk_logprobs_NK=None,
+        behavior_N=None,
+    )
+    try:
+        with torch.no_grad(), step_randomness(device, 0, 0, 0), uncompiled():
+            objective(row, len(ids))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"this architecture ({type(model).__name__}) does not compute with bfloat16 weights "
+            f"({error!r:.100}): set train.dtype: float32"
+        ) from error
+    free_gathered(objective)
 
 
 def recompute_activations(model: Any) -> None:

@@ -61,7 +61,8 @@ def layers_of(model: Any) -> Iterator[nn.Module]:
     """The layers of a transformer, last first: the units of compilation and sharding."""
     names = set(model._no_split_modules or ())
     for module in reversed(list(model.modules())):
-        if type(module).__name__ in names:
+        # FSDP makes a subclass of a layer that it shards.
+        if names & {base.__name__ for base in type(module).__mro__}:
             yield module
 
 
