@@ -36,9 +36,9 @@ from common import Bar, Figure, Spread, make_parser, parse, peak_mib, publish
 from npd.config import RunConfig
 from npd.config.load import load_config
 from npd.control.controller import Controller
+from npd.control.devices.placement import WorkerSet, start_generators, start_scorers, start_trainer
 from npd.control.dispatcher import Dispatcher
 from npd.control.monitor import Monitor
-from npd.control.placement import WorkerSet, start_generators, start_scorers, start_trainer
 from npd.control.run_directory import OpenRun
 from npd.data.inputs import RunInputs
 from npd.observe.live import PlainView

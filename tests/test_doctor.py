@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from npd.config import LaunchConfig, LoraConfig, RunConfig, TrainConfig
-from npd.control.memory import (
+from npd.control.devices.memory import (
     copy_bytes,
     heap_bytes,
     over_ranks,
@@ -398,7 +398,7 @@ def test_ranks_that_share_only_the_optimiser_hold_all_weights(tmp_path):
 def test_a_prefills_forecast_is_what_the_scorer_allocates(tmp_path, dtype, vocabulary):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from npd.control.memory import parts_by_process
+    from npd.control.devices.memory import parts_by_process
     from npd.score.base import LogprobRequest
     from npd.score.in_process import load_prefill_model
 

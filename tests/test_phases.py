@@ -13,23 +13,28 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import npd
-from npd.control.defaults import chosen, with_defaults
-from npd.control.device_turns import DeviceTurns
-from npd.control.memory import parse_gpus
-from npd.control.placement import WorkerSet
+from npd.config import LoraConfig, LossConfig
+from npd.control.devices.defaults import chosen, with_defaults
+from npd.control.devices.memory import parse_gpus
+from npd.control.devices.placement import WorkerSet
+from npd.control.devices.turns import DeviceTurns
 from npd.control.preflight import prepare
 from npd.control.run_record import recorded_config
 from npd.errors import ConfigError, WorkerLostError
+from npd.models.distributed import connect_alone
 from npd.observe.trace import read_trace
 from npd.store.layout import RunLayout
 from npd.store.ledger import Ledger
 from npd.store.shards import read_rollouts
+from npd.train.fsdp import gather
 from npd.train.objective import move, to_host
 from npd.types import SampleRequest
 from npd.workers import Factory, GenerateTask, ScoreTask
 from run_process import check_books
 from test_progress import Interrupting
+from test_ranks import samples, segment_on  # noqa: F401
 from test_run import QuietView, check_same_student
+from test_trainer import FP32, make_trainer, teacher  # noqa: F401
 from tiny_run import tiny_config, write_prompts
 
 PHASES = {"kind": "inline", "share": "phases"}
@@ -47,18 +52,22 @@ def make(tmp_path, tiny_model_dir, tiny_teacher_dir):
 
 
 def turns(result) -> list[str]:
-    """The roles that had the device, in order; no two at once."""
+    """The roles that had the device, in order: no two at once, each released before the next."""
     spans = read_trace(RunLayout(result.directory).trace_jsonl)
-    found: list[str] = []
-    ends: dict[str, float] = {}
+    found = ["trainer"]  # which loads first
+    end, is_released = 0.0, False
     for span in sorted(spans, key=lambda span: span.start):
         role = span.worker.partition("-")[0]
-        if role == "controller" or span.name in ("load", "release"):
+        if role == "controller" or span.name == "load":
             continue
-        others = [end for other, end in ends.items() if other != role]
-        assert all(end <= span.start + 1e-3 for end in others), "two roles at once"
-        ends[role] = max(span.end, ends.get(role, 0.0))
-        found += [role] if found[-1:] != [role] else []
+        if role != found[-1]:
+            assert is_released, f"{found[-1]} keeps the device"
+            assert end <= span.start + 1e-3, "two roles at once"
+            found.append(role)
+            is_released = False
+        if span.name == "release":
+            is_released = True
+        end = max(end, span.end)
     return found
 
 
@@ -66,7 +75,12 @@ def turns(result) -> list[str]:
 def test_roles_take_turns_and_the_student_is_that_of_stages_in_turn(make, kind):
     in_turn = npd.run(make("in-turn", schedule={"overlap": False}), view=QuietView())
     phases = npd.run(make("phases", runtime={"kind": kind, "share": "phases"}), view=QuietView())
-    assert turns(phases) == ["scorer", "trainer", *["generator", "scorer", "trainer"] * 2]
+    assert turns(phases) == [
+        "trainer",
+        "scorer",
+        "trainer",
+        *["generator", "scorer", "trainer"] * 2,
+    ]
     check_same_student(in_turn, phases)
     check_books(RunLayout(phases.directory), reuse=2)
 
@@ -129,6 +143,31 @@ def tensors_of(model, optimizer) -> list[torch.Tensor]:
     """The tensors of a student in training."""
     moments = [v for state in optimizer.state.values() for v in state.values()]
     return [tensor.data for tensor in (*model.parameters(), *model.buffers(), *moments)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "8 bits", "sharded", "lora"])
+def test_a_trainer_off_its_device_and_back_goes_on_to_the_bit(kind, samples, tiny_model_dir):  # noqa: F811
+    config = FP32 if kind != "sharded" else FP32.model_copy(update={"dtype": "bfloat16"})
+    if kind == "8 bits":
+        config = config.model_copy(update={"optimizer": "adamw8bit"})
+    if kind == "lora":
+        config = config.model_copy(update={"lora": LoraConfig(rank=2)})
+
+    def weights(is_moved: bool) -> dict[str, torch.Tensor]:
+        dist = connect_alone("cpu") if kind == "sharded" else None
+        trainer = make_trainer(tiny_model_dir, samples, config, LossConfig(), dist=dist)
+        for first in (1, 5):
+            trainer.train(segment_on(1, samples, first=first))
+            if is_moved:
+                before = dict(trainer.model.named_parameters())
+                trainer.off_device()
+                trainer.to_device()
+                after = dict(trainer.model.named_parameters())
+                assert all(after[name] is value for name, value in before.items())
+        return {name: gather(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+
+    stayed, moved = weights(is_moved=False), weights(is_moved=True)
+    assert all(torch.equal(stayed[name], value) for name, value in moved.items())
 
 
 def test_gradients_are_not_moved(tiny_model_dir):

@@ -237,7 +237,7 @@ def test_where_not_even_a_sample_fits_the_next_step_is_clean(alone, samples, tin
         raise torch.OutOfMemoryError("out of memory")
 
     hook = trainer.model.model.norm.register_forward_hook(is_full)
-    with pytest.raises(RunError, match=r"a sample of 18 tokens: set train\.activation_check"):
+    with pytest.raises(RunError, match=r"a sample of 18 tokens and loss\.chunk 1: set train\.act"):
         trainer.train(segment_of(samples, ROWS))
     hook.remove()
     (report,) = trainer.train(segment_of(samples, [(5,), (6,)])).steps

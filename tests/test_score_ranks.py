@@ -16,8 +16,9 @@ import pytest
 import npd
 from cli_fixture import Shell
 from npd.config import RunConfig
-from npd.control.placement import start_generators, start_scorers, start_trainer
-from npd.control.preflight import check_ranks, prepare
+from npd.control.devices.placement import start_generators, start_scorers, start_trainer
+from npd.control.model_checks import check_ranks
+from npd.control.preflight import prepare
 from npd.errors import ConfigError, ModelError, NpdError
 from npd.runtime.local import LocalRuntime
 from npd.runtime.rank_group import RankGroup
@@ -445,7 +446,7 @@ class FakeRuntime:
 
 def test_each_rank_has_a_gpu_after_the_trainers(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6")
-    monkeypatch.setattr("npd.control.placement.num_gpus", lambda *_: 7)
+    monkeypatch.setattr("npd.control.devices.placement.num_gpus", lambda *_: 7)
     runtime = FakeRuntime()
     config = RunConfig.model_validate(
         {**SETTINGS, "train": {"ranks": 2}, "score": {"ranks": 2, "workers": 2},

@@ -24,9 +24,10 @@ from fake_servers import FakeVllm, make_snapshot, read_lm
 from fakes import make_rollouts
 from npd.config import RunConfig
 from npd.config.load import load_config
-from npd.control.memory import other_bytes
-from npd.control.placement import share_of_servers
-from npd.control.preflight import models_read_here, prepare
+from npd.control.devices.memory import other_bytes
+from npd.control.devices.placement import share_of_servers
+from npd.control.model_checks import models_read_here
+from npd.control.preflight import prepare
 from npd.control.run_directory import open_directory
 from npd.control.run_record import load_run
 from npd.data.chat_tokenizer import ChatTokenizer

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from npd.config import RunConfig
 from npd.config.paths import why_unmakeable, why_unreadable
-from npd.control.defaults import with_defaults
-from npd.control.preflight import check_model, device_here, prepare
+from npd.control.devices.defaults import with_defaults
+from npd.control.model_checks import check_model
+from npd.control.preflight import device_here, prepare
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.data.inputs import RunInputs, check_names, for_workers
 from npd.data.vocabulary import compare_ends

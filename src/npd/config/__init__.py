@@ -15,11 +15,10 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from npd.config.base import LaunchConfig, ServedConfig
 from npd.config.checks import ImpossibleError, problems
+from npd.config.data_sections import DataConfig, EvalConfig, SourceConfig
 from npd.config.run import RunKeywords, RunValues
 from npd.config.sections import (
     CheckpointConfig,
-    DataConfig,
-    EvalConfig,
     FilterConfig,
     GenerateConfig,
     LoraConfig,
@@ -30,7 +29,6 @@ from npd.config.sections import (
     RuntimeConfig,
     ScheduleConfig,
     ScoreConfig,
-    SourceConfig,
     TeacherConfig,
     TrainConfig,
 )

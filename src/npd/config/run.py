@@ -10,10 +10,9 @@ from typing import Annotated, Any, Self, TypeAlias, TypedDict, TypeVar
 from pydantic import Field
 
 from npd.config.base import Directory, LaunchConfig, Section, ServedConfig
+from npd.config.data_sections import DataConfig, EvalConfig
 from npd.config.sections import (
     CheckpointConfig,
-    DataConfig,
-    EvalConfig,
     FilterConfig,
     GenerateConfig,
     LossConfig,

@@ -16,9 +16,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from pathlib import Path
 from typing import Any, TypeVar
 
-from npd.control.device_turns import DeviceTurns
+from npd.control.devices.placement import WorkerSet, with_models
+from npd.control.devices.turns import DeviceTurns
 from npd.control.monitor import Monitor
-from npd.control.placement import WorkerSet, with_models
 from npd.control.run_directory import OpenRun
 from npd.errors import RunError, StoreError, WorkerLostError
 from npd.observe.trace import Span, steady_time

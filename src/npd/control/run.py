@@ -15,16 +15,16 @@ from npd.config import RunConfig
 from npd.config.load import dump_config
 from npd.config.sources import SMOKE, resume_command
 from npd.control.controller import Controller, Ending
-from npd.control.defaults import check_servers, chosen, with_defaults
-from npd.control.dispatcher import Dispatcher
-from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
-from npd.control.monitor import Monitor
-from npd.control.placement import (
+from npd.control.devices.defaults import check_servers, chosen, with_defaults
+from npd.control.devices.placement import (
     WorkerSet,
     start_generators,
     start_scorers,
     start_trainer,
 )
+from npd.control.dispatcher import Dispatcher
+from npd.control.interrupt import Interrupt, outside_loops, stop_on_signals
+from npd.control.monitor import Monitor
 from npd.control.preflight import Start, check_cluster, prepare
 from npd.control.report_data import RunResult, summarize, write_report
 from npd.control.resume import finished_at

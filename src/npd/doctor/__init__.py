@@ -43,8 +43,8 @@ def examine(
 
 
 def _examine(config: RunConfig, elsewhere: str | None) -> Iterator[Check]:
-    from npd.control.defaults import with_defaults
-    from npd.control.memory import parse_gpus
+    from npd.control.devices.defaults import with_defaults
+    from npd.control.devices.memory import parse_gpus
     from npd.control.preflight import Preflight, Start
     from npd.doctor.forecast import disk_checks, forecast_checks
     from npd.doctor.memory import memory_checks

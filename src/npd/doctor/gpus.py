@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from npd.config import LaunchConfig, RunConfig
-from npd.control.memory import gpu_ids
-from npd.control.placement import assign_gpus
-from npd.control.server_memory import given_share
+from npd.control.devices.memory import gpu_ids
+from npd.control.devices.placement import assign_gpus
+from npd.control.devices.server_memory import given_share
 from npd.models.device import hides_gpus, is_gpu, resolve_device, visible_names
 from npd.types import Check
 

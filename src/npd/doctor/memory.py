@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from npd.config import RunConfig
-from npd.control.defaults import with_defaults
-from npd.control.memory import (
+from npd.control.devices.defaults import with_defaults
+from npd.control.devices.memory import (
     SERVER,
     Gpu,
     Part,
@@ -24,7 +24,7 @@ from npd.control.memory import (
     processes_by_gpu,
     trainer_bytes,
 )
-from npd.control.server_memory import blind_checks
+from npd.control.devices.server_memory import blind_checks
 from npd.models.metadata import GIB, ModelSize, size_of
 from npd.types import Check
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from npd.config import RunConfig
-from npd.control.memory import device_bytes
+from npd.control.devices.memory import device_bytes
 from npd.data.chat_tokenizer import ChatTokenizer
 from npd.environment import untested
 from npd.errors import NpdError

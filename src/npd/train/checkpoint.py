@@ -94,7 +94,7 @@ class HostCopy:
             header[name] = {"dtype": kind, "shape": [*whole.shape], "data_offsets": offsets}
         self._files[file] = start, header
         if self._is_pinned:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
 
     def _append(self, data: Tensor) -> None:
         while len(data):

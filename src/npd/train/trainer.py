@@ -111,23 +111,7 @@ class Trainer:
             compute_dtype=config.dtype,
         )
         self._more_ends = _add_stop_ids(self.model, stop_ids)
-        if config.lora is not None:
-            lora.attach(self.model, config.lora, base=self.student, seed=seed, dtype=config.dtype)
-        self.model.train()
-        if config.activation_checkpointing is True:
-            recompute_activations(self.model)
-        is_bf16 = config.dtype == "bfloat16"
-        is_cast = is_bf16 and self._is_cast_by_fsdp()
-        self._meta_model = (
-            to_meta(self.model) if self.dist.is_group and self.dist.is_first else None
-        )
-        self._objective = Objective(self.model, loss, is_autocast=is_bf16 and not is_cast)
-        if config.compile:
-            compile_layers(self.model, self.device)
-        if self.dist.is_group:
-            self._shard(torch.bfloat16 if is_cast else None)
-        if is_cast:
-            check_computes(self._objective, self.model, self.device)
+        self._prepare(seed)
         self.optimizer = build_optimizer(self.model, config)
         self.last_step: int | None = None
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -145,6 +129,28 @@ class Trainer:
         self._fitting = Fitting(
             "train.row_tokens", config.row_tokens, _IF_NOTHING_FITS, then=self._chunks
         )
+
+    def _prepare(self, seed: int) -> None:
+        """Adapters, recomputed activations, compiled layers and shards, in the order they need."""
+        if self.config.lora is not None:
+            lora.attach(
+                self.model, self.config.lora, base=self.student, seed=seed, dtype=self.config.dtype
+            )
+        self.model.train()
+        if self.config.activation_checkpointing is True:
+            recompute_activations(self.model)
+        is_bf16 = self.config.dtype == "bfloat16"
+        is_cast = is_bf16 and self._is_cast_by_fsdp()
+        self._meta_model = (
+            to_meta(self.model) if self.dist.is_group and self.dist.is_first else None
+        )
+        self._objective = Objective(self.model, self.loss, is_autocast=is_bf16 and not is_cast)
+        if self.config.compile:
+            compile_layers(self.model, self.device)
+        if self.dist.is_group:
+            self._shard(torch.bfloat16 if is_cast else None)
+        if is_cast:
+            check_computes(self._objective, self.model, self.device)
 
     def off_device(self) -> None:
         """Move the student and the optimiser's state to main memory."""

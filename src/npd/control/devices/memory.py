@@ -1,9 +1,9 @@
 """How much memory a run takes, by process and device, beside what the machine has.
 
 The forecast is rough: allocators, kernels and other architectures differ by tens of per cent. On
-GPUs it is one for each, of the processes that `npd.control.placement` puts there and of the servers
-that they start. In phases (`runtime.share`) one role at a time has its models there. What follows
-from it is decided in `npd.control.defaults`, and shown in `npd.doctor.memory`.
+GPUs it is one for each, of the processes that `placement` puts there and of the servers that they
+start. In phases (`runtime.share`) one role at a time has its models there. What follows from it is
+decided in `defaults`, and shown in `npd.doctor.memory`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from npd.config import RunConfig, TrainConfig
 from npd.config.sections import SIZES_ON_GPU, chunk_for
-from npd.control.placement import assign_gpus, num_scorers, trainer_names, visible_gpus
-from npd.control.server_memory import parts_of_servers, role_of_server
+from npd.control.devices.placement import assign_gpus, num_scorers, trainer_names, visible_gpus
+from npd.control.devices.server_memory import parts_of_servers, role_of_server
 from npd.errors import InputError
 from npd.models.device import CUDA, driver_gpus, free_and_total, is_gpu, kind_of, resolve_device
 from npd.models.metadata import GIB, ModelSize, size_of

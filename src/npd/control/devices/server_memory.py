@@ -2,7 +2,7 @@
 
 vLLM takes nine tenths of a GPU and refuses to start where less is free. A server that has its GPUs
 to itself is left to that. Beside others it is given what they leave, by the forecast of
-`npd.control.memory`.
+`npd.control.devices.memory`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from npd.config import LaunchConfig, RunConfig
 from npd.config.sections import SIZES_ON_CPU
-from npd.control.placement import gpus_of_server, is_given_to_server
+from npd.control.devices.placement import gpus_of_server, is_given_to_server
 from npd.models.metadata import GIB, ModelSize, size_of
 from npd.types import DEFAULT_TEACHER, Check
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from npd.config import RunConfig
 from npd.config.sections import SCORE_SIZES, SIZES_ON_CPU, ScoreSizes, chunk_for
-from npd.control.memory import (
+from npd.control.devices.memory import (
     SERVER,
     Gpu,
     Part,
@@ -24,8 +24,8 @@ from npd.control.memory import (
     scorer_parts,
     trainer_parts,
 )
-from npd.control.placement import roles_with_models, visible_gpus
-from npd.control.server_memory import is_decided_here, need_of, servers_on, shares_beside
+from npd.control.devices.placement import roles_with_models, visible_gpus
+from npd.control.devices.server_memory import is_decided_here, need_of, servers_on, shares_beside
 from npd.errors import ConfigError
 from npd.models.metadata import GIB, ModelSize, size_of
 

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from npd.control.placement import WorkerSet
+from npd.control.devices.placement import WorkerSet
 from npd.runtime import Worker
 
 
