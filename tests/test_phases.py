@@ -16,7 +16,7 @@ import npd
 from npd.config import LoraConfig, LossConfig
 from npd.control.devices.defaults import chosen, with_defaults
 from npd.control.devices.memory import parse_gpus
-from npd.control.devices.placement import WorkerSet
+from npd.control.devices.placement import WorkerSet, check_gpus
 from npd.control.devices.turns import DeviceTurns
 from npd.control.preflight import prepare
 from npd.control.run_record import recorded_config
@@ -283,6 +283,20 @@ def test_what_contradicts_phases_is_refused(make, sections, says):
     runtime = {**PHASES, **sections.pop("runtime", {})}
     with pytest.raises(ConfigError, match=says):
         make(runtime=runtime, **sections)
+
+
+def test_phases_are_for_one_gpu(make):
+    config = make(runtime={"kind": "local", "device": "cuda", "share": "phases"})
+    with pytest.raises(ConfigError, match=r"phases is for one device, but .* GPUs 0, 1, 2"):
+        check_gpus(config, ["0", "1", "2"])
+    one = {"train": {"gpus": [1]}, "score": {"gpus": [1]}, "generate": {"gpus": [1]}}
+    check_gpus(make(runtime=config.runtime.model_dump(), **one), ["0", "1", "2"])
+
+
+def test_a_resumed_run_says_what_contradicts_its_phases(make):
+    npd.run(make(runtime=PHASES), view=Interrupting())
+    with pytest.raises(ConfigError, match=r"cannot go on so: .* Ray gives each worker"):
+        npd.run(make(runtime={"kind": "ray"}), resume=True, view=QuietView())
 
 
 def test_auto_is_phases_where_every_model_is_on_one_gpu(make):

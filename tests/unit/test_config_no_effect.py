@@ -39,6 +39,10 @@ IDLE = {
     "data.heldout_size=0 eval.every_steps=5": "eval.every_steps has no effect, as data.heldout",
     "data.heldout=h.jsonl data.heldout_size=9": "data.heldout_size has no effect",
     "data.heldout_split=dev": "data.heldout_split has no effect, as data.heldout is not set",
+    (
+        "schedule.refresh.in_flight=mix runtime.share=phases generate.engine=vllm "
+        "generate.urls=[http://a:1]"
+    ): "schedule.refresh.in_flight has no effect, as runtime.share is phases",
     "runtime.ray.address=auto": "runtime.ray.address has no effect, as runtime.kind is local",
     "data.split=dev": "data.split has no effect, as data.train is a file",
     "generate.temperature=0": "generate.temperature 0 is greedy decoding",

@@ -132,5 +132,6 @@ def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     yield c.runtime.kind != "local", gpus, f"runtime.kind is {c.runtime.kind}"
     is_fixed = c.runtime.device == "cpu" or c.runtime.names_one_gpu
     yield is_fixed, gpus, f"runtime.device is {c.runtime.device}"
+    yield c.has_phases, "schedule.refresh.in_flight", "runtime.share is phases: none is in flight"
     ray = "runtime.ray.address runtime.ray.gpus runtime.ray.start_timeout"
     yield c.runtime.kind != "ray", ray, f"runtime.kind is {c.runtime.kind}"

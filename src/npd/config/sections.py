@@ -290,7 +290,8 @@ class ScheduleConfig(Section):
     max_lag: Count = 1
     """Number of snapshots a sample may be behind and still be trained on."""
     overlap: bool | Literal["auto"] = "auto"
-    """Whether stages run at the same time; `auto`: yes unless `runtime.kind` is inline."""
+    """Whether stages run at the same time; `auto`: yes, unless `runtime.kind` is inline or
+    `runtime.share` is phases."""
     segment_steps: Positive = 8
     """Steps sent to the trainer at once."""
     max_tries: Positive = 3
@@ -355,7 +356,8 @@ class RuntimeConfig(Section):
     share: Literal["auto", "together", "phases"] = "auto"
     """How generators, scorers and trainer share a device. `together` keeps all models on it.
     `phases` keeps one role's: the window is generated, then scored, then trained on, and between
-    phases the models leave the device. `auto` is `phases` where all use the same one GPU."""
+    phases the models leave the device. `auto` is `phases` where all use the same one GPU, if the
+    window is `all` or they do not fit together. Not yet run on a GPU."""
     device: Text = "auto"
     """`auto` (`cuda` if there is one, else `cpu`), `cpu`, `cuda` or `cuda:N` (AMD's GPUs too, by
     ROCm), or another kind of device that torch knows, such as `xpu`. npd has been run on CPUs and

@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from npd.config import RunConfig
+from npd.config.checks import problems
 from npd.config.load import dump_config
 from npd.config.sources import flat
 from npd.control.run_record import read_record, recorded_config
@@ -55,7 +56,11 @@ _MAY_CHANGE = (
 
 
 def as_recorded(config: RunConfig) -> RunConfig:
-    """The config, `auto` being what it was when the run was started; as it is without a record."""
+    """The config, `auto` being what it was when the run was started; as it is without a record.
+
+    Raises:
+        ConfigError: that contradicts what the config asks for now.
+    """
     undecided = [
         (section, name)
         for section, name, auto in _DECIDED
@@ -72,6 +77,8 @@ def as_recorded(config: RunConfig) -> RunConfig:
         known = {name: getattr(getattr(old, section), name)}
         filled = getattr(config, section).model_copy(update=known)
         config = config.model_copy(update={section: filled})
+    if (found := problems(config)) and not problems(old):
+        raise ConfigError(f"{old.directory} was started otherwise, and cannot go on so: {found[0]}")
     return config
 
 

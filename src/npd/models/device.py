@@ -2,8 +2,8 @@
 
 Everything goes through `torch.accelerator`, so another kind than CUDA needs no change elsewhere.
 What only CUDA, ROCm (which torch calls cuda as well) or another kind has is here too: the variables
-that hide devices, the driver's list, the abilities of a GPU. Run were the CPU and NVIDIA's GPUs,
-nothing else. Imports torch in functions only, because processes set variables before it is loaded.
+that hide devices, the driver's list, the abilities of a GPU. Only CPUs and NVIDIA's GPUs have been
+run. Imports torch in functions only, because processes set variables before it is loaded.
 """
 
 from __future__ import annotations
@@ -377,9 +377,18 @@ def set_variables(device: str, *, is_deterministic: bool) -> None:
 
 
 def set_cublas() -> None:
-    """Let cuBLAS give the same products each time. It reads the variable at its first use."""
-    if _CUBLAS not in os.environ:
+    """Let cuBLAS give the same products each time. It reads the variable at its first use.
+
+    Raises:
+        ConfigError: the variable is set to something that does not give that.
+    """
+    given = os.environ.get(_CUBLAS)
+    if given is None:
         _set(_CUBLAS, ":4096:8")
+    elif given not in (":4096:8", ":16:8"):
+        raise ConfigError(
+            f"train.deterministic needs {_CUBLAS}=:4096:8 or :16:8, and it is {given}: unset it"
+        )
 
 
 def _set(name: str, value: str) -> None:

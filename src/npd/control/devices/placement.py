@@ -132,6 +132,13 @@ def check_gpus(config: RunConfig, gpus: Sequence[str] | None = None) -> str:
             f"{without[0]} gets none: lower {section}.ranks or {section}.workers, or set "
             "runtime.device: cpu"
         )
+    used = sorted({gpu for given in placed.values() for gpu in given.split(",") if gpu})
+    if config.has_phases and len(used) > 1:
+        raise ConfigError(
+            f"runtime.share: phases is for one device, but the processes are on GPUs "
+            f"{', '.join(used)}: set runtime.share: together, or name one GPU in train.gpus, "
+            "score.gpus and generate.gpus"
+        )
     return f"each of {len(placed)} processes has its GPU, of {len(seen)}"
 
 
