@@ -278,7 +278,7 @@ def test_auto_compiles_where_a_gpu_has_a_compiler(tiny_model_dir, monkeypatch):
     model, auto = load_model(tiny_model_dir), ScoreConfig()
     assert not in_process._is_compiled(model, auto, "cpu")
     assert in_process._is_compiled(model, ScoreConfig(compile=True), "cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(compiling, "check_compilers", lambda device: None)
     compiling.builds_kernels.cache_clear()
     assert in_process._is_compiled(model, auto, "cuda:1")
