@@ -60,7 +60,7 @@ from npd.models.loading import (
     load_model,
     pack_documents,
 )
-from npd.models.packed_attention import Boundaries
+from npd.models.packed_attention import Boundaries, row_of
 from npd.pack import pack
 from npd.score import build_scorer
 from npd.store.shards import write_scored
@@ -113,13 +113,13 @@ def bare_pass(model: Any, rows: Rows, *, everywhere: bool) -> None:
     """The model's own forward pass, with logits at every position or at responses."""
     with torch.inference_mode():
         for batch, positions in rows:
-            model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                cu_seqlens=Boundaries(batch.cu_seqlens),
-                logits_to_keep=0 if everywhere else positions,
-            )
+            with row_of(Boundaries(batch.cu_seqlens)):
+                model(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    logits_to_keep=0 if everywhere else positions,
+                )
 
 
 def chunked_pass(model: Any, rows: Rows, head_chunk: int) -> None:

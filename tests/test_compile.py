@@ -41,7 +41,7 @@ from test_trainer import (
     teacher,  # noqa: F401
     weights_of,
 )
-from tiny_model import save_model
+from tiny_model import save_hybrid, save_model
 
 LOSS = LossConfig(target="tail")
 # torch warns of its own insides while it compiles.
@@ -122,6 +122,23 @@ def test_compiled_layers_take_the_same_steps(changes, samples, tmp_path):  # noq
         trainer.save_checkpoint(tmp_path / name)
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled")]
     assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("family", ["Lfm2", "Qwen3_5Text", "FalconH1"])
+def test_mixers_of_compiled_layers_keep_documents_apart(family, samples, tmp_path):  # noqa: F811
+    """They run uncompiled, as attention does; one compilation still serves all rows."""
+    directory = save_hybrid(tmp_path / "student", family)
+    config = FP32.model_copy(update={"activation_checkpointing": True})
+    eager = make_trainer(directory, samples, config, LOSS)
+    compiled = make_trainer(directory, samples, with_compile(config), LOSS)
+    expected, found = (steps_and_gradients(x, samples) for x in (eager, compiled))
+    check_alike(expected[0], found[0], rel=1e-4)
+    first = num_graphs()
+    assert first > 0
+    compiled.train(segment_on(1, samples, first=5))
+    assert num_graphs() == first
 
 
 @pytest.mark.slow

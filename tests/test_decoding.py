@@ -57,9 +57,21 @@ FAMILIES = {
     | {"num_kv_shared_layers": 2},
     # Keys and values of different sizes.
     "DeepseekV3": {**TINY, **MLA},
-    # Recurrent layers.
-    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"] * 2},
 }
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+# Layers with a state in place of keys, beside them, and without any keys.
+RECURRENT = {
+    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"] * 2},
+    "Qwen3_5Text": {**TINY, **LINEAR, "head_dim": 8}
+    | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "FalconH1": {**TINY, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16}
+    | {"mamba_d_ssm": 64},
+    "Mamba": {**MAMBA, "initializer_range": 0.2},
+    "Mamba2": {**MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 2, "initializer_range": 0.2},
+}
+FAMILIES |= RECURRENT
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +128,11 @@ def alone(model, requests, limits, new):
     ]
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, atol=2e-5):
     for one, other in zip(found, expected, strict=True):
         assert one.sample_id == other.sample_id
         assert one.response_ids.tolist() == other.response_ids.tolist()
-        assert np.allclose(one.logprobs, other.logprobs, atol=2e-5, rtol=0)
+        assert np.allclose(one.logprobs, other.logprobs, atol=atol, rtol=0)
 
 
 class Fed:
@@ -216,8 +228,8 @@ def test_a_limit_and_a_stop_meet_in_one_token(model):
     assert draft.rollout(2, False).logprobs is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_match_a_full_forward_pass_when_rows_change_hands(family):
+def of_family(family):
+    """A random model; skips where this transformers has no such class."""
     import transformers
 
     config_class = getattr(transformers, f"{family}Config", None)
@@ -226,6 +238,40 @@ def test_families_match_a_full_forward_pass_when_rows_change_hands(family):
     torch.manual_seed(0)
     config = config_class(**FAMILIES[family], **ENDS)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if family in RECURRENT:
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_state_goes_with_its_row(family):
+    """A sample depends on no neighbour, while rows join, leave and move together in one batch."""
+    model = of_family(family)
+    requests, limits = make_requests(20, longest=9), make_limits(20, 90)
+    with Fed(model) as fed:
+        found = generate_with(model, requests, make_sampling(90, 5), limits=limits)
+    assert max(fed.steps) == 5
+    assert_same(found, alone(model, requests, limits, 90), atol=1e-4)
+    fewer = generate_with(model, requests[::3], make_sampling(90, 5), limits=limits[::3])
+    assert_same(fewer, found[::3], atol=1e-4)
+
+
+def test_prompts_of_one_length_are_prefilled_together_before_a_state():
+    model = of_family("Lfm2")
+    prompts = [np.arange(3, 3 + n, dtype=np.int32) + i for i, n in enumerate((4, 6, 4, 6, 6))]
+    requests = [
+        SampleRequest(i, i, EncodedPrompt(i, ids, ids[:1])) for i, ids in enumerate(prompts)
+    ]
+    with Fed(model) as fed:
+        generate_with(model, requests, make_sampling(2, 5))
+    assert fed.prompts == [(3, 6), (2, 4)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_match_a_full_forward_pass_when_rows_change_hands(family):
+    model = of_family(family)
     requests, limits = make_requests(9, group=2), make_limits(9, 80)
     for rollout in generate_with(model, requests, make_sampling(80, 3), limits=limits):
         assert np.allclose(rollout.logprobs, full_logprobs(model, rollout), atol=5e-5, rtol=0)
@@ -253,24 +299,33 @@ class Newer(torch.nn.Module):
     def forward(self, input_ids, cache=None, **kwargs): ...
 
 
+class WithoutAttention(torch.nn.Module):
+    def forward(self, input_ids, cache_params=None, **kwargs): ...
+
+
 class OfItsOwn(torch.nn.Module):
     def forward(self, input_ids, past_key_values=None, cache=None): ...
 
 
 @pytest.mark.parametrize(
     ("architecture", "name"),
-    [(Older, "past_key_values"), (Newer, "cache"), (OfItsOwn, "past_key_values")],
+    [
+        (Older, "past_key_values"),
+        (Newer, "cache"),
+        (OfItsOwn, "past_key_values"),
+        (WithoutAttention, "cache_params"),
+    ],
 )
 def test_a_cache_is_given_under_the_name_that_the_model_knows(architecture, name):
     assert cache_name(architecture()) == name
 
 
-def test_a_model_without_attention_is_one_clear_error():
-    from transformers import MambaConfig, MambaForCausalLM
+def test_a_state_outside_of_the_cache_is_one_clear_error():
+    from transformers import RwkvConfig, RwkvForCausalLM
 
-    config = MambaConfig(vocab_size=304, hidden_size=32, num_hidden_layers=2, state_size=8)
-    with pytest.raises(ModelError, match=r"mamba has no attention layer.*generate\.engine"):
-        generate_with(MambaForCausalLM(config).eval(), make_requests(2), make_sampling(4, 2))
+    config = RwkvConfig(vocab_size=304, hidden_size=32, num_hidden_layers=2, context_length=64)
+    with pytest.raises(ModelError, match=r"outside of its cache.*generate\.engine"):
+        generate_with(RwkvForCausalLM(config).eval(), make_requests(2), make_sampling(4, 2))
 
 
 def test_decoding_keeps_off_cudnns_attention_which_plans_for_every_length(model):

@@ -33,6 +33,8 @@ from npd.models.packed_attention import (
     choose,
     kernel_for,
     packed_attention,
+    row_boundaries,
+    row_of,
     varlen_kernel,
 )
 from npd.models.response_states import _first_fit, response_hidden
@@ -113,13 +115,15 @@ def test_missing_boundaries_raise(packed):
 
 def test_an_attention_mask_raises(packed):
     batch = pack_documents([ids(5, 6), ids(7)], "cpu")
-    with pytest.raises(AssertionError, match="takes none"):
+    with (
+        row_of(Boundaries(batch.cu_seqlens)),
+        pytest.raises(AssertionError, match="takes none"),
+    ):
         packed(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=torch.zeros(1, 1, 3, 3),
             use_cache=False,
-            cu_seqlens=Boundaries(batch.cu_seqlens),
         )
 
 
@@ -293,23 +297,17 @@ TINY = {
 }
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 PACKABLE = {
     "Llama": TINY,
     "GPT2": GPT2,
     "Qwen3": {**TINY, "head_dim": 8},
     "Qwen3Moe": {**TINY, **MOE, "head_dim": 8},
     "Gemma3Text": {**TINY, "head_dim": 8},
+    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
+    "Mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
 MIXING = {
-    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
     "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "Mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
 
 
@@ -369,15 +367,6 @@ def test_models_that_mix_documents_are_refused(family, std, dtype, tmp_path):
     why += r"|cannot take a packed row \(.*)"  # newer releases say so themselves
     with pytest.raises(ModelError, match=rf"{family}ForCausalLM\) {why}.*choose another model"):
         load_model(directory, dtype=dtype)
-
-
-def test_a_model_whose_code_cannot_take_a_packed_row_is_refused(tmp_path):
-    settings = {**TINY, **MOE, **LINEAR, "head_dim": 8, "shared_expert_intermediate_size": 16}
-    settings["layer_types"] = ["linear_attention", "full_attention"]
-    directory = family_dir("Qwen3Next", settings, tmp_path, None)
-    why = "(cannot take a packed row|mixes the documents of a packed row)"  # newer, and older
-    with pytest.raises(ModelError, match=rf"Qwen3NextForCausalLM\) {why}"):
-        load_model(directory)
 
 
 @pytest.mark.parametrize(
@@ -646,30 +635,31 @@ def patched(model, name, forward):
 
 def looks_ahead(own, hidden_states, *args, **kwargs):
     """As code that is not causal: a token sees the one behind it, if it is the same document's."""
-    bounds = kwargs.get("cu_seqlens")
+    bounds = row_boundaries()
     is_whole = bounds is None or bounds.shared is not None
     ends = {hidden_states.shape[1]} if is_whole else set(bounds.cu_seqlens)
     nexts = [t + 1 if t + 1 not in ends else t for t in range(hidden_states.shape[1])]
     return own(hidden_states + hidden_states[:, nexts], *args, **kwargs)
 
 
-def shares_wrong(own, hidden_states, *args, **kwargs):
+def shares_wrong(own, *args, **kwargs):
     """As code that takes each token of a row for one of whole documents."""
-    bounds = kwargs.get("cu_seqlens")
-    if bounds is not None and bounds.shared is not None:
-        kwargs["cu_seqlens"] = Boundaries((0, 5, 7))
-    return own(hidden_states, *args, **kwargs)
+    bounds = row_boundaries()
+    is_shared = bounds is not None and bounds.shared is not None
+    with row_of(Boundaries((0, 5, 7)) if is_shared else bounds):
+        return own(*args, **kwargs)
 
 
 def forgets_boundaries(own, hidden_states, *args, **kwargs):
-    if kwargs.get("cu_seqlens") is not None and kwargs["cu_seqlens"].shared is None:
-        kwargs["cu_seqlens"] = Boundaries((0, hidden_states.shape[1]))
-    return own(hidden_states, *args, **kwargs)
+    bounds = row_boundaries()
+    is_plain = bounds is not None and bounds.shared is None
+    with row_of(Boundaries((0, hidden_states.shape[1])) if is_plain else bounds):
+        return own(hidden_states, *args, **kwargs)
 
 
 def is_not_finite_alone(own, hidden_states, *args, **kwargs):
     out, weights = own(hidden_states, *args, **kwargs)
-    return (out * torch.nan if kwargs.get("cu_seqlens") is None else out), weights
+    return (out * torch.nan if row_boundaries() is None else out), weights
 
 
 @pytest.mark.parametrize(

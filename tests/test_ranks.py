@@ -28,7 +28,7 @@ from test_trainer import (
     teacher,  # noqa: F401
     weights_of,
 )
-from tiny_model import save_model
+from tiny_model import save_hybrid, save_model
 
 LOSS = LossConfig(target="tail")
 # Random text: the teacher finds most of it about this unlikely.
@@ -168,6 +168,21 @@ def test_ranks_take_the_steps_of_one(size, tied, config, loss, samples, tmp_path
         assert report.peak_memory_mib == reports[0].peak_memory_mib
     assert sum(held) == sum(w.size for w in weights.values()), "each number is held once"
     assert max(held) < 1.2 * sum(held) / size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Lfm2", "FalconH1"])
+def test_two_ranks_train_a_model_with_mixers_as_one(family, samples, tmp_path):
+    directory = save_hybrid(tmp_path / "student", family)
+    config = FP32.model_copy(update={"activation_checkpointing": True})
+    alone = make_trainer(directory, samples, config, LOSS)
+    expected = alone.train(segment_on(1, samples))
+
+    async def story(group):
+        return (await group.call("train", segment_on(2, samples))).value
+
+    reports = on_ranks(tmp_path, factory_of(2, directory, samples, config, LOSS), story)
+    check_alike(expected.steps, reports[0].steps, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -59,6 +59,43 @@ def make_model(seed=0, *, layers=2, hidden=32, vocab=304, tied=True, std=0.2, he
     return LlamaForCausalLM(config).eval()
 
 
+HYBRIDS = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "FalconH1": {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+}
+
+
+def save_hybrid(path: Path, family: str, seed=0, vocab=304) -> Path:
+    """Save a tiny model with recurrent or convolutional layers, as `save_model` does a Llama."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **HYBRIDS[family],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
 def save_model(path: Path, **kwargs) -> Path:
     """Save a tiny model and its tokenizer as a Hugging Face directory."""
     make_model(**kwargs).save_pretrained(path)

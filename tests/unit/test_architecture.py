@@ -79,6 +79,8 @@ TORCH_AT_IMPORT |= {
         "lm_head",
         "lora",
         "packed_attention",
+        "packed_mixers",
+        "quantisation",
         "replica",
         "response_states",
         "tensors",
@@ -90,7 +92,7 @@ MAX_FOLDER, MAX_TOUR = 14, 6_000
 # Folder -> how many files it has beside its __init__, and why these belong together.
 LARGE_FOLDERS: dict[str, tuple[int, str]] = {
     "": (15, "the entry points, and what every room uses"),
-    "models": (15, "what depends on the kind of device is in one file, for everything else"),
+    "models": (16, "all of the device in one file; packed attention and other mixers in one each"),
 }
 # A file shorter than MIN_FILE that is no protocol and no record -> why it is one.
 SHORT_FILES: dict[str, str] = {

@@ -27,6 +27,7 @@ from npd.errors import RunError
 from npd.generate.kv_cache import build_cache
 from npd.generate.sampling import Sampling, choose
 from npd.models.packed_attention import check_plain, check_rotation
+from npd.models.packed_mixers import unpacked_mixers
 from npd.types import FinishReason, Rollout, SampleRequest
 
 # A prefill for new rows, or a removal of finished ones, costs about a decode step, so both wait
@@ -86,10 +87,11 @@ class Draft:
 
 
 def cache_name(model: Any) -> str:
-    """The name of the cache argument of `forward`; newer releases of transformers use `cache`."""
+    """The name of the cache argument of `forward`, of models with attention and without."""
     known = inspect.signature(model.forward).parameters
-    is_new = "cache" in known and "past_key_values" not in known
-    return "cache" if is_new else "past_key_values"
+    # Newer releases of transformers use `cache`.
+    names = (name for name in ("past_key_values", "cache_params", "cache") if name in known)
+    return next(names, "past_key_values")
 
 
 @torch.inference_mode()
@@ -176,10 +178,16 @@ class _Rows:
             self._ready = ready if ready.drafts else None
 
     def _prefill(self, count: int) -> _Prompts:
-        """Prefill the prompts of the next `count` drafts and of later drafts with the same ones."""
+        """Prefill the prompts of the next `count` drafts and of later drafts with the same ones.
+
+        If padding would change a state, the prompts are of one length.
+        """
         indices: dict[bytes, int] = {}
         drafts: deque[tuple[Draft, int]] = deque()
+        length = len(self._waiting[0].key)
         while self._waiting and (len(drafts) < count or self._waiting[0].key in indices):
+            if self._cache.has_states and len(self._waiting[0].key) != length:
+                break
             draft = self._waiting.popleft()
             drafts.append((draft, indices.setdefault(draft.key, len(indices))))
         prompts = [np.frombuffer(key, np.int32) for key in indices]
@@ -197,10 +205,11 @@ class _Rows:
     def _forward(self, inputs: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Float32 logits [B, V] of the next token; `seen` [B, columns] is false on padding."""
         device = inputs.device
+        is_masked = self._cache.has_columns and not bool(seen.all())
         out = self._model(
             input_ids=inputs,
             # Attention is faster without a mask.
-            attention_mask=None if bool(seen.all()) else seen.long().to(device),
+            attention_mask=seen.long().to(device) if is_masked else None,
             position_ids=positions.to(device),
             use_cache=True,
             logits_to_keep=1,
@@ -253,13 +262,14 @@ def decode_attention(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     # Eager is the user's choice, or the only attention of the architecture.
     if before == "eager":
-        yield
+        with unpacked_mixers():
+            yield
         return
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.set_attn_implementation(_ATTENTION)
     try:
-        with without_cudnn_attention():
+        with without_cudnn_attention(), unpacked_mixers():
             yield
     finally:
         model.set_attn_implementation(before)

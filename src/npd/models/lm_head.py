@@ -98,8 +98,10 @@ def head_of(model: Any) -> Head:
     """
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
-    scale = 1.0 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0 / getattr(config, "logits_scaling", 1.0)
+    scale *= getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((getattr(config, name) for name in caps if hasattr(config, name)), None)
     weight, bias = _adapted_weight(layer), getattr(layer, "bias", None)
     is_spread = hasattr(weight, "full_tensor")
     return Head(weight, bias, scale, softcap, layer if is_spread else None)

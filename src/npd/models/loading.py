@@ -40,8 +40,10 @@ from npd.models.packed_attention import (
     UnsupportedAttentionError,
     check_rotation,
     registered_attention,
+    row_of,
     window_of,
 )
+from npd.models.packed_mixers import pack_mixers, unpacked_mixers
 from npd.models.tensors import REPORTING, about, check_conversion, check_headers, check_loaded
 from npd.types import IntArray
 
@@ -116,8 +118,8 @@ def load_model(
 
     Raises:
         ModelError: the directory cannot be loaded (on some rank), weights are missing or not
-            finite, documents in a packed row influence each other (recurrent, convolutional or
-            ALiBi models, custom attention code), or the logits differ from those of the head.
+            finite, documents in a packed row influence each other (ALiBi models, custom attention
+            code), or the logits differ from those of the head.
     """
     if dist.size > 1:
         # Loading weights is collective: check on all ranks first that the model is there.
@@ -166,6 +168,8 @@ def _loaded(path: str | Path, role: str, dtype: str, packed: bool, trust: bool, 
             "Give a Hugging Face model directory with safetensors weights"
         ) from error
     _check_attention(model, attention)
+    if packed:
+        pack_mixers(model)
     return model if base is None else lora.merge(model, Path(path), dtype)
 
 
@@ -223,12 +227,10 @@ def _check_attention(model: Any, requested: str | None) -> None:
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """Final hidden states [T, d] of a packed row: the input of the LM head."""
-    out = _backbone(model)(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        cu_seqlens=Boundaries(batch.cu_seqlens, batch.shared),
-    )
+    with row_of(Boundaries(batch.cu_seqlens, batch.shared)):
+        out = _backbone(model)(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        )
     hidden = out.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden[0]
@@ -298,7 +300,8 @@ def _with_attention(model: Any, name: str | None) -> Iterator[None]:
         except ValueError:
             model.set_attn_implementation("eager")
     try:
-        yield
+        with unpacked_mixers():
+            yield
     finally:
         with quiet():
             model.set_attn_implementation(before)
@@ -358,7 +361,10 @@ def outline(path: str | Path, *, trust_remote_code: bool = False, is_packed: boo
     make = AutoModelForCausalLM.from_config
     what = f"no model can be built from the config.json of {path}"
     with explained(what, "copy or save the model again"), _LOADING, torch.device("meta"):
-        return make(config, trust_remote_code=trust_remote_code)
+        model = make(config, trust_remote_code=trust_remote_code)
+    # It may be given weights and trained.
+    pack_mixers(model)
+    return model
 
 
 def supports_tensor_parallel() -> bool:
@@ -550,12 +556,9 @@ def _relative(states: Tensor, expected: Tensor, size: Tensor) -> Tensor:
 
 def _check_head(model: Any) -> None:
     row = pack_documents(_two_documents(model), model.device)
-    expected = model(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        use_cache=False,
-        cu_seqlens=Boundaries(row.cu_seqlens),
-    ).logits[0]
+    with row_of(Boundaries(row.cu_seqlens)):
+        out = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+    expected = out.logits[0]
     got = head_of(model).logits(hidden_states(model, row))
     # bf16 keeps 8 bits: logits of size x agree to about x / 100 whatever the order of operations.
     scale = expected.float().abs().max().item()

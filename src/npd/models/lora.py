@@ -8,11 +8,14 @@ Does not load base models (`npd.models.loading`) and does not train.
 from __future__ import annotations
 
 import copy
+import dis
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import nn
 from npd.config.sections import LoraConfig
 from npd.errors import ModelError
 from npd.models.files import in_one_line, read_object
+from npd.models.packed_mixers import mixers_of, own_class
 from npd.text import counted
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,7 +67,7 @@ def attach(model: Any, config: LoraConfig, *, base: str, seed: int, dtype: str) 
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=_targets(config, list(layers), base),
+        target_modules=_targets(config, model, base),
         fan_in_fan_out=any(not isinstance(layer, nn.Linear) for layer in layers.values()),
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
         task_type="CAUSAL_LM",
@@ -177,11 +181,29 @@ def _check_found(missing: Sequence[str], unexpected: Sequence[str]) -> None:
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every linear layer except the LM head, including GPT-2's `Conv1D` (transposed weights)."""
+    """Every linear layer that can have an adapter, including GPT-2's `Conv1D` (transposed weights).
+
+    Not the LM head, and no layer whose weight its mixer may pass to a kernel, past the adapter.
+    """
+    without = {id(layer) for mixer in mixers_of(model) for layer in _read_directly(mixer)}
+    without.add(id(model.get_output_embeddings()))
     for name, module in model.named_modules():
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if is_linear and module is not model.get_output_embeddings():
+        if is_linear and id(module) not in without:
             yield name, module
+
+
+def _read_directly(mixer: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a mixer of which its own code reads the weight, as in `self.out_proj.weight`.
+
+    Whether it does so in a run depends on the device and on installed kernels.
+    """
+    for _, function in inspect.getmembers(own_class(mixer), inspect.isfunction):
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        names = [step.argval for step in dis.get_instructions(code)] if code else []
+        for part, weight in pairwise(names):
+            if weight == "weight" and isinstance(getattr(mixer, str(part), None), nn.Module):
+                yield getattr(mixer, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +211,7 @@ class Coverage:
     """The number of layers with adapters, their parameters, and all parameters of the model.
 
     `uncovered` are the parameters of matrices that cannot have adapters because they are not linear
-    layers (fused experts, routers), by their name in a layer.
+    layers (fused experts, routers, convolutions) or passed to kernels, by their name in a layer.
     """
 
     layers: int
@@ -205,7 +227,7 @@ class Coverage:
         if not self.uncovered:
             return says
         named = ", ".join(f"{name} ({count:,})" for name, count in self.uncovered.items())
-        return f"{says}; not a linear layer, so without an adapter and frozen: {named}"
+        return f"{says}; without an adapter, so frozen: {named}"
 
 
 def coverage(model: Any, config: LoraConfig, base: str) -> Coverage:
@@ -215,7 +237,7 @@ def coverage(model: Any, config: LoraConfig, base: str) -> Coverage:
         ModelError: a name in `train.lora.targets` is not a linear layer of the model.
     """
     layers = dict(_linear_layers(model))
-    targets = tuple(f".{target}" for target in _targets(config, list(layers), base))
+    targets = tuple(f".{target}" for target in _targets(config, model, base))
     chosen = {name: layer for name, layer in layers.items() if f".{name}".endswith(targets)}
     adapted = {id(layer.weight): layer.weight.numel() for layer in chosen.values()}
     uncovered: dict[str, int] = {}
@@ -235,10 +257,14 @@ def _tables(model: Any) -> set[int]:
     return {id(p) for module in (*embeddings, *heads) for p in module.parameters()}
 
 
-def _targets(config: LoraConfig, layers: list[str], base: str) -> list[str]:
-    known = sorted({name.rpartition(".")[2] for name in layers})
+def _targets(config: LoraConfig, model: Any, base: str) -> list[str]:
+    layers = [name for name, _ in _linear_layers(model)]
     if config.targets == "all-linear":
-        return known
+        others = {name for name, _ in model.named_modules()}.difference(layers)
+        shared = {_last(name) for name in others}
+        # A last name that another module has as well would give that one an adapter, too.
+        return sorted({name if _last(name) in shared else _last(name) for name in layers})
+    known = sorted({_last(name) for name in layers})
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             near = get_close_matches(target, known, n=1)
@@ -248,3 +274,7 @@ def _targets(config: LoraConfig, layers: list[str], base: str) -> list[str]:
                 f"{', '.join(known)}, or set all-linear"
             )
     return list(config.targets)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

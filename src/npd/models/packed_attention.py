@@ -13,6 +13,8 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -83,10 +85,42 @@ class Window(NamedTuple):
     is_chunked: bool = False
 
 
+# Not an argument of the model, because some architectures do not pass it on to every layer, and
+# others to functions that have an argument of that name.
+_ROW: ContextVar[Boundaries | None] = ContextVar("npd_row", default=None)
+
+
+@contextmanager
+def row_of(bounds: Boundaries | None) -> Iterator[None]:
+    """Run a packed model on a row with these boundaries within the block, in this thread."""
+    token = _ROW.set(bounds)
+    try:
+        yield
+    finally:
+        _ROW.reset(token)
+
+
+def row_boundaries() -> Boundaries | None:
+    """The boundaries of the row that a packed model runs on; None outside `row_of`."""
+    return _ROW.get()
+
+
+def same_row() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a checkpointed forward pass and of its recomputation, which need one row.
+
+    For `context_fn` of `torch.utils.checkpoint`. Autograd may recompute in another thread.
+    """
+    return nullcontext(), row_of(_ROW.get())
+
+
 @lru_cache(maxsize=1)
 def registered_attention() -> Callable[..., Any]:
-    """`packed_attention` for transformers, always the same object, excluded from torch.compile."""
-    disabled: Callable[..., Any] = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    """`packed_attention` of the current row for transformers, excluded from torch.compile."""
+
+    def of_row(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return packed_attention(*args, **kwargs | {"cu_seqlens": row_boundaries()})
+
+    disabled: Callable[..., Any] = torch.compiler.disable(of_row)  # type: ignore[no-untyped-call]
     return disabled
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from npd.models.loading import (
     register_attention,
     unreplaceable,
 )
+from npd.models.packed_mixers import pack_mixers
 
 # Sizes of a replica, by their names in all model families. They only replace larger sizes.
 _SIZES = dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64)
+_SIZES |= dict.fromkeys(("lru_width", "attention_hidden_size"), 64)
 _SIZES |= dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "intermediate_size_mlp"), 64)
 _SIZES |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32)
 _SIZES |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), 4)
@@ -34,6 +37,9 @@ _SIZES |= dict.fromkeys(("num_experts_per_tok", "moe_k"), 2)
 _SIZES |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "max_position_embeddings": 64}
 _SIZES |= {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES |= dict.fromkeys(("sliding_window", "attention_chunk_size"), 3)
+# The number and size of a Mamba mixer's heads, whose product is the mixer's width.
+_MIXER_HEADS = [("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")]
+_MIXER_HEADS += [("num_heads", "head_dim")]
 _NUM_LAYERS, _MOST_PARAMETERS = 2, 20_000_000
 _PASSED: set[str] = set()
 
@@ -76,6 +82,7 @@ def _check_packing(small: Any) -> None:
         if attention in str(error):
             raise unreplaceable(small) from error
         return
+    pack_mixers(model)
     check_packable(model)
 
 
@@ -125,12 +132,31 @@ def shrunk(config: Any) -> Any:
     for name, size in _SIZES.items():
         value = getattr(small, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > size:
-            setattr(small, name, size)
+            with suppress(AttributeError):  # it follows from others
+                setattr(small, name, size)
+    _match_mixer(small)
     if isinstance(shared, int):
         small.num_key_value_heads = 4 if shared == heads else min(shared, 2)
     if isinstance(getattr(small, "rope_parameters", None), Mapping):
         small.rope_parameters = _plain(small.rope_parameters)
     return small
+
+
+def _match_mixer(small: Any) -> None:
+    """Give a Mamba mixer the heads that its width needs, a multiple of the hidden size."""
+    multiple = getattr(small, "mamba_expand", getattr(small, "expand", None))
+    if multiple is None:
+        return
+    width = int(multiple * small.hidden_size)
+    for count, size in _MIXER_HEADS:
+        if hasattr(small, count) and hasattr(small, size):
+            setattr(small, count, 4)
+            setattr(small, size, width // 4)
+            for groups in ("n_groups", "mamba_n_groups", "mamba_ngroups"):
+                if hasattr(small, groups):
+                    setattr(small, groups, min(getattr(small, groups), 2))
+    if hasattr(small, "mamba_d_ssm"):
+        small.mamba_d_ssm = width
 
 
 def _layers(config: Any, depth: int) -> list[int]:

@@ -42,6 +42,7 @@ from npd.models.distributed import DistContext, connect_alone
 from npd.models.kernels.compile import compile_layers, uncompiled
 from npd.models.loading import load_model, pack_documents
 from npd.models.out_of_memory import Fitting
+from npd.models.packed_attention import same_row
 from npd.models.saving import save_pretrained
 from npd.train import checkpoint
 from npd.train.batch import Read, StepRows, TrainRow, prefetch
@@ -460,7 +461,9 @@ def recompute_activations(model: Any) -> None:
     # The layer class's name depends on the release of transformers.
     enable = getattr(model, "activation_checkpointing_enable", None)
     try:
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False, "context_fn": same_row}
+        )
     except ValueError as error:
         raise ModelError(
             f"this architecture ({type(model).__name__}) cannot recompute activations: set "
