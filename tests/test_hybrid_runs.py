@@ -33,7 +33,7 @@ def logprobs_of(model, sample):
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [("Qwen3_5Text", "Llama"), ("Lfm2", "Llama"), ("Llama", "FalconH1"), ("Lfm2", "Qwen3_5Text")],
+    [("Qwen3_5Text", "Llama"), ("Lfm2", "Llama"), ("Llama", "FalconH1"), ("Mamba", "Qwen3_5Text")],
 )
 def test_a_hybrid_is_trained_and_teaches(
     student, teacher, tmp_path, tiny_model_dir, tiny_teacher_dir

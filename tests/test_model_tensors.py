@@ -269,13 +269,13 @@ def test_a_run_and_the_doctor_refuse_before_anything_is_written(shell):
 
 def test_a_run_and_the_doctor_refuse_an_architecture_before_anything_is_written(shell):
     student = shell.folder / "older"
-    saved("Mamba", {**REFUSED["Mamba"][0], "vocab_size": 304}, student)
+    saved("CodeGen", {**REFUSED["CodeGen"][0], "vocab_size": 304}, student)
     for file in [*shell.student.glob("token*"), *shell.student.glob("chat*")]:
         shutil.copy(file, student)
     older = ("--set", f"student={student}")
     said = shell.npd("run", "run.yaml", *older).complaint(2)
-    assert f"the student {student}: this architecture (MambaForCausalLM) {UNUSED}" in said
+    assert f"the student {student}: this architecture (CodeGenForCausalLM) {UNUSED}" in said
     found = shell.npd("doctor", "run.yaml", *older)
     assert found.code == 2
-    assert f"(MambaForCausalLM) {UNUSED}" in found.out
+    assert f"(CodeGenForCausalLM) {UNUSED}" in found.out
     assert not shell.layout.root.exists()

@@ -65,6 +65,7 @@ HYBRIDS = {
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "FalconH1": {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "Mamba": {"state_size": 8},
 }
 
 

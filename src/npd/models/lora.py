@@ -258,23 +258,24 @@ def _tables(model: Any) -> set[int]:
 
 
 def _targets(config: LoraConfig, model: Any, base: str) -> list[str]:
+    """The layers that get adapters: ends of their names, or names where others share an end."""
     layers = [name for name, _ in _linear_layers(model)]
-    if config.targets == "all-linear":
-        others = {name for name, _ in model.named_modules()}.difference(layers)
-        shared = {_last(name) for name in others}
-        # A last name that another module has as well would give that one an adapter, too.
-        return sorted({name if _last(name) in shared else _last(name) for name in layers})
-    known = sorted({_last(name) for name in layers})
-    for target in config.targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+    others = {name for name, _ in model.named_modules()}.difference(layers)
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    found: list[str] = []
+    for target in known if config.targets == "all-linear" else config.targets:
+        chosen = [name for name in layers if _ends(name, target)]
+        if not chosen:
             near = get_close_matches(target, known, n=1)
             raise ModelError(
                 f"train.lora.targets names {target!r}, which is not a linear layer of {base}"
-                f"{f' (did you mean {near[0]}?)' if near else ''}: choose from "
-                f"{', '.join(known)}, or set all-linear"
+                f"{f' (did you mean {near[0]}?)' if near else ''} that can have an adapter: choose "
+                f"from {', '.join(known)}, or set all-linear"
             )
-    return list(config.targets)
+        # Another module of that name would get an adapter, too.
+        found += chosen if any(_ends(name, target) for name in others) else [target]
+    return found
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from npd.models.packed_attention import Boundaries, row_boundaries
-from npd.types import IntArray
 
 # The names of a layer's cache in the architectures and releases of transformers.
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "state"}
@@ -158,7 +158,7 @@ def _row(outputs: Sequence[Any], back: Tensor) -> Any:
 @lru_cache(maxsize=4)
 def _layout(bounds: Boundaries, device: str, most_padded: int) -> _Layout:
     # All mixers of a forward pass, and of its recomputation, have the same boundaries.
-    indices: list[IntArray] = []
+    indices: list[NDArray[Any]] = []
     back, used = np.empty(bounds.cu_seqlens[-1], dtype=np.int64), 0
     for batch in _batches(bounds.cu_seqlens, most_padded):
         starts, ends = np.array(batch).T[..., None]
@@ -168,12 +168,19 @@ def _layout(bounds: Boundaries, device: str, most_padded: int) -> _Layout:
         indices.append(np.minimum(places, ends - 1))
     # A tensor made in inference mode could not be used in training.
     with torch.inference_mode(False):
-        batches = tuple(torch.from_numpy(index).to(device) for index in indices)
-        into = torch.from_numpy(back).to(device)
+        batches = tuple(_on_device(index, device) for index in indices)
+        into = _on_device(back, device)
         if bounds.shared is None:
             return _Layout(batches, into)
         take, keep = bounds.shared
         return _Layout(tuple(take[index] for index in batches), into[keep])
+
+
+def _on_device(index: NDArray[Any], device: str) -> Tensor:
+    # From pageable memory the copy would wait until a GPU has finished earlier work.
+    tensor = torch.from_numpy(index)
+    pinned = tensor.pin_memory() if device.startswith("cuda") else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def _batches(cu_seqlens: Sequence[int], most_padded: int) -> list[list[tuple[int, int]]]:
