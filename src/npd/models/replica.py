@@ -37,6 +37,8 @@ _SIZES |= dict.fromkeys(("num_experts_per_tok", "moe_k"), 2)
 _SIZES |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "max_position_embeddings": 64}
 _SIZES |= {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES |= dict.fromkeys(("sliding_window", "attention_chunk_size"), 3)
+# Shorter than the texts of a check, so that a mixer carries its state from chunk to chunk.
+_SIZES |= dict.fromkeys(("chunk_size", "mamba_chunk_size"), 3)
 # The number and size of a Mamba mixer's heads, whose product is the mixer's width.
 _MIXER_HEADS = [("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")]
 _MIXER_HEADS += [("num_heads", "head_dim")]
