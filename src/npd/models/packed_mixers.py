@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from npd.models.device import CPU, on_device
 from npd.models.packed_attention import Boundaries, row_boundaries
 
 # The names of a layer's cache in the architectures and releases of transformers.
@@ -105,7 +106,7 @@ class _PackedMixer:
         if bounds is None or (bounds.shared is None and len(bounds.cu_seqlens) == 2):
             return own(*args, **kwargs)
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
-        most_padded = 1 if device.type == "cpu" else _MOST_PADDED
+        most_padded = 1 if device.type == CPU else _MOST_PADDED
         return _by_document(own, _layout(bounds, str(device), most_padded), args, kwargs)
 
 
@@ -168,19 +169,12 @@ def _layout(bounds: Boundaries, device: str, most_padded: int) -> _Layout:
         indices.append(np.minimum(places, ends - 1))
     # A tensor made in inference mode could not be used in training.
     with torch.inference_mode(False):
-        batches = tuple(_on_device(index, device) for index in indices)
-        into = _on_device(back, device)
+        batches = tuple(on_device(torch.from_numpy(index), device) for index in indices)
+        into = on_device(torch.from_numpy(back), device)
         if bounds.shared is None:
             return _Layout(batches, into)
         take, keep = bounds.shared
         return _Layout(tuple(take[index] for index in batches), into[keep])
-
-
-def _on_device(index: NDArray[Any], device: str) -> Tensor:
-    # From pageable memory the copy would wait until a GPU has finished earlier work.
-    tensor = torch.from_numpy(index)
-    pinned = tensor.pin_memory() if device.startswith("cuda") else tensor
-    return pinned.to(device, non_blocking=True)
 
 
 def _batches(cu_seqlens: Sequence[int], most_padded: int) -> list[list[tuple[int, int]]]:
