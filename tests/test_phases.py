@@ -141,7 +141,7 @@ def test_a_moved_student_is_the_same_objects_with_the_same_values(tiny_model_dir
 
 def tensors_of(model, optimizer) -> list[torch.Tensor]:
     """The tensors of a student in training."""
-    moments = [v for state in optimizer.state.values() for v in state.values()]
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
     return [tensor.data for tensor in (*model.parameters(), *model.buffers(), *moments)]
 
 

@@ -293,7 +293,8 @@ def test_a_student_that_cannot_be_read_ends_all_ranks_alike(samples, tmp_path, t
     on_ranks(tmp_path, factory_of(2, empty, samples), story)
 
 
-@pytest.mark.parametrize("family", TAKEN)
+# One of them keeps a state from the checks at its start, so every rank loads it.
+@pytest.mark.parametrize("family", sorted(set(TAKEN) - {"RecurrentGemma"}))
 def test_a_student_built_without_memory_has_every_tensor(family, tmp_path):
     directory = saved(family, TAKEN[family], tmp_path / "student")
     built = outline(directory, is_packed=True).float()

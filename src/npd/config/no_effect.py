@@ -127,7 +127,8 @@ def _run(c: RunValues) -> Iterator[tuple[bool, str, str]]:
     yield has_none, f"{_EVAL} eval.source", "data.heldout_size is 0: no prompt is held out"
     yield c.data.heldout is not None, "data.heldout_size", "data.heldout names the prompts"
     yield c.data.heldout is None, "data.heldout_split", "data.heldout is not set"
-    yield c.train.ranks == 1, "train.shard", "train.ranks is 1"
+    is_small = c.train.ranks == 1 and (c.runtime.device == "cpu" or c.train.dtype == "float32")
+    yield is_small, "train.shard", "train.ranks is 1"
     gpus = "train.gpus score.gpus generate.gpus"
     yield c.runtime.kind != "local", gpus, f"runtime.kind is {c.runtime.kind}"
     is_fixed = c.runtime.device == "cpu" or c.runtime.names_one_gpu

@@ -256,6 +256,8 @@ class Dispatcher:
         trainer = self._workers.trainer
         step = await self._restore_newest(until)
         unsaved = self._unsaved if until is None else set()
+        # A later one is saved already: what was being written before it is not needed any more.
+        unsaved.difference_update([older for older in unsaved if older < step])
         if step in unsaved:
             await self._copy(step)
         for segment in self._ledger.segments_after(step):

@@ -227,13 +227,14 @@ def move(
     """Replace every parameter, buffer and optimiser tensor by `to` of it; sharded ones too.
 
     Parameters stay the same objects, so the optimiser, hooks and compiled layers that refer to them
-    stay valid. Only between steps, since gradients are not moved.
+    stay valid. Only between steps, since gradients are not moved. A count of steps stays where it
+    is, because an optimiser on a GPU may keep it on the CPU.
     """
     assert all(parameter.grad is None for parameter in model.parameters()), "between steps only"
     model._apply(to)  # type: ignore[no-untyped-call]
     for state in optimizer.state.values():
         for name, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.dim():
                 state[name] = to(value)
             elif isinstance(value, Moments):
                 state[name] = Moments(to(value.codes), to(value.scales), value.num)

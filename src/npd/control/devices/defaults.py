@@ -216,12 +216,18 @@ def check_servers(config: RunConfig) -> None:
         for where, share in _shares_on(config, size, gpu, on.get(gpu.name, [])).items():
             if share is None:
                 least = need_of(config, where).least / GIB
+                beside = ", ".join(_beside(config, where, on.get(gpu.name, [])))
                 raise ConfigError(
                     f"GPU {gpu.name} ({gpu.total / GIB:,.1f} GiB) has no room for {where}'s "
-                    f"server, which needs {least:,.1f}, beside {', '.join(on[gpu.name])}: name "
-                    "another in "
+                    f"server, which needs {least:,.1f}, beside {beside}: name another in "
                     f"{where}.launch.gpus, set {where}.launch.memory, or take smaller models"
                 )
+
+
+def _beside(config: RunConfig, where: str, names: Sequence[str]) -> list[str]:
+    """What else is on a server's GPU: npd's processes there, and servers."""
+    servers = [f"{other}{SERVER}" for other in config.launches if other != where]
+    return [*names, *(servers if not names else [])]
 
 
 def chosen(asked: RunConfig, config: RunConfig) -> tuple[str, ...]:
