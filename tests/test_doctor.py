@@ -342,7 +342,7 @@ def peak_of(work, path) -> int:
 def test_a_rows_forecast_is_what_the_trainer_allocates(
     tmp_path, is_thrifty, vocabulary, dtype, is_gpu
 ):
-    """On a GPU FSDP casts the weights to bfloat16, as it does here in a group of one."""
+    """With `train.shard: full` FSDP casts the weights on a GPU, as here in a group of one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from npd.models.distributed import connect_alone
@@ -354,7 +354,12 @@ def test_a_rows_forecast_is_what_the_trainer_allocates(
     config = RunConfig(
         student="a",
         schedule={"epochs": 10, "refresh": "never"},
-        train={"row_tokens": 1024, "dtype": dtype, "activation_checkpointing": is_thrifty},
+        train={
+            "row_tokens": 1024,
+            "dtype": dtype,
+            "activation_checkpointing": is_thrifty,
+            "shard": "full" if is_gpu else "auto",
+        },
         loss={"kd_weight": 0.0, "chunk": 64},
         filter={"name": "none"},
         generate={"source": "dataset", "max_new_tokens": 124},

@@ -65,6 +65,7 @@ _RENAMED = {
     "num_warmup_steps": "train.warmup (a share of the run, 0 to 1)",
     "warmup_ratio": "train.warmup",
     "optim": "train.optimizer (adamw, adamw8bit)",
+    "optimizer": "train.optimizer (adamw, adamw8bit)",
     "optimizer_type": "train.optimizer (adamw, adamw8bit)",
     "adam_beta1": "train.betas",
     "adam_beta2": "train.betas",
