@@ -149,7 +149,7 @@ class OneAtATime(Simulation):
 def test_checkpoints_by_time_change_no_other_decision_where_stages_are_in_turn(
     config, num_prompts, seed
 ):
-    generate = config.generate.model_copy(update={"workers": 1})
+    generate = config.generate.model_copy(update={"workers": 1, "shards_in_flight": 1})
     schedule = config.schedule.model_copy(update={"overlap": False})
     config = config.model_copy(update={"generate": generate, "schedule": schedule})
     plain = OneAtATime(config, num_prompts, seed).run()
