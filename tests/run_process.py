@@ -121,6 +121,16 @@ class Run:
         self.environment |= {"PYTHONPATH": path, "NPD_TEST_HELD_CHECKPOINT": str(held)}
         return held
 
+    def start_and_hold_a_checkpoint(self) -> tuple[subprocess.Popen, Path]:
+        """Start, and wait until training has gone on beside a checkpoint that is not written.
+
+        It is written once the file that is returned is gone.
+        """
+        held = self.hold_checkpoints()
+        process = self.start()
+        self.wait_until_trained_beside_a_write(process)
+        return process, held
+
     def wait_until_trained_beside_a_write(self, process: subprocess.Popen) -> None:
         """Wait until steps were trained while a checkpoint was being written."""
         deadline = time.monotonic() + LIMIT

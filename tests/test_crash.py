@@ -65,9 +65,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_beside_training_goes_on_befo
     kind, whole, make_run
 ):
     run = make_run(runtime={"kind": kind}, schedule=IN_TURN)
-    held = run.hold_checkpoints()
-    process = run.start()
-    run.wait_until_trained_beside_a_write(process)
+    process, held = run.start_and_hold_a_checkpoint()
     process.kill()
     process.wait()
     with Ledger.reader(run.layout.ledger_db) as ledger:
@@ -79,9 +77,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_beside_training_goes_on_befo
 
 def test_a_trainer_killed_while_a_checkpoint_is_written_makes_it_again(whole, make_run):
     run = make_run(runtime={"kind": "local"}, schedule=IN_TURN)
-    held = run.hold_checkpoints()
-    process = run.start()
-    run.wait_until_trained_beside_a_write(process)
+    process, held = run.start_and_hold_a_checkpoint()
     os.kill(wait_for_child(process, "trainer"), signal.SIGKILL)
     held.unlink()
     run.finish(process)
@@ -93,9 +89,7 @@ def test_a_trainer_killed_while_a_checkpoint_is_written_makes_it_again(whole, ma
 @pytest.mark.parametrize("kind", ["inline", "local"])
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(kind, whole, make_run):
     run = make_run(runtime={"kind": kind}, schedule=IN_TURN)
-    held = run.hold_checkpoints()
-    process = run.start()
-    run.wait_until_trained_beside_a_write(process)
+    process, held = run.start_and_hold_a_checkpoint()
     process.send_signal(signal.SIGINT)
     while "stopping: waiting for running work" not in run.log.read_text():
         time.sleep(0.01)
@@ -111,9 +105,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(kind, whole, make_r
 
 def test_a_second_signal_drops_the_checkpoint_that_is_being_written(whole, make_run):
     run = make_run(runtime={"kind": "local"}, schedule=IN_TURN)
-    held = run.hold_checkpoints()
-    process = run.start()
-    run.wait_until_trained_beside_a_write(process)
+    process, held = run.start_and_hold_a_checkpoint()
     for said in ("stopping: waiting for running work", "stopped without saving"):
         process.send_signal(signal.SIGINT)
         while said not in run.log.read_text():

@@ -80,8 +80,8 @@ def _with_share(config: RunConfig, share: str) -> RunConfig:
 
 
 def _wants_phases(config: RunConfig, gpus: Sequence[Gpu] | None, size: ModelSize | None) -> bool:
-    """Whether all models have the same one GPU, and have it better in turn."""
-    names = visible_gpus() if gpus is None else [gpu.name for gpu in gpus]
+    """Whether all models are on one GPU, and should take turns there."""
+    names = visible_gpus(config.runtime.device) if gpus is None else [gpu.name for gpu in gpus]
     has_one = len(processes_by_gpu(config, names) if names else ()) == 1
     roles = roles_with_models(config)
     is_here = "generator" in roles or config.generate.source == "dataset"
@@ -219,7 +219,7 @@ def check_servers(config: RunConfig) -> None:
                 beside = ", ".join(_beside(config, where, on.get(gpu.name, [])))
                 raise ConfigError(
                     f"GPU {gpu.name} ({gpu.total / GIB:,.1f} GiB) has no room for {where}'s "
-                    f"server, which needs {least:,.1f}, beside {beside}: name another in "
+                    f"server, which needs {least:,.1f} GiB, beside {beside}: name another in "
                     f"{where}.launch.gpus, set {where}.launch.memory, or take smaller models"
                 )
 
