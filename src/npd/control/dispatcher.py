@@ -2,10 +2,11 @@
 
 Consumes: actions. Produces: one event and one span per action.
 Waits for: a generator with room, an idle scorer, or the trainer's turn; in phases, for the device.
-Unblocked by: the worker's reply, or its loss. A lost worker is restarted here. A generator's or scorer's shard is reported as
-`ShardFailed`, and `SampleTracker.retry` decides whether it is requested again. A trainer returns to
-its last checkpoint, repeats the segments recorded since, and then the call. A checkpoint that was
-being written when the trainer was lost is copied again on the way, at its step.
+Unblocked by: the worker's reply, or its loss. A lost worker is restarted here. A generator's or
+scorer's shard is reported as `ShardFailed`, and `SampleTracker.retry` decides whether it is
+requested again. A trainer returns to its last checkpoint, repeats the segments recorded since, and
+then the call. A checkpoint that was being written when the trainer was lost is copied again on the
+way, at its step.
 """
 
 from __future__ import annotations
